@@ -1,0 +1,49 @@
+"""How far from orthogonal: of a tensor, a marked parameter, a whole model."""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import Tensor, nn
+
+from .constraint import constraint_of, matrices_of
+from .stiefel import error
+
+
+@overload
+def orthogonality_error(x: Tensor) -> float: ...
+@overload
+def orthogonality_error(x: nn.Module) -> dict[str, float]: ...
+def orthogonality_error(x: Tensor | nn.Module) -> float | dict[str, float]:
+    r"""Distance from orthogonality, the largest :math:`\|I - W W^\top\|_F` over the matrices of ``x``.
+
+    Computed in float64; :math:`\|I - W^\top W\|_F` for tall matrices. NaN if an entry is.
+
+    Args:
+        x: a marked parameter, whose blocks are divided by their gain first; any other tensor
+            ``(..., p, n)`` as a batch of matrices; or a module.
+
+    Returns:
+        The largest error as a float. For a module, ``{name: error}`` of its marked parameters.
+
+    Raises:
+        ValueError: a tensor with fewer than two dimensions, or not float32 or float64.
+
+    >>> import torch
+    >>> from manifold_opt import mark_orthogonal, orthogonality_error
+    >>> orthogonality_error(2 * torch.eye(4))
+    6.0
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> _ = torch.nn.init.eye_(layer.weight)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> orthogonality_error(layer)
+    {'weight': 0.0}
+    """
+    if isinstance(x, nn.Module):
+        return {
+            name: orthogonality_error(parameter)
+            for name, parameter in x.named_parameters()
+            if constraint_of(parameter) is not None
+        }
+    matrices, gain = matrices_of(x, "orthogonality_error")
+    return float(error(matrices.double() / gain).max())

@@ -1,0 +1,287 @@
+"""SGD, Adam and AdamW that keep marked parameters on their manifold: thin shells over the mathematics.
+
+isinstance of torch's own classes, with their signatures, defaults and state; the step is this package's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+
+from .options import add_param_group, fill_options, with_options
+from .step import Closure, direct_adam, direct_sgd, step, step_unmarked_adam, step_unmarked_sgd
+from .stiefel import Metric
+
+
+class SGD(torch.optim.SGD):
+    r"""torch.optim.SGD that keeps marked parameters orthogonal.
+
+    Unmarked parameters train bit for bit as with torch.optim.SGD. A marked one follows its Riemannian
+    gradient, with a momentum buffer that is tangent, and is retracted onto the manifold in every step.
+    Weight decay does not act on it: its length is fixed.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
+            as in torch.optim.SGD. The last two must be off in a group with marked parameters.
+        retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
+        metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
+            canonical one is twice as long.
+        orthogonal_lr_scale: learning rate of marked blocks as a multiple of their group's.
+        beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
+        correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
+
+    All keyword-only options can also be set in a parameter group.
+
+    Raises:
+        ValueError: an option out of range, or one that a marked parameter cannot honour.
+
+    >>> import torch
+    >>> from manifold_opt import SGD, mark_orthogonal, orthogonality_error
+    >>> layer = torch.nn.Linear(16, 16)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> opt = SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    >>> layer(torch.ones(1, 16)).square().sum().backward()
+    >>> opt.step()
+    >>> orthogonality_error(layer.weight) < 1e-5
+    True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        retraction: str = "polar",
+        metric: Metric = "euclidean",
+        orthogonal_lr_scale: float = 1.0,
+        beta: float = 0.5,
+        correction_steps: int = 1,
+    ) -> None:
+        options = {
+            "retraction": retraction,
+            "metric": metric,
+            "orthogonal_lr_scale": orthogonal_lr_scale,
+            "beta": beta,
+            "correction_steps": correction_steps,
+        }
+        super().__init__(
+            with_options(params, options),
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults.update(options)
+
+    add_param_group = add_param_group
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        fill_options(self)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Closure | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is handed back.
+        """
+        return step(self, closure, step_unmarked_sgd, direct_sgd)
+
+
+class Adam(torch.optim.Adam):
+    r"""torch.optim.Adam that keeps marked parameters orthogonal.
+
+    Unmarked parameters train bit for bit as with torch.optim.Adam. The direction of a marked one is made
+    tangent, and it is retracted onto the manifold in every step. Weight decay does not act on it: its
+    length is fixed.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+        decoupled_weight_decay: as in torch.optim.Adam. ``capturable``, ``differentiable`` and ``fused``
+            must be off in a group with marked parameters.
+        retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
+        metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
+            canonical one is twice as long.
+        orthogonal_lr_scale: learning rate of marked blocks as a multiple of their group's.
+        second_moment: ``"element"`` keeps torch's element-wise moments and makes the direction tangent; it
+            learns fastest. ``"block"`` holds one mean square a block, equivariant under rotations.
+        beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
+        correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
+
+    All keyword-only options can also be set in a parameter group.
+
+    Raises:
+        ValueError: an option out of range, or one that a marked parameter cannot honour.
+
+    >>> import torch
+    >>> from manifold_opt import Adam, mark_orthogonal, orthogonality_error
+    >>> gru = torch.nn.GRU(4, 16)
+    >>> weight = mark_orthogonal(gru.weight_hh_l0, blocks=3)
+    >>> opt = Adam(gru.parameters(), lr=1e-3)
+    >>> gru(torch.ones(5, 1, 4))[0].sum().backward()
+    >>> opt.step()
+    >>> orthogonality_error(weight) < 1e-5
+    True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        retraction: str = "polar",
+        metric: Metric = "euclidean",
+        orthogonal_lr_scale: float = 1.0,
+        second_moment: str = "element",
+        beta: float = 0.5,
+        correction_steps: int = 1,
+    ) -> None:
+        options = {
+            "retraction": retraction,
+            "metric": metric,
+            "orthogonal_lr_scale": orthogonal_lr_scale,
+            "second_moment": second_moment,
+            "beta": beta,
+            "correction_steps": correction_steps,
+        }
+        # torch 2.6 does not have it yet.
+        newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
+        super().__init__(
+            with_options(params, options),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            **newer,
+        )
+        self.defaults.update(options)
+
+    add_param_group = add_param_group
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        fill_options(self)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Closure | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is handed back.
+        """
+        return step(self, closure, step_unmarked_adam, direct_adam)
+
+
+class AdamW(torch.optim.AdamW):
+    r"""torch.optim.AdamW that keeps marked parameters orthogonal.
+
+    Everything as in :class:`Adam`, but that weight decay is decoupled, on by default (0.01), and acts on
+    the unmarked parameters only: a decoupled decay would pull a marked one off its manifold.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
+            as in torch.optim.AdamW.
+        retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps: as in :class:`Adam`.
+
+    Raises:
+        ValueError: an option out of range, or one that a marked parameter cannot honour.
+
+    >>> import torch
+    >>> from manifold_opt import AdamW, mark_orthogonal
+    >>> layer = torch.nn.Linear(16, 16)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> isinstance(AdamW(layer.parameters()), torch.optim.AdamW)
+    True
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        retraction: str = "polar",
+        metric: Metric = "euclidean",
+        orthogonal_lr_scale: float = 1.0,
+        second_moment: str = "element",
+        beta: float = 0.5,
+        correction_steps: int = 1,
+    ) -> None:
+        options = {
+            "retraction": retraction,
+            "metric": metric,
+            "orthogonal_lr_scale": orthogonal_lr_scale,
+            "second_moment": second_moment,
+            "beta": beta,
+            "correction_steps": correction_steps,
+        }
+        super().__init__(
+            with_options(params, options),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults.update(options)
+
+    add_param_group = add_param_group
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        fill_options(self)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Closure | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is handed back.
+        """
+        return step(self, closure, step_unmarked_adam, direct_adam)

@@ -1,0 +1,82 @@
+"""What a parameter group may say about its marked parameters, and what is refused at the door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .constraint import constraint_of
+from .direction import ADAM
+from .retractions import check_retraction
+
+Group = dict[str, Any]
+
+
+def with_options(params: ParamsT, options: Group) -> ParamsT:
+    """Put the package's options into every group: torch's constructors let them through there."""
+    if isinstance(params, Tensor):
+        return params  # torch says what is wrong with that
+    groups: list[Any] = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    for group in groups:
+        for name, value in options.items():
+            group.setdefault(name, value)
+    return groups
+
+
+def add_param_group(self: Optimizer, param_group: Group) -> None:
+    """Add a parameter group, as in torch.optim; it may set any option of the constructor."""
+    if isinstance(param_group, dict):
+        if not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+        _check_group(type(self).__name__, {**self.defaults, **param_group})
+    Optimizer.add_param_group(self, param_group)
+
+
+def _check_group(name: str, group: Group) -> None:
+    """Raise a ValueError that names the remedy, unless the options are in range and can be honoured."""
+    options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
+    check_retraction(name, group["retraction"], **options)
+    if not group["orthogonal_lr_scale"] >= 0:
+        raise ValueError(f"{name}: orthogonal_lr_scale must be at least 0, got {group['orthogonal_lr_scale']}.")
+    if group.get("second_moment", "element") not in ADAM:
+        raise ValueError(f"{name}: second_moment must be one of {', '.join(ADAM)}, got {group['second_moment']!r}.")
+    if (group["beta"], group["correction_steps"]) != (0.5, 1) and group["retraction"] != "orthogonalizer":
+        raise ValueError(
+            f"{name}: beta and correction_steps act with retraction='orthogonalizer' only, and a group has "
+            f"retraction={group['retraction']!r}. Set them in the groups that use it."
+        )
+    members = group["params"]
+    for member in [members] if isinstance(members, Tensor) else members:
+        parameter = member[1] if isinstance(member, tuple) else member
+        if isinstance(parameter, Tensor) and constraint_of(parameter) is not None:
+            check_marked(name, group, parameter)
+
+
+def check_marked(name: str, group: Group, parameter: Tensor) -> None:
+    """Raise unless the group's options, the dtype and the gradient let a marked parameter step."""
+    shape = tuple(parameter.shape)
+    for option in ("differentiable", "capturable", "fused"):
+        if group.get(option):
+            raise ValueError(
+                f"{name}: {option}=True cannot be honoured for a marked parameter, here one of shape {shape}. "
+                f"Give the marked parameters a group of their own with {option}=False."
+            )
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32 and float64 "
+            "can be kept orthogonal. Keep it in float32 and compute under torch.autocast."
+        )
+    if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+        raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+
+
+def fill_options(optimizer: Optimizer) -> None:
+    """Give groups that came from a stock torch.optim checkpoint the options of this optimizer."""
+    for group in optimizer.param_groups:
+        for key, value in optimizer.defaults.items():
+            group.setdefault(key, value)

@@ -1,0 +1,289 @@
+r"""Retractions on the Stiefel manifold: from a point and a tangent to the next point.
+
+Each is one function on wide matrices ``(..., p, n)`` and one line in :data:`RETRACTIONS`, which states
+what it claims; the tests run over that dict and measure every claim. All satisfy
+:math:`R_W(0) = W` and :math:`DR_W(0)[V] = V`, so a learning rate means the same in each.
+
+In the wide convention :math:`V = \Omega W + N` with :math:`\Omega = V W^\top` skew (p x p) and
+:math:`N W^\top = 0`; on square matrices N is zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .orthogonalizer import orthogonalizer, polar_factor, spectral_bound
+from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew
+
+Scheme = Callable[..., Tensor]
+
+_LONG = 32.0  # Frobenius norm of a step beyond which float32 loses digits in I + V V^T
+
+
+def _float64_where_long(scheme: Scheme) -> Scheme:
+    """Compute the float32 blocks with a step beyond ``_LONG`` in float64; the others are as they were."""
+
+    @functools.wraps(scheme)
+    def guarded(w: Tensor, v: Tensor, **options: object) -> Tensor:
+        result = scheme(w, v, **options)
+        if w.dtype != torch.float32 or w.device.type == "mps":
+            return result
+        long = torch.linalg.matrix_norm(v) > _LONG
+        if not bool(long.any()):
+            return result
+        exact = scheme(w[long].double(), v[long].double(), **options)
+        return result.masked_scatter(long[..., None, None], exact.to(w.dtype))
+
+    return guarded
+
+
+@_float64_where_long
+def qr(w: Tensor, v: Tensor) -> Tensor:
+    r"""QR retraction: :math:`(W+V)^\top = Q R` with positive diagonal of R; the result is :math:`Q^\top`.
+
+    Computed as :math:`Q^\top = L^{-1}(W+V)` with :math:`L L^\top = (W+V)(W+V)^\top`, twice, the second
+    time for the rounding error of the first (CholeskyQR2, Yamamoto et al. 2015). The Gram matrix of a
+    point plus a tangent is :math:`I + V V^\top`, so its Cholesky factor exists for every step.
+
+    Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
+    """
+    x = w + v
+    for _ in range(2):
+        # cholesky_ex neither raises nor waits for the device where an entry is not finite.
+        lower, _ = torch.linalg.cholesky_ex(x @ x.mT)
+        x = torch.linalg.solve_triangular(lower, x, upper=False)
+    return x
+
+
+@_float64_where_long
+def polar(w: Tensor, v: Tensor) -> Tensor:
+    r"""Polar retraction: the orthogonal factor of ``w + v``.
+
+    .. math:: R_W(V) = \big((W+V)(W+V)^\top\big)^{-1/2}(W+V)
+
+    As :math:`(W+V)(W+V)^\top = I + V V^\top`, every singular value is at least one, which is what
+    :func:`~manifold_opt.orthogonalizer.polar_factor` needs to do without a factorization.
+
+    Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
+    """
+    return polar_factor(w + v)
+
+
+@_float64_where_long
+def cayley(w: Tensor, v: Tensor) -> Tensor:
+    r"""Cayley retraction: :math:`W' = W (I - A/2)^{-1}(I + A/2)`, A the n x n skew matrix with W A = V.
+
+    A, :math:`W^\top \Omega W + W^\top N - N^\top W`, is never formed. On square matrices the transform
+    moves to the left, to :math:`\Omega`. Since :math:`I + \Omega/2` is normal, its polar factor U
+    satisfies :math:`U^2 = (I - \Omega/2)^{-1}(I + \Omega/2)`, and U W is the polar retraction of half
+    the step:
+
+    .. math:: R_W(V) = H W^\top H, \qquad H = U W = R^{\text{polar}}_W(V/2).
+
+    On rectangular ones, Woodbury's identity and elimination leave one p x p system, whose symmetric part
+    has no eigenvalue below one:
+
+    .. math:: R_W(V) = \big(I + \tfrac14 N N^\top - \tfrac12 \Omega\big)^{-1}(2W + N) - W.
+
+    Reference: Wen & Yin (2013), lemma 4, A with the half-projector that makes :math:`DR_W(0)[V] = V`.
+    """
+    if w.shape[-2] == w.shape[-1]:
+        half = polar(w, v / 2)
+        return half @ w.mT @ half
+    omega, normal = coordinates(w, v)
+    return _solve_shifted_skew(normal @ normal.mT / 4, omega / 2, 2 * w + normal) - w
+
+
+def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:
+    r"""Cayley retraction by two fixed-point iterations :math:`Y \leftarrow W + \tfrac12 (W + Y) A`.
+
+    From :math:`Y = W + V`, each iteration adds one correct term of the series of :func:`cayley`: what is
+    missing after two, and so the distance from the manifold, is :math:`\|V\|^4/8`. The series converges
+    for :math:`\|A\|_2 < 2`.
+
+    Reference: Li, Li & Todorovic (ICLR 2020), algorithm 1.
+    """
+    omega, *normal = coordinates(w, v)
+    y = w + v
+    for _ in range(2):
+        mean = (w + y) / 2
+        y = w + ((mean @ w.mT) @ v - (mean @ normal[0].mT) @ w if normal else omega @ mean)
+    return y
+
+
+@_float64_where_long
+def exp(w: Tensor, v: Tensor, *, metric: Metric = "euclidean") -> Tensor:
+    r"""Exponential map: the geodesic of the metric in use, followed for unit time.
+
+    .. math::
+        \text{square:} \quad & e^{\Omega} W \\
+        \text{canonical:} \quad & [I \; 0] \exp\begin{pmatrix} \Omega & I \\ -N N^\top & 0 \end{pmatrix}
+            \begin{pmatrix} W \\ N \end{pmatrix} \\
+        \text{euclidean:} \quad & e^{-\Omega} [I \; 0]
+            \exp\begin{pmatrix} \Omega & I \\ -V V^\top & \Omega \end{pmatrix}
+            \begin{pmatrix} W \\ V \end{pmatrix}
+
+    with the second block row scaled so that both off-diagonal blocks have the size of the step.
+
+    Reference: Edelman, Arias & Smith (1998), sections 2.2.2 and 2.3.1, transposed; the canonical one in
+    the basis (W, N), which needs no QR of N.
+    """
+    omega, *normal = coordinates(w, v)
+    if not normal:
+        return torch.linalg.matrix_exp(omega) @ w
+    across = v if metric == "euclidean" else normal[0]
+    gram = across @ across.mT
+    size = spectral_bound(gram).sqrt().clamp_min(torch.finfo(w.dtype).tiny)[..., None, None]
+    identity = torch.eye(w.shape[-2], dtype=w.dtype, device=w.device)
+    corner = omega if metric == "euclidean" else torch.zeros_like(omega)
+    generator = torch.cat([torch.cat([omega, size * identity], -1), torch.cat([-gram / size, corner], -1)], -2)
+    top = torch.linalg.matrix_exp(generator)[..., : w.shape[-2], :]
+    moved = top @ torch.cat([w, across / size], -2)
+    return torch.linalg.matrix_exp(-omega) @ moved if metric == "euclidean" else moved
+
+
+def orthogonalized(w: Tensor, v: Tensor, *, beta: float = 0.5, correction_steps: int = 1) -> Tensor:
+    r"""Tangent step, then ``correction_steps`` of :math:`X \leftarrow (1+\beta) X - \beta X X^\top X`.
+
+    At :math:`\beta = 1/2` it follows :func:`polar` up to :math:`\tfrac38 \|V\|^4`; a small beta comes
+    back to the manifold over many steps, not in one.
+
+    References: POGO (2026) for beta = 1/2; Ablin & Peyre (AISTATS 2022) for small beta.
+    """
+    return orthogonalizer(w + v, beta=beta, steps=correction_steps)
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """A scheme and what it claims, with its default options; the tests measure every claim.
+
+    Attributes:
+        function: ``(w, v, **options) -> w'`` on wide matrices.
+        exact: ends on the manifold, to rounding, for a step of any size.
+        second_order: the geodesics it follows to second order: those of ``"square"`` matrices (the same
+            for both metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones.
+            First order everywhere.
+        polished: followed by one Newton-Schulz step, because alone it would carry an error in
+            ``w @ w.mT = I`` along for ever.
+        options: names of the keyword options it honours.
+    """
+
+    function: Scheme
+    exact: bool
+    second_order: tuple[str, ...]
+    polished: bool
+    options: tuple[str, ...] = ()
+
+
+RETRACTIONS: dict[str, Retraction] = {
+    "qr": Retraction(qr, exact=True, second_order=(), polished=False),
+    "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=True),
+    "cayley_iterative": Retraction(cayley_iterative, exact=False, second_order=("square", "canonical"), polished=True),
+    "polar": Retraction(polar, exact=True, second_order=("square", "euclidean"), polished=False),
+    "exp": Retraction(
+        exp, exact=True, second_order=("square", "euclidean", "canonical"), polished=True, options=("metric",)
+    ),
+    "orthogonalizer": Retraction(
+        orthogonalized,
+        exact=False,
+        second_order=("square", "euclidean"),
+        polished=False,
+        options=("beta", "correction_steps"),
+    ),
+}
+
+
+def retract(
+    w: Tensor,
+    v: Tensor,
+    method: str = "polar",
+    *,
+    metric: Metric = "euclidean",
+    beta: float = 0.5,
+    correction_steps: int = 1,
+) -> Tensor:
+    r"""Move from the points ``w`` along the tangents ``v``, and stay on the manifold.
+
+    Args:
+        w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns, float32 or float64.
+        v: tangents at ``w``, same shape and dtype, of any size for the exact schemes.
+        method: a name in :data:`RETRACTIONS`.
+        metric: whose geodesic ``"exp"`` follows.
+        beta: rate of ``"orthogonalizer"``, in (0, 1).
+        correction_steps: number of iterations of ``"orthogonalizer"``, at least 1.
+
+    Returns:
+        Points, same shape and dtype. ``"cayley_iterative"`` and ``"orthogonalizer"`` end near the
+        manifold and bound the step: a longer one is shortened to :func:`longest_step`, in spectral norm.
+
+    Raises:
+        ValueError: unknown method or metric, options out of range, shapes or dtypes that differ.
+
+    >>> import torch
+    >>> from manifold_opt import retract
+    >>> w, v = torch.eye(2), torch.tensor([[0.0, 2.0], [-2.0, 0.0]])
+    >>> retract(w, v, "cayley")  # a quarter turn: twice the arc tangent of one
+    tensor([[ 0.,  1.],
+            [-1.,  0.]])
+    """
+    check_retraction("retract", method, metric=metric, beta=beta, correction_steps=correction_steps)
+    check_pair("retract", w, v)
+    if is_tall(w):
+        return retract(w.mT, v.mT, method, metric=metric, beta=beta, correction_steps=correction_steps).mT
+    scheme = RETRACTIONS[method]
+    if not scheme.exact:
+        v = _shorten(v, longest_step(beta))
+    given = {"metric": metric, "beta": beta, "correction_steps": correction_steps}
+    moved = scheme.function(w, v, **{name: given[name] for name in scheme.options})
+    return orthogonalizer(moved) if scheme.polished else moved
+
+
+def longest_step(beta: float = 0.5) -> float:
+    r"""Spectral norm of the longest step of an inexact scheme.
+
+    One for beta = 1/2 and above, where :math:`\|W + V\|_2 \le \sqrt2` is inside the basin
+    :math:`\sqrt{(1+\beta)/\beta}`; :math:`\sqrt{2\beta}` below, where steps of length t accumulate to
+    a defect of :math:`t^2/2\beta`.
+    """
+    return min(1.0, (2 * beta) ** 0.5)
+
+
+def _shorten(v: Tensor, longest: float) -> Tensor:
+    """Scale the blocks of ``v`` whose spectral norm may exceed ``longest`` back to it."""
+    length = torch.linalg.matrix_norm(v)
+    if bool((length > longest).any()):  # the Frobenius norm is free; a sharper bound is one product
+        length = torch.minimum(length, spectral_bound(v @ v.mT).sqrt())
+    return v * (longest / length.clamp_min(longest))[..., None, None]
+
+
+def check_retraction(name: str, method: str, *, metric: str, beta: float, correction_steps: int) -> None:
+    """Raise a ValueError that says what is allowed, unless all four are."""
+    if method not in RETRACTIONS:
+        raise ValueError(f"{name}: retraction must be one of {', '.join(RETRACTIONS)}, got {method!r}.")
+    check_metric(name, metric)
+    if not 0 < beta < 1:
+        raise ValueError(f"{name}: beta must lie in (0, 1), got {beta}; 0.5 converges fastest.")
+    if correction_steps != int(correction_steps) or correction_steps < 1:
+        raise ValueError(f"{name}: correction_steps must be a whole number >= 1, got {correction_steps}.")
+
+
+def _solve_shifted_skew(s: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    r"""Solve :math:`(I + S - K) X = B` for positive semidefinite S and skew K, without an LU.
+
+    With :math:`I + S = L L^\top` and :math:`\tilde K = L^{-1} K L^{-\top}`, skew again,
+    :math:`(I - \tilde K)^{-1} = (I + \tilde K^\top \tilde K)^{-1}(I + \tilde K)`: two Cholesky
+    factorizations, both of matrices with no eigenvalue below one.
+    """
+    identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    lower, _ = torch.linalg.cholesky_ex(identity + s)
+    half = torch.linalg.solve_triangular(lower, k, upper=False)
+    k = skew(torch.linalg.solve_triangular(lower, half.mT, upper=False).mT)
+    y = torch.linalg.solve_triangular(lower, b, upper=False)
+    normal_equations, _ = torch.linalg.cholesky_ex(identity + k.mT @ k)
+    y = torch.cholesky_solve(y + k @ y, normal_equations)
+    return torch.linalg.solve_triangular(lower.mT, y, upper=True)

@@ -1,0 +1,185 @@
+"""One step: the closure, the unmarked parameters as torch steps them, the marked ones on their manifold.
+
+A marked parameter walks
+
+    view of its blocks -> gradient -> direction -> step -> retraction -> back in place
+
+and is written through its view only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import sgd
+
+from . import direction
+from .constraint import Orthogonal, constraint_of
+from .direction import ADAM, Moments
+from .options import Group, check_marked
+from .retractions import retract
+
+Closure = Callable[[], Any]
+Direct = Callable[[Moments, Group, Tensor, Orthogonal, Tensor, Tensor], tuple[Tensor, Moments]]
+
+
+def step(
+    optimizer: Optimizer,
+    closure: Closure | None,
+    step_unmarked: Callable[[Any, Group], None],
+    direct: Direct,
+) -> Any:
+    """One step of every group: the closure, then the unmarked parameters, then the marked ones."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    marked = [
+        (group, parameter, constraint)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and (constraint := constraint_of(parameter)) is not None
+    ]
+    for group, parameter, _ in marked:
+        check_marked(type(optimizer).__name__, group, parameter)
+    for group in optimizer.param_groups:
+        unmarked = [parameter for parameter in group["params"] if constraint_of(parameter) is None]
+        step_unmarked(optimizer, {**group, "params": unmarked})
+    for group, parameter, constraint in marked:
+        # Under autocast every product below would come back in bfloat16.
+        with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+            _step_marked(optimizer.state[parameter], group, parameter, constraint, direct)
+    return loss
+
+
+def _step_marked(
+    state: Moments,
+    group: Group,
+    parameter: Tensor,
+    constraint: Orthogonal,
+    direct: Direct,
+) -> None:
+    """View, gradient, direction, retraction, and back in place: the walk of one marked parameter."""
+    point = constraint.view(parameter)
+    w = point / constraint.gain
+    g = constraint.view(_gradient(group, parameter))
+    d, moments = direct(state, group, parameter, constraint, w, g)
+
+    lr = group["lr"] * group["orthogonal_lr_scale"]
+    v = d * -(lr.reshape(()) if isinstance(lr, Tensor) else lr)
+    options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
+    new = constraint.gain * retract(w, v / constraint.gain, group["retraction"], **options)
+
+    # A block with a value that is not finite stays as it was, and one without a step keeps its bits.
+    sound = torch.stack([_finite(x) for x in (new, *moments.values())]).all(0)
+    moved = (v != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+    point.copy_(torch.where(sound & moved, new, point))
+    for key, moment in moments.items():
+        held = _block_view(state[key], parameter, constraint)
+        held.copy_(torch.where(sound, moment, held))
+
+
+def _gradient(group: Group, parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    g = parameter.grad.contiguous() if parameter.ndim > 2 else parameter.grad
+    return -g if group["maximize"] else g
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
+def _block_view(moment: Tensor, parameter: Tensor, constraint: Orthogonal) -> Tensor:
+    """A moment as wide blocks; one that holds a scalar a block is ``(B, 1, 1)`` already."""
+    return constraint.view(moment) if moment.shape == parameter.shape else moment
+
+
+def direct_sgd(
+    state: Moments, group: Group, parameter: Tensor, constraint: Orthogonal, w: Tensor, g: Tensor
+) -> tuple[Tensor, Moments]:
+    """Direction of torch.optim.SGD's options; the buffer appears with its first gradient."""
+    held = {key: constraint.view(moment) for key, moment in state.items()}
+    d, moments = direction.sgd(
+        w, g, held, **{key: group[key] for key in ("metric", "momentum", "dampening", "nesterov")}
+    )
+    for key in moments:
+        if key not in state:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return d, moments
+
+
+def direct_adam(
+    state: Moments, group: Group, parameter: Tensor, constraint: Orthogonal, w: Tensor, g: Tensor
+) -> tuple[Tensor, Moments]:
+    """Direction of torch.optim.Adam's options, the moments under its keys."""
+    keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0)
+    for key in keys:
+        if key not in state:
+            scalar = key != "exp_avg" and group["second_moment"] == "block"
+            state[key] = (
+                torch.zeros_like(w[:, :1, :1])
+                if scalar
+                else torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            )
+    state["step"] += 1
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    return ADAM[group["second_moment"]](
+        w,
+        g,
+        {key: _block_view(state[key], parameter, constraint) for key in keys},
+        metric=group["metric"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        step=float(state["step"]),
+    )
+
+
+def step_unmarked_sgd(optimizer: Any, group: Group) -> None:
+    """torch.optim.SGD.step of one group, without its hooks."""
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    buffers: list[Tensor | None] = []
+    has_sparse_grad = optimizer._init_group(group, params, grads, buffers)
+    keys = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
+    sgd(
+        params,
+        grads,
+        buffers,
+        has_sparse_grad=has_sparse_grad,
+        grad_scale=getattr(optimizer, "grad_scale", None),
+        found_inf=getattr(optimizer, "found_inf", None),
+        **{key: group[key] for key in keys},
+    )
+    if group["momentum"] != 0:
+        for parameter, buffer in zip(params, buffers, strict=True):
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def step_unmarked_adam(optimizer: Any, group: Group) -> None:
+    """torch.optim.Adam.step or AdamW.step of one group, without its hooks."""
+    lists: list[list[Tensor]] = [[] for _ in range(6)]  # params, grads, three moments, step counts
+    has_complex = optimizer._init_group(group, *lists)
+    keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
+    functional: Callable[..., None] = adamw
+    if not isinstance(optimizer, torch.optim.AdamW):
+        functional = adam
+        keys += ["decoupled_weight_decay"] * ("decoupled_weight_decay" in group)  # torch 2.6 does not have it
+    beta1, beta2 = group["betas"]
+    functional(
+        *lists,
+        has_complex=has_complex,
+        beta1=beta1,
+        beta2=beta2,
+        grad_scale=getattr(optimizer, "grad_scale", None),
+        found_inf=getattr(optimizer, "found_inf", None),
+        **{key: group[key] for key in keys},
+    )
