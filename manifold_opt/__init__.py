@@ -19,8 +19,9 @@ from .constraint import (
 )
 from .diagnostics import orthogonality_error
 from .optim import SGD, Adam, AdamW
+from .orthogonalizer import nearest_orthogonal
 from .retractions import RETRACTIONS, Retraction, retract
-from .stiefel import nearest_orthogonal, project
+from .stiefel import project
 
 __version__ = "0.1.0.dev0"
 

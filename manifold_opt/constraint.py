@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import block_view
-from .orthogonalizer import basin, orthogonalizer, spectral_bound
-from .stiefel import error, error_at_rounding, nearest_orthogonal
+from .orthogonalizer import basin, nearest_orthogonal, orthogonalizer, spectral_bound
+from .stiefel import error, error_at_rounding
 
 _ATTRIBUTE = "_manifold_opt_constraint"
 _DTYPES = (torch.float32, torch.float64)
@@ -62,6 +62,15 @@ def mark_orthogonal(
 def mark_orthogonal(
     target: T, name: int | None = None, blocks: int | None = None, *, dim: int = 0, gain: float = 1.0
 ) -> T: ...
+@overload
+def mark_orthogonal(  # what an attribute of a module is to a type checker, as in mark_orthogonal(net.weight_hh_l0)
+    target: Tensor | nn.Module,
+    name: str | int | None = None,
+    blocks: int | None = None,
+    *,
+    dim: int = 0,
+    gain: float = 1.0,
+) -> Tensor: ...
 def mark_orthogonal(
     target: nn.Module | T,
     name: str | int | None = None,
@@ -234,9 +243,9 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
     matrices, gain = matrices_of(tensor, "orthogonalize_")
     w = matrices / gain
     gram = w.mT @ w if w.shape[-2] > w.shape[-1] else w @ w.mT
-    # Not `>=`: a NaN has to be refused too.
-    if not bool((spectral_bound(gram) < basin(beta) ** 2).all()) and not bool(
-        (torch.linalg.matrix_norm(w, 2) < basin(beta)).all()
+    # The cheap bound decides nearly always; the SVD cannot be asked where an entry is not finite.
+    if not bool((spectral_bound(gram) < basin(beta) ** 2).all()) and not (
+        bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < basin(beta)).all())
     ):
         raise ValueError(
             f"orthogonalize_: a singular value is not below {basin(beta):.3g}, from where beta={beta} does not "

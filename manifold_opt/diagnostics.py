@@ -6,15 +6,18 @@ from typing import overload
 
 from torch import Tensor, nn
 
+from .blocks import block_view
 from .constraint import constraint_of, matrices_of
 from .stiefel import error
 
 
 @overload
-def orthogonality_error(x: Tensor) -> float: ...
+def orthogonality_error(x: Tensor, blocks: int | None = None) -> float: ...
 @overload
 def orthogonality_error(x: nn.Module) -> dict[str, float]: ...
-def orthogonality_error(x: Tensor | nn.Module) -> float | dict[str, float]:
+@overload
+def orthogonality_error(x: Tensor | nn.Module, blocks: int | None = None) -> float | dict[str, float]: ...
+def orthogonality_error(x: Tensor | nn.Module, blocks: int | None = None) -> float | dict[str, float]:
     r"""Distance from orthogonality, the largest :math:`\|I - W W^\top\|_F` over the matrices of ``x``.
 
     Computed in float64; :math:`\|I - W^\top W\|_F` for tall matrices. NaN if an entry is.
@@ -22,12 +25,14 @@ def orthogonality_error(x: Tensor | nn.Module) -> float | dict[str, float]:
     Args:
         x: a marked parameter, whose blocks are divided by their gain first; any other tensor
             ``(..., p, n)`` as a batch of matrices; or a module.
+        blocks: cut an unmarked tensor into so many blocks along dim 0 first, as mark_orthogonal would.
 
     Returns:
         The largest error as a float. For a module, ``{name: error}`` of its marked parameters.
 
     Raises:
-        ValueError: a tensor with fewer than two dimensions, or not float32 or float64.
+        ValueError: a tensor with fewer than two dimensions, or not float32 or float64; ``blocks`` that do not
+            divide dim 0, that contradict the mark, or of a module.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal, orthogonality_error
@@ -40,10 +45,20 @@ def orthogonality_error(x: Tensor | nn.Module) -> float | dict[str, float]:
     {'weight': 0.0}
     """
     if isinstance(x, nn.Module):
+        if blocks is not None:
+            raise ValueError("orthogonality_error: blocks goes with a tensor; a module's parameters have their marks.")
         return {
-            name: orthogonality_error(parameter)
+            name: float(orthogonality_error(parameter))
             for name, parameter in x.named_parameters()
             if constraint_of(parameter) is not None
         }
     matrices, gain = matrices_of(x, "orthogonality_error")
+    if blocks is not None:
+        mark = constraint_of(x)
+        if blocks < 1 or x.shape[0] % blocks or (mark is not None and mark.blocks != blocks):
+            raise ValueError(
+                f"orthogonality_error: blocks={blocks} must divide dim 0 of shape {tuple(x.shape)}, and be those of "
+                f"its mark if it has one, here {mark}."
+            )
+        matrices = matrices if mark is not None else block_view(matrices, blocks)
     return float(error(matrices.double() / gain).max())

@@ -149,6 +149,8 @@ def step_unmarked_sgd(optimizer: Any, group: Group) -> None:
     grads: list[Tensor] = []
     buffers: list[Tensor | None] = []
     has_sparse_grad = optimizer._init_group(group, params, grads, buffers)
+    if group["nesterov"] and group["foreach"] is not False:
+        grads = [grad.clone() for grad in grads]  # torch's foreach Nesterov adds the momentum to them in place
     keys = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
     sgd(
         params,

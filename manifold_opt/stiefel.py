@@ -24,8 +24,6 @@ from torch import Tensor
 Metric = Literal["euclidean", "canonical"]
 METRICS: tuple[str, ...] = get_args(Metric)
 
-_REMEDY = "Initialize it first, with manifold_opt.init.orthogonal_ for one."
-
 
 def is_tall(x: Tensor) -> bool:
     """Whether the matrices of ``x`` have more rows than columns."""
@@ -117,43 +115,6 @@ def from_coordinates(w: Tensor, omega: Tensor, normal: Tensor | None = None) -> 
     return omega @ w if normal is None else normal + (omega - normal @ w.mT) @ w
 
 
-def nearest_orthogonal(x: Tensor) -> Tensor:
-    r"""Nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
-
-    The polar factor: with :math:`X = U S V^\top` it is :math:`U V^\top`, computed in float64. At home at
-    the door; the optimizers do without an SVD.
-
-    Args:
-        x: ``(..., p, n)``, wide or tall, of full rank.
-
-    Returns:
-        Same shape and dtype.
-
-    Raises:
-        ValueError: values that are not finite, or rank-deficient, where the nearest is not unique.
-
-    Reference: Higham (2008), *Functions of Matrices*, theorem 8.4.
-
-    >>> import torch
-    >>> from manifold_opt import nearest_orthogonal
-    >>> nearest_orthogonal(torch.tensor([[3.0, 0.0], [0.0, -0.1]]))
-    tensor([[ 1.,  0.],
-            [ 0., -1.]])
-    """
-    if x.ndim < 2 or not x.is_floating_point():
-        raise ValueError(f"needs real floating-point matrices (..., p, n), got {tuple(x.shape)} of {x.dtype}.")
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"the value has entries that are not finite. {_REMEDY}")
-    u, s, vh = torch.linalg.svd(_float64(x), full_matrices=False)
-    smallest, largest = s[..., -1], s[..., 0]
-    if bool((smallest <= max(x.shape[-2:]) * torch.finfo(x.dtype).eps * largest).any()):
-        raise ValueError(
-            "the value is rank-deficient (smallest singular value "
-            f"{float(smallest.min()):.1e}), so the nearest orthogonal matrix is not unique. {_REMEDY}"
-        )
-    return (u @ vh).to(x)
-
-
 def random(
     *shape: int,
     dtype: torch.dtype | None = None,
@@ -171,7 +132,7 @@ def random(
 
 def error(x: Tensor) -> Tensor:
     r"""Distance from orthogonality, :math:`\|I - W W^\top\|_F` of each matrix, in float64: ``(...)``."""
-    x = _float64(x)
+    x = float64(x)
     gram = x.mT @ x if is_tall(x) else x @ x.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.matrix_norm(identity - gram)
@@ -185,7 +146,7 @@ def error_at_rounding(p: int, n: int, dtype: torch.dtype) -> float:
     return 8 * torch.finfo(dtype).eps * min(p, n)
 
 
-def _float64(x: Tensor) -> Tensor:
+def float64(x: Tensor) -> Tensor:
     """``x`` in float64, on the CPU where the device has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 

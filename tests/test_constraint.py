@@ -1,0 +1,327 @@
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from manifold_opt import (
+    Adam,
+    Orthogonal,
+    constraint_of,
+    init,
+    mark_orthogonal,
+    mark_recurrent,
+    nearest_orthogonal,
+    orthogonality_error,
+    unmark,
+)
+from manifold_opt.stiefel import error
+
+from .helpers import DTYPES, gaussian, point, rounding
+
+GATES = [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4), (nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)]
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(gaussian(*shape, dtype=dtype))
+
+
+# What marking does to a value.
+
+
+@pytest.mark.parametrize(("shape", "blocks"), [((12, 4), 3), ((5, 5), 1), ((4, 9), 1), ((16, 2), 4), ((6, 5), 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gain", [1.0, 1.7])
+def test_every_block_becomes_its_polar_factor_times_the_gain(shape, blocks, dtype, gain):
+    weight = parameter(*shape, dtype=dtype)
+    before = weight.detach().clone()
+    assert mark_orthogonal(weight, blocks=blocks, gain=gain) is weight
+    for block, old in zip(weight.detach().chunk(blocks), before.chunk(blocks), strict=True):
+        torch.testing.assert_close(block, gain * nearest_orthogonal(old), rtol=0, atol=4 * torch.finfo(dtype).eps)
+        assert error(block / gain) < rounding(block)
+        singular_values = torch.linalg.svdvals(block.double())
+        torch.testing.assert_close(
+            singular_values, torch.full_like(singular_values, gain), rtol=0, atol=8 * torch.finfo(dtype).eps
+        )
+
+
+def test_by_hand():
+    weight = mark_orthogonal(nn.Parameter(torch.tensor([[0.0, 2.0], [3.0, 0.0], [5.0, 0.0], [0.0, -7.0]])), blocks=2)
+    expected = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, -1.0]])
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", ["torch", "henaff", "qr"])
+def test_an_orthogonal_value_keeps_its_bits(dtype, start):
+    weight = parameter(96, 32, dtype=dtype)
+    with torch.no_grad():
+        for block in weight.chunk(3):
+            if start == "torch":
+                nn.init.orthogonal_(block)
+            elif start == "henaff":
+                init.orthogonal_(block, scheme="henaff")
+            else:
+                block.copy_(torch.linalg.qr(gaussian(32, 32, dtype=dtype))[0])
+    before = weight.detach().clone()
+    mark_orthogonal(weight, blocks=3)
+    assert torch.equal(weight, before)
+
+
+def test_only_the_blocks_that_are_off_are_touched():
+    weight = parameter(12, 4)
+    with torch.no_grad():
+        weight[4:8] = point(4, 4, dtype=torch.float32)
+    before = weight.detach().clone()
+    mark_orthogonal(weight, blocks=3)
+    assert torch.equal(weight[4:8], before[4:8])
+    assert not torch.equal(weight[:4], before[:4])
+
+
+def test_blocks_along_dim_one():
+    weight = mark_orthogonal(parameter(4, 12), blocks=3, dim=1)
+    assert max(float(error(block)) for block in weight.detach().chunk(3, dim=1)) < 1e-6
+
+
+def test_convolutions_are_flattened_as_torch_init_does():
+    conv = nn.Conv2d(4, 8, 3)
+    mark_orthogonal(conv, "weight")
+    assert float(error(conv.weight.detach().flatten(1))) < 1e-6
+
+
+def test_the_parameter_stays_what_it_was():
+    gru = nn.GRU(3, 8)
+    weight = gru.weight_hh_l0
+    before = (id(weight), weight.data_ptr(), weight.stride(), type(weight), weight.requires_grad, weight.is_leaf)
+    keys = list(gru.state_dict())
+    mark_orthogonal(weight, blocks=3)
+    after = (id(weight), weight.data_ptr(), weight.stride(), type(weight), weight.requires_grad, weight.is_leaf)
+    assert after == before
+    assert gru.weight_hh_l0 is weight
+    assert list(gru.state_dict()) == keys
+
+
+def test_a_frozen_or_plain_leaf_tensor_can_be_marked():
+    assert constraint_of(mark_orthogonal(nn.Parameter(torch.eye(3), requires_grad=False))) == Orthogonal()
+    assert constraint_of(mark_orthogonal(torch.eye(3, requires_grad=True))) == Orthogonal()
+
+
+# The forms of the call.
+
+
+@pytest.mark.parametrize(("kind", "gates"), GATES)
+def test_a_recurrent_module_knows_its_gates(kind, gates):
+    module = kind(3, 6)
+    name = "weight_hh" if "Cell" in kind.__name__ else "weight_hh_l0"
+    weight = mark_orthogonal(module, name)
+    assert weight is getattr(module, name)
+    assert constraint_of(weight) == Orthogonal(blocks=gates)
+
+
+def test_blocks_given_on_a_recurrent_module_win():
+    gru = nn.GRU(3, 6)
+    assert constraint_of(mark_orthogonal(gru, "weight_hh_l0", 1)) == Orthogonal(blocks=1)
+
+
+def test_positional_and_dotted_forms():
+    net = nn.Sequential(nn.GRU(3, 6))
+    assert constraint_of(mark_orthogonal(net, "0.weight_hh_l0")) == Orthogonal(blocks=3)
+    assert constraint_of(mark_orthogonal(parameter(12, 4), 3)) == Orthogonal(blocks=3)
+    assert constraint_of(mark_orthogonal(nn.Linear(4, 4), name="weight", gain=2.0)) == Orthogonal(gain=2.0)
+
+
+@pytest.mark.parametrize(("shape", "gates", "name"), [((12, 4), 3, "nn.GRU"), ((16, 4), 4, "nn.LSTM")])
+def test_stacked_gates_without_blocks_are_marked_with_a_warning(shape, gates, name):
+    weight = parameter(*shape)
+    with pytest.warns(UserWarning, match=rf"{name}.*blocks={gates}.*blocks=1") as caught:
+        mark_orthogonal(weight)
+    assert caught[0].filename == __file__
+    assert constraint_of(weight) == Orthogonal(blocks=1)
+    assert orthogonality_error(weight) < 1e-6
+
+
+def test_blocks_one_given_explicitly_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mark_orthogonal(parameter(12, 4), blocks=1)
+        mark_orthogonal(parameter(8, 4))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_mark_recurrent_finds_all_layers_and_directions(kind, bidirectional):
+    net = nn.ModuleDict({"rnn": kind(3, 6, num_layers=2, bidirectional=bidirectional), "head": nn.Linear(6, 2)})
+    names = mark_recurrent(net)
+    assert names == sorted(name for name, _ in net.named_parameters() if "weight_hh" in name)
+    assert len(names) == 4 if bidirectional else 2
+    marked = {name for name, weight in net.named_parameters() if constraint_of(weight)}
+    assert marked == set(names)
+    assert max(orthogonality_error(net).values()) < 1e-5
+
+
+def test_mark_recurrent_takes_cells_and_projections():
+    net = nn.ModuleList([nn.GRUCell(3, 6), nn.LSTM(3, 6, proj_size=2)])
+    assert mark_recurrent(net) == ["0.weight_hh", "1.weight_hh_l0"]
+    assert net[1].weight_hh_l0.shape == (24, 2)  # four tall gates
+    assert constraint_of(net[1].weight_hh_l0) == Orthogonal(blocks=4)
+
+
+def test_mark_recurrent_marks_all_or_nothing():
+    net = nn.ModuleList([nn.GRU(3, 6), nn.GRU(3, 6)])
+    with torch.no_grad():
+        net[1].weight_hh_l0[0, 0] = float("nan")
+    before = net[0].weight_hh_l0.detach().clone()
+    with pytest.raises(ValueError, match=r"1\.weight_hh_l0.*not finite"):
+        mark_recurrent(net)
+    assert torch.equal(net[0].weight_hh_l0, before)
+    assert constraint_of(net[0].weight_hh_l0) is None
+
+
+def test_mark_recurrent_with_nothing_to_mark():
+    with pytest.raises(ValueError, match=r"found no nn\.RNN"):
+        mark_recurrent(nn.Linear(3, 3))
+
+
+def test_marking_again_alike_is_fine_and_otherwise_refused():
+    weight = mark_orthogonal(parameter(12, 4), blocks=3)
+    before = weight.detach().clone()
+    mark_orthogonal(weight, blocks=3)
+    with pytest.raises(ValueError, match=r"already marked as Orthogonal\(blocks=3.*unmark"):
+        mark_orthogonal(weight, blocks=1)
+    assert torch.equal(weight, before)
+    assert constraint_of(unmark(weight)) is None
+    assert unmark(weight) is weight
+    mark_orthogonal(weight, blocks=1)
+
+
+# What is refused, before anything is written.
+
+
+def parametrized_linear() -> nn.Module:
+    return parametrizations.orthogonal(nn.Linear(4, 4))
+
+
+REFUSED = {
+    "blocks that do not divide": (
+        lambda: (parameter(100, 32), {"blocks": 3}),
+        r"\(100, 32\): blocks=3 must divide.*3 gate",
+    ),
+    "no blocks": (lambda: (parameter(4, 4), {"blocks": 0}), "blocks >= 1"),
+    "negative blocks": (lambda: (parameter(4, 4), {"blocks": -1}), "blocks >= 1"),
+    "half a block": (lambda: (parameter(4, 4), {"blocks": 1.5}), "whole number of blocks"),
+    "a vector": (lambda: (parameter(4), {}), "at least 2 dimensions"),
+    "a third dim": (lambda: (parameter(4, 4), {"dim": 2}), "dim=2"),
+    "dim 1 of four": (lambda: (parameter(4, 4, 3, 3), {"dim": 1}), "dim 1 of a matrix"),
+    "no gain": (lambda: (parameter(4, 4), {"gain": 0.0}), "gain above 0"),
+    "infinite gain": (lambda: (parameter(4, 4), {"gain": float("inf")}), "gain above 0"),
+    "nan": (lambda: (nn.Parameter(torch.full((3, 3), float("nan"))), {}), r"not finite.*init\.orthogonal_"),
+    "rank-deficient": (lambda: (nn.Parameter(torch.ones(3, 3)), {}), r"rank-deficient.*init\.orthogonal_"),
+    "zero": (lambda: (nn.Parameter(torch.zeros(6, 2)), {"blocks": 3}), r"rank-deficient.*init\.orthogonal_"),
+    "empty": (lambda: (nn.Parameter(torch.zeros(0, 2)), {}), "empty"),
+    "not a leaf": (lambda: (2 * parameter(3, 3), {}), "not a leaf.*remove_parametrizations"),
+    "a parametrized weight": (lambda: (parametrized_linear().weight, {}), "not a leaf.*remove_parametrizations"),
+    "lazy": (lambda: (nn.LazyLinear(3).weight, {}), "lazy.*one batch"),
+    "sparse": (lambda: (torch.eye(3).to_sparse().requires_grad_(), {}), r"sparse.*to_dense"),
+    "integer": (lambda: (torch.eye(3, dtype=torch.int64), {}), "int64.*float32"),
+    "bfloat16": (lambda: (parameter(3, 3, dtype=torch.bfloat16), {}), "bfloat16.*float32"),
+    "complex": (lambda: (nn.Parameter(torch.eye(3, dtype=torch.complex64)), {}), "complex64.*float32"),
+    "channels last": (
+        lambda: (nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)), {}),
+        r"strides.*contiguous",
+    ),
+    "no tensor": (lambda: (3.0, {}), "tensor or a module"),
+    "a module without a name": (lambda: (nn.Linear(3, 3), {}), "needs the name"),
+    "a tensor with a name": (lambda: (parameter(3, 3), {"name": "weight"}), "takes no name"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_with_the_remedy_and_writes_nothing(case):
+    make, match = REFUSED[case]
+    target, options = make()
+    before = copy.deepcopy(target.detach()) if case not in ("lazy", "no tensor", "a module without a name") else None
+    with pytest.raises(ValueError, match=match) as refusal:
+        mark_orthogonal(target, **options)
+    assert "mark_orthogonal" in str(refusal.value)
+    assert len(str(refusal.value)) < 500
+    if isinstance(target, torch.Tensor) and case != "lazy":
+        assert constraint_of(target) is None
+        if not target.is_sparse:
+            assert torch.equal(target.detach().nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "match"),
+    [
+        (parametrized_linear, "weight", "remove_parametrizations"),
+        (lambda: nn.GRU(3, 4), "weight_h", "has no parameter 'weight_h'; it has weight_ih_l0"),
+        (lambda: nn.GRU(3, 4), "hidden_size", "has no parameter"),
+    ],
+)
+def test_refuses_a_name(make, name, match):
+    with pytest.raises(ValueError, match=match):
+        mark_orthogonal(make(), name)
+
+
+def test_the_remedies_work():
+    layer = parametrized_linear()
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    mark_orthogonal(layer, "weight")
+    dead = nn.Parameter(torch.zeros(3, 3))
+    mark_orthogonal(init.orthogonal_(dead))
+    conv = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    mark_orthogonal(nn.Parameter(conv.detach().contiguous()))
+
+
+def test_mark_recurrent_refuses_a_parametrized_weight():
+    gru = parametrizations.orthogonal(nn.GRU(3, 4), "weight_hh_l0")
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        mark_recurrent(gru)
+
+
+# What a mark survives today.
+
+
+def test_a_mark_survives_moving_saving_and_loading():
+    gru = nn.GRU(3, 4)
+    mark_recurrent(gru)
+    buffer = io.BytesIO()
+    torch.save(gru, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert constraint_of(loaded.weight_hh_l0) == Orthogonal(blocks=3)
+    gru.double()
+    gru.load_state_dict(gru.state_dict())
+    assert constraint_of(gru.weight_hh_l0) == Orthogonal(blocks=3)
+
+
+# The forum case.
+
+
+def test_the_forum_case():
+    """torch's parametrization makes the stack orthonormal and leaves its gates anything but; marking serves the gates.
+
+    Started from the identity in the upper gate and zeros below, which is orthonormal as a 3H x H stack, W_hz and W_hn
+    are zero matrices under the parametrization.
+    """
+    hidden = 8
+    stacked = parametrizations.orthogonal(nn.GRU(4, hidden), "weight_hh_l0")
+    with torch.no_grad():
+        stacked.weight_hh_l0 = torch.eye(3 * hidden, hidden)
+    gates = stacked.weight_hh_l0.detach().unflatten(0, (3, hidden))
+    assert orthogonality_error(stacked.weight_hh_l0.detach()) < 1e-5
+    assert gates[1:].abs().max() < 1e-6  # W_hz and W_hn
+
+    gru = nn.GRU(4, hidden)
+    mark_orthogonal(gru, "weight_hh_l0")
+    opt = Adam(gru.parameters(), lr=1e-2)
+    for _ in range(20):
+        opt.zero_grad()
+        gru(torch.ones(6, 2, 4))[0].square().mean().backward()
+        opt.step()
+    gates = gru.weight_hh_l0.detach().unflatten(0, (3, hidden))
+    assert float(error(gates).max()) < 1e-6 * hidden**0.5

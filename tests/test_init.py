@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from manifold_opt import constraint_of, init, mark_orthogonal, orthogonality_error
+from manifold_opt.stiefel import error
+
+from .helpers import DTYPES, SQUARE, TALL, WIDE, rounding, seeded
+
+SCHEMES = ["haar", "henaff", "cayley", "identity"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_block_is_orthogonal_times_the_gain(scheme, shape, dtype):
+    x = torch.empty(3 * shape[0], shape[1], dtype=dtype)
+    assert init.orthogonal_(x, blocks=3, gain=1.5, scheme=scheme, generator=seeded()) is x
+    for block in x.chunk(3):
+        assert error(block / 1.5) < rounding(block)
+
+
+def test_blocks_differ():
+    x = init.orthogonal_(torch.empty(8, 4), blocks=2, generator=seeded())
+    assert not torch.equal(x[:4], x[4:])
+
+
+def test_same_seed_same_start():
+    a, b = (init.orthogonal_(torch.empty(6, 6), generator=seeded(7)) for _ in range(2))
+    assert torch.equal(a, b)
+    torch.manual_seed(0)
+    c = init.orthogonal_(torch.empty(6, 6))
+    torch.manual_seed(0)
+    assert torch.equal(c, init.orthogonal_(torch.empty(6, 6)))
+
+
+@pytest.mark.parametrize(("scheme", "low", "high"), [("henaff", -math.pi, math.pi), ("cayley", 0.0, math.pi / 2)])
+def test_rotation_angles(scheme, low, high):
+    """2 x 2 rotations along the diagonal, nothing else, angles uniform over their range."""
+    n = 2000
+    w = init.orthogonal_(torch.empty(n, n), scheme=scheme, generator=seeded())
+    even = torch.arange(0, n, 2)
+    c, s = w[even, even], w[even + 1, even]
+    assert torch.equal(w[even + 1, even + 1], c)
+    assert torch.equal(w[even, even + 1], -s)
+    assert int((w != 0).sum()) == 2 * n
+    angles = torch.atan2(s, c)
+    assert low <= float(angles.min())
+    assert float(angles.max()) <= high
+    # Five standard deviations of the mean of n / 2 uniform draws.
+    assert abs(float(angles.mean()) - (low + high) / 2) < 5 * (high - low) / math.sqrt(12 * n / 2)
+
+
+def test_cayley_is_the_cayley_transform_of_its_paper():
+    """(I + A)^-1 (I - A) with A = [[0, s], [-s, 0]], s = sqrt((1 - cos t) / (1 + cos t)) rotates by t."""
+    t = torch.tensor(0.9, dtype=torch.float64)
+    s = ((1 - t.cos()) / (1 + t.cos())).sqrt()
+    a = torch.tensor([[0.0, s], [-s, 0.0]], dtype=torch.float64)
+    identity = torch.eye(2, dtype=torch.float64)
+    rotation = torch.linalg.solve(identity + a, identity - a)
+    torch.testing.assert_close(rotation, torch.tensor([[t.cos(), -t.sin()], [t.sin(), t.cos()]], dtype=torch.float64))
+
+
+def test_odd_sizes_and_rectangles_by_hand():
+    w = init.orthogonal_(torch.empty(3, 3), scheme="henaff", generator=seeded())
+    assert w[2].tolist() == [0.0, 0.0, 1.0]
+    assert init.orthogonal_(torch.empty(2, 3), gain=2.0, scheme="identity").tolist() == [[2, 0, 0], [0, 2, 0]]
+    assert init.orthogonal_(torch.empty(3, 1), scheme="identity").tolist() == [[1], [0], [0]]
+
+
+def test_haar_has_the_moments_of_torch():
+    w = init.orthogonal_(torch.empty(300, 300), generator=seeded())
+    assert abs(float(w.mean())) < 5 / 300**1.5
+    assert float(w.square().mean()) == pytest.approx(1 / 300, rel=1e-4)
+
+
+def test_convolutions_are_flattened():
+    x = init.orthogonal_(torch.empty(8, 3, 3, 3))
+    assert orthogonality_error(x.flatten(1)) < 1e-5
+
+
+def test_a_mark_gives_the_defaults():
+    weight = mark_orthogonal(nn.Parameter(torch.randn(12, 4)), blocks=3, gain=2.0)
+    init.orthogonal_(weight, scheme="identity")
+    assert torch.equal(weight.detach(), 2 * torch.eye(4).repeat(3, 1))
+    assert constraint_of(weight).blocks == 3
+    columns = mark_orthogonal(nn.Parameter(torch.randn(4, 12)), blocks=3, dim=1)
+    assert torch.equal(init.orthogonal_(columns, scheme="identity").detach(), torch.eye(4).repeat(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"scheme": "xavier"}, "haar, henaff, cayley, identity"),
+        ({"blocks": 5}, "blocks=5 must divide"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"gain": 0.0}, "gain"),
+        ({"gain": float("nan")}, "gain"),
+    ],
+)
+def test_refuses_and_writes_nothing(options, match):
+    x = torch.zeros(12, 4)
+    with pytest.raises(ValueError, match=match):
+        init.orthogonal_(x, **options)
+    assert not x.any()
+
+
+def test_refuses_what_contradicts_the_mark():
+    weight = mark_orthogonal(nn.Parameter(torch.randn(12, 4)), blocks=3)
+    for options in ({"blocks": 1}, {"gain": 2.0}):
+        with pytest.raises(ValueError, match="contradict the mark"):
+            init.orthogonal_(weight, **options)
+    with pytest.raises(ValueError, match="at least 2 dimensions"):
+        init.orthogonal_(torch.zeros(3))

@@ -1,0 +1,60 @@
+"""Who may import whom: the mathematics knows no optimizer, and nothing knows the face."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import manifold_opt
+
+PACKAGE = Path(manifold_opt.__file__).parent
+
+ALLOWED = {
+    "stiefel": set(),
+    "orthogonalizer": {"stiefel"},
+    "retractions": {"stiefel", "orthogonalizer"},
+    "direction": {"stiefel"},
+    "blocks": set(),
+    "constraint": {"blocks", "stiefel", "orthogonalizer"},
+    "diagnostics": {"blocks", "constraint", "stiefel"},
+    "init": {"blocks", "constraint", "stiefel"},
+    "options": {"constraint", "direction", "retractions"},
+    "step": {"constraint", "direction", "options", "retractions"},
+    "optim": {"options", "step", "stiefel"},
+}
+
+
+def imports_of(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+        for name in ([node.module] if node.module else [alias.name for alias in node.names])
+    }
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_go_down_only(module):
+    assert imports_of(module) <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", ["stiefel", "orthogonalizer", "retractions", "direction"])
+def test_the_mathematics_needs_torch_only(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    roots = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+    }
+    assert roots <= {"torch", "functools", "collections", "dataclasses", "typing", "__future__"}

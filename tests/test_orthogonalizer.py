@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from manifold_opt import mark_orthogonal, orthogonality_error, orthogonalize_, stiefel
+from manifold_opt.orthogonalizer import basin, orthogonalizer, polar_factor
+
+from . import reference
+from .helpers import DTYPES, SQUARE, TALL, WIDE, gaussian, point, rounding
+
+
+@pytest.mark.parametrize("shape", SQUARE + WIDE)
+@pytest.mark.parametrize("beta", [0.001, 0.3, 0.5])
+def test_orthogonalizer_is_its_formula(shape, beta):
+    x = 0.8 * point(*shape) + 0.01 * gaussian(*shape)
+    torch.testing.assert_close(orthogonalizer(x, beta=beta), reference.orthogonalizer(x, beta))
+
+
+@pytest.mark.parametrize("beta", [0.001, 0.1, 0.5])
+def test_singular_values_follow_the_cubic(beta):
+    """e' = (1 - 2b) e + (b^2 - 2b) e^2 + b^2 e^3 for e = s^2 - 1."""
+    s = torch.tensor([0.7, 0.9, 1.0, 1.2], dtype=torch.float64)
+    e = s**2 - 1
+    new = torch.linalg.svdvals(orthogonalizer(point(4, 4) @ torch.diag(s) @ point(4, 4, seed=5), beta=beta)).sort()[0]
+    expected = (1 - 2 * beta) * e + (beta**2 - 2 * beta) * e**2 + beta**2 * e**3
+    torch.testing.assert_close(new**2 - 1, expected.sort()[0], rtol=0, atol=1e-14)
+
+
+def test_convergence_is_quadratic_at_one_half_and_linear_below():
+    x = point(6, 6) * 1.01
+    half = [float(stiefel.error(orthogonalizer(x, steps=k))) for k in (1, 2)]
+    assert half[1] < half[0] ** 2
+    small = [float(stiefel.error(orthogonalizer(x, beta=0.001, steps=k))) for k in (100, 200)]
+    assert small[1] / small[0] == pytest.approx((1 - 0.002) ** 100, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("largest", [1.0, 1.0001, 1.3, 10.0, 1e4])
+def test_polar_factor_converges_in_the_steps_it_announces(shape, dtype, largest):
+    """Singular values spread from one to ``largest``, no factorization."""
+    p, n = min(shape), max(shape)
+    s = torch.logspace(0, 1, p, base=largest, dtype=torch.float64)
+    u, vt = point(p, p), point(p, n, seed=4)
+    x = (u * s) @ vt
+    expected = u @ vt
+    x, expected = (x, expected) if shape[0] <= shape[1] else (x.mT, expected.mT)
+    q = polar_factor(x.to(dtype))
+    assert stiefel.error(q) < rounding(q)
+    torch.testing.assert_close(q.double(), expected, rtol=0, atol=20 * torch.finfo(dtype).eps * largest)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "steps"),
+    [(1e-9, torch.float32, 1), (0.01, torch.float32, 1), (0.1, torch.float32, 2), (0.1, torch.float64, 3)],
+)
+def test_polar_factor_counts_its_products(length, dtype, steps):
+    """Two products a Newton-Schulz step, and no more steps than the size of the step calls for."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    w = point(2, 16, 16, dtype=dtype)
+    omega = gaussian(2, 16, 16, dtype=dtype)
+    omega = omega - omega.mT
+    x = w + length * (omega / torch.linalg.matrix_norm(omega, 2, keepdim=True)) @ w
+    counter = FlopCounterMode(display=False)
+    with counter:
+        polar_factor(x)
+    assert counter.get_total_flops() == 2 * steps * (2 * 2 * 16**3)
+
+
+def test_orthogonalize_in_place_by_hand():
+    x = torch.tensor([[2.0 / 3.0]], dtype=torch.float64)
+    assert orthogonalize_(x, beta=0.5) is x
+    torch.testing.assert_close(x, torch.tensor([[1.0 - 4.0 / 27.0]], dtype=torch.float64))
+
+
+def test_orthogonalize_acts_block_by_block_and_keeps_the_gain():
+    weight = mark_orthogonal(torch.nn.Parameter(torch.randn(12, 4)), blocks=3, gain=2.0)
+    with torch.no_grad():
+        weight.mul_(1.01)
+    before = weight.data_ptr()
+    orthogonalize_(weight, steps=3)
+    assert orthogonality_error(weight) < 1e-5
+    assert weight.data_ptr() == before
+    torch.testing.assert_close(torch.linalg.svdvals(weight[:4]), torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan"), float("inf")])
+def test_orthogonalize_refuses_what_would_diverge_and_writes_nothing(value):
+    x = torch.eye(3)
+    x[0, 0] = value
+    before = x.clone()
+    with pytest.raises(ValueError, match=r"1\.73.*nearest_orthogonal"):
+        orthogonalize_(x)
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+
+
+def test_orthogonalize_accepts_all_of_its_basin():
+    """The cheap bound fails here, 40 values of 1.7, and the exact one decides."""
+    x = 1.7 * point(40, 40)
+    orthogonalize_(x, steps=30)
+    assert orthogonality_error(x) < 1e-12
+    assert basin(0.5) == 3**0.5
+
+
+@pytest.mark.parametrize(("options", "match"), [({"beta": 0}, "beta"), ({"beta": 1}, "beta"), ({"steps": 0}, "steps")])
+def test_orthogonalize_refuses_options_out_of_range(options, match):
+    with pytest.raises(ValueError, match=match):
+        orthogonalize_(torch.eye(2), **options)
+
+
+@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2).bfloat16()])
+def test_orthogonalize_needs_real_matrices(x):
+    with pytest.raises(ValueError, match="matrices"):
+        orthogonalize_(x)

@@ -1,0 +1,249 @@
+"""Every claim of RETRACTIONS, measured."""
+
+import itertools
+import math
+
+import geoopt
+import pytest
+import torch
+from torch import Tensor
+
+from manifold_opt import RETRACTIONS, retract, stiefel
+from manifold_opt.retractions import longest_step
+
+from . import reference
+from .helpers import DTYPES, EXACT, SQUARE, TALL, WIDE, point, rounding, tangent
+
+METRICS = ["euclidean", "canonical"]
+
+
+def slope(error_at, sizes=(2**-4, 2**-5, 2**-6, 2**-7)) -> float:
+    """The order of error(t) as t goes to zero: the steepest line through neighbours on a log-log plot."""
+    errors = [max(float(error_at(t)), 1e-300) for t in sizes]
+    return max(math.log2(a / b) for a, b in itertools.pairwise(errors))
+
+
+def geodesic(w: Tensor, v: Tensor, metric: str) -> Tensor:
+    return torch.stack([reference.exp(a, b, metric) for a, b in zip(w, v, strict=True)])
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize("shape", SQUARE + WIDE)
+@pytest.mark.parametrize("metric", METRICS)
+def test_equals_the_reference(method, shape, metric):
+    w = point(3, *shape)
+    v = tangent(w, 0.7)
+    expected = torch.stack([reference.retract(a, b, method, metric) for a, b in zip(w, v, strict=True)])
+    torch.testing.assert_close(retract(w, v, method, metric=metric), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shape", SQUARE + WIDE)
+@pytest.mark.parametrize("length", [1e-7, 3e-2, 3.0, 1e2, 1e4, 1e12])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_schemes_are_right_for_a_step_of_any_size(method, shape, length, dtype):
+    w = point(3, *shape)
+    v = tangent(w, length)
+    w, v = w.to(dtype), v.to(dtype)
+    moved = retract(w, v, method)
+    assert stiefel.error(moved).max() < rounding(w)
+    if length > 1e4 or (method == "exp" and length > 3):
+        return  # beyond 1e5 only the direction counts; the reference for exp integrates, and is for short steps
+    expected = torch.stack([reference.retract(a, b, method) for a, b in zip(w.double(), v.double(), strict=True)])
+    # The maps magnify a relative error of the step by its length, up to where they saturate; float32 results come
+    # from float64 for long steps and differ from the reference by what w and v are off tangency.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(moved.double(), expected, rtol=0, atol=200 * eps * max(1.0, length))
+
+
+@pytest.mark.parametrize("shape", SQUARE + WIDE)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("length", [0.1, 1.0, 3.0])
+def test_exp_is_the_geodesic(shape, metric, length):
+    w = point(2, *shape)
+    v = tangent(w, length)
+    torch.testing.assert_close(retract(w, v, "exp", metric=metric), geodesic(w, v, metric), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [0.1, 1.0, 30.0])
+def test_exp_agrees_with_geoopt_on_the_euclidean_metric(length):
+    w = point(2, 8, 3)
+    v = tangent(w, length)
+    expected = geoopt.EuclideanStiefelExact().expmap(w, v)
+    torch.testing.assert_close(retract(w, v, "exp"), expected, rtol=0, atol=1e-11 * max(1, length))
+
+
+@pytest.mark.parametrize("shape", SQUARE + WIDE)
+@pytest.mark.parametrize("metric", METRICS)
+def test_geodesics_have_constant_speed_and_can_be_walked_in_two_halves(shape, metric):
+    w = point(2, *shape)
+    v = tangent(w, 1.0)
+    h = 1e-5
+    middle = retract(w, 0.5 * v, "exp", metric=metric)
+    ahead, behind = (retract(w, (0.5 + s) * v, "exp", metric=metric) for s in (h, -h))
+    velocity = stiefel.project(middle, (ahead - behind) / (2 * h))
+    torch.testing.assert_close(
+        retract(middle, 0.5 * velocity, "exp", metric=metric), retract(w, v, "exp", metric=metric), rtol=0, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize("shape", SQUARE[1:] + WIDE)
+def test_first_order(method, shape):
+    """||R(W, tV) - W - tV|| = O(t^2): the same learning rate means the same in every scheme."""
+    w = point(3, *shape)
+    v = tangent(w, 1.0)
+    assert slope(lambda t: (retract(w, t * v, method) - w - t * v).norm()) > 1.9
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize("geodesic_of", ["square", "euclidean", "canonical"])
+def test_second_order_where_claimed_and_only_there(method, geodesic_of):
+    w = point(3, 6, 6) if geodesic_of == "square" else point(3, 4, 9)
+    v = tangent(w, 1.0)
+    metric = "euclidean" if geodesic_of == "square" else geodesic_of
+    order = slope(lambda t: (retract(w, t * v, method, metric=metric) - geodesic(w, t * v, metric)).norm())
+    if method == "exp":
+        assert (retract(w, v, method, metric=metric) - geodesic(w, v, metric)).norm() < 1e-11
+    elif geodesic_of in RETRACTIONS[method].second_order:
+        assert order > 2.9
+    else:
+        assert 1.9 < order < 2.5
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize("shape", TALL)
+def test_tall_is_the_transpose_of_wide(method, shape):
+    w = point(2, *shape)
+    v = tangent(w, 0.5)
+    torch.testing.assert_close(retract(w, v, method), retract(w.mT, v.mT, method).mT, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+def test_no_block_feels_its_neighbours(method):
+    """A long step, or a NaN, in one matrix of a batch leaves the bits of the others."""
+    w = point(3, 8, 8, dtype=torch.float32)
+    v = tangent(w, 0.01)
+    quiet = retract(w, v, method)
+    for disturbance in (1e5, float("nan")):
+        loud = v.clone()
+        loud[1] *= disturbance
+        moved = retract(w, loud, method)
+        assert torch.equal(moved[0], quiet[0])
+        assert torch.equal(moved[2], quiet[2])
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+def test_zero_step_stays_to_rounding(method):
+    w = point(2, 5, 7, dtype=torch.float32)
+    torch.testing.assert_close(retract(w, torch.zeros_like(w), method), w, rtol=0, atol=4e-7)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shape", [(8, 8), (4, 9)])
+def test_an_error_of_the_point_does_not_outlive_the_step(method, shape):
+    """Off by 1e-3 before, by its square after: nothing accumulates."""
+    w = point(*shape) * (1 + 1e-3)
+    v = stiefel.project(point(*shape), tangent(point(*shape), 1e-4))
+    assert stiefel.error(retract(w, v, method)) < 2e-5
+
+
+@pytest.mark.parametrize("method", ["cayley_iterative", "orthogonalizer"])
+@pytest.mark.parametrize("shape", SQUARE + WIDE)
+def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape):
+    w = point(*shape)
+    long, longest = tangent(w, 1e4), longest_step()
+    moved = retract(w, long, method)
+    assert moved.isfinite().all()
+    assert stiefel.error(moved) < 1.0 * shape[0] ** 0.5  # inside the basin, where singular values stay in (0, sqrt 2)
+    # Never longer than the bound; the spectral norm of a p x p Gram is overestimated by its Frobenius norm, at most
+    # p^1/4 times in length.
+    along = (long * moved).sum() / long.norm().clamp_min(1e-9) ** 2 * 1e4
+    assert along <= longest + 1e-12
+    assert along >= (0.4 * longest / shape[0] ** 0.25 if long.any() else 0)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.25, 0.5, 0.9])
+def test_orthogonalizer_by_hand(beta):
+    """diag(2/3, 1) with no step: (1+b)s - b s^3."""
+    w = torch.diag(torch.tensor([2 / 3, 1.0], dtype=torch.float64))
+    moved = retract(w, torch.zeros_like(w), "orthogonalizer", beta=beta)
+    expected = (1 + beta) * 2 / 3 - beta * 8 / 27
+    torch.testing.assert_close(moved, torch.diag(torch.tensor([expected, 1.0], dtype=torch.float64)))
+
+
+def test_orthogonalizer_steps_compose():
+    w = 0.9 * point(4, 6)
+    v = tangent(point(4, 6), 0.1)
+    once = retract(w, v, "orthogonalizer", beta=0.3)
+    twice = retract(once, torch.zeros_like(v), "orthogonalizer", beta=0.3)
+    torch.testing.assert_close(retract(w, v, "orthogonalizer", beta=0.3, correction_steps=2), twice)
+
+
+def test_quarter_turn_by_hand():
+    """At W = I, V = [[0, t], [-t, 0]]: exp turns by t, cayley by 2 atan(t/2), polar and qr by atan t."""
+    t = 0.8
+    w, v = torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, t], [-t, 0.0]], dtype=torch.float64)
+    for method, angle in {
+        "exp": t,
+        "cayley": 2 * math.atan(t / 2),
+        "polar": math.atan(t),
+        "qr": math.atan(t),
+    }.items():
+        expected = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+        torch.testing.assert_close(retract(w, v, method), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_circle_by_hand():
+    """On St(1, 2), a circle: exp turns by t, cayley too by 2 atan(t/2), polar and qr by atan t."""
+    t = 0.8
+    w, v = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, t]], dtype=torch.float64)
+    for method, angle in {"exp": t, "cayley": 2 * math.atan(t / 2), "polar": math.atan(t), "qr": math.atan(t)}.items():
+        expected = torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+        torch.testing.assert_close(retract(w, v, method), expected)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_the_component_of_the_orthogonal_group_is_kept(method):
+    w = point(10, 5, 5)
+    moved = retract(w, tangent(w, 0.5), method)
+    assert torch.equal(torch.linalg.det(moved).sign(), torch.linalg.det(w).sign())
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize("shape", [(16, 16), (8, 64)])
+def test_no_lu_and_no_large_matrix_on_the_way(method, shape):
+    """Batched LU on the CPU crashes or lies once threads are set, and nothing n x n is needed when p < n/2."""
+    seen: list[tuple[int, ...]] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert not any(word in str(func) for word in ("solve_ex", "lu_", "inv", "svd", "eigh")), func
+            result = func(*args, **(kwargs or {}))
+            results = result if isinstance(result, tuple) else (result,)
+            seen.extend(tuple(r.shape) for r in results if isinstance(r, Tensor))
+            return result
+
+    w = point(2, *shape, dtype=torch.float32)
+    v = tangent(w, 0.3)
+    with Watch():
+        retract(w, v, method)
+    assert seen
+    if shape[0] < shape[1]:
+        assert not any(len(s) >= 2 and min(s[-2:]) > 2 * shape[0] for s in seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "caley"}, "qr, cayley, cayley_iterative, polar, exp, orthogonalizer"),
+        ({"metric": "flat"}, "euclidean, canonical"),
+        ({"beta": 1.0}, r"beta must lie in \(0, 1\)"),
+        ({"beta": float("nan")}, "beta"),
+        ({"correction_steps": 0}, "correction_steps"),
+        ({"correction_steps": 1.5}, "correction_steps"),
+    ],
+)
+def test_refuses_with_the_valid_choices(options, match):
+    with pytest.raises(ValueError, match=match):
+        retract(torch.eye(2), torch.zeros(2, 2), **options)
