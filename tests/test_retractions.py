@@ -234,6 +234,29 @@ def test_no_lu_and_no_large_matrix_on_the_way(method, shape):
 
 
 @pytest.mark.parametrize(
+    ("method", "square", "wide"),
+    [
+        ("qr", 2, 2),
+        ("polar", 2, 2),
+        ("orthogonalizer", 2, 2),
+        ("cayley", 6, 6.125),
+        ("cayley_iterative", 5, 12),
+        ("exp", 4, 8),
+    ],
+)
+def test_products_of_a_small_step(method, square, wide):
+    """The costs README states, in products of p x n by n x p; factorizations and exponentials are not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape, products in (((64, 64), square), ((16, 128), wide)):
+        w = point(*shape, dtype=torch.float32)
+        v = tangent(w, 1e-3)
+        with FlopCounterMode(display=False) as counter:
+            retract(w, v, method)
+        assert counter.get_total_flops() == products * 2 * shape[0] ** 2 * shape[1]
+
+
+@pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"method": "caley"}, "qr, cayley, cayley_iterative, polar, exp, orthogonalizer"),
