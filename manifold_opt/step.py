@@ -169,12 +169,15 @@ def step_unmarked_sgd(optimizer: Any, group: Group) -> None:
 def step_unmarked_adam(optimizer: Any, group: Group) -> None:
     """torch.optim.Adam.step or AdamW.step of one group, without its hooks."""
     lists: list[list[Tensor]] = [[] for _ in range(6)]  # params, grads, three moments, step counts
-    has_complex = optimizer._init_group(group, *lists)
     keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
-    functional: Callable[..., None] = adamw
-    if not isinstance(optimizer, torch.optim.AdamW):
-        functional = adam
-        keys += ["decoupled_weight_decay"] * ("decoupled_weight_decay" in group)  # torch 2.6 does not have it
+    functional: Callable[..., None] = adam
+    if isinstance(optimizer, torch.optim.AdamW):
+        functional = adamw
+    elif "decoupled_weight_decay" in group:
+        keys.append("decoupled_weight_decay")
+    # AdamW of torch 2.6, not yet an Adam, takes amsgrad too.
+    amsgrad = [] if issubclass(type(optimizer), torch.optim.Adam) else [group["amsgrad"]]
+    has_complex = optimizer._init_group(group, *lists[:2], *amsgrad, *lists[2:])
     beta1, beta2 = group["betas"]
     functional(
         *lists,
