@@ -9,15 +9,9 @@ Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam
 """
 
 from . import init
-from .constraint import (
-    Orthogonal,
-    constraint_of,
-    mark_orthogonal,
-    mark_recurrent,
-    orthogonalize_,
-    unmark,
-)
+from .constraint import Orthogonal, constraint_of, orthogonalize_, unmark
 from .diagnostics import orthogonality_error
+from .marking import mark_orthogonal, mark_recurrent
 from .optim import SGD, Adam, AdamW
 from .orthogonalizer import nearest_orthogonal
 from .retractions import RETRACTIONS, Retraction, retract

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .constraint import constraint_of
+from .constraint import DTYPES, constraint_of
 from .direction import ADAM
 from .retractions import check_retraction
 
@@ -66,7 +66,7 @@ def check_marked(name: str, group: Group, parameter: Tensor) -> None:
                 f"{name}: {option}=True cannot be honoured for a marked parameter, here one of shape {shape}. "
                 f"Give the marked parameters a group of their own with {option}=False."
             )
-    if parameter.dtype not in (torch.float32, torch.float64):
+    if parameter.dtype not in DTYPES:
         raise ValueError(
             f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32 and float64 "
             "can be kept orthogonal. Keep it in float32 and compute under torch.autocast."

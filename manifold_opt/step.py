@@ -83,6 +83,8 @@ def _step_marked(
     for key, moment in moments.items():
         held = _block_view(state[key], parameter, constraint)
         held.copy_(torch.where(sound, moment, held))
+    if "step" in state:
+        state["step"] += 1
 
 
 def _gradient(group: Group, parameter: Tensor) -> Tensor:
@@ -104,12 +106,11 @@ def direct_sgd(
     state: Moments, group: Group, parameter: Tensor, constraint: Orthogonal, w: Tensor, g: Tensor
 ) -> tuple[Tensor, Moments]:
     """Direction of torch.optim.SGD's options; the buffer appears with its first gradient."""
-    held = {key: constraint.view(moment) for key, moment in state.items()}
-    d, moments = direction.sgd(
-        w, g, held, **{key: group[key] for key in ("metric", "momentum", "dampening", "nesterov")}
-    )
+    held = {key: constraint.view(moment) for key, moment in state.items() if moment is not None}
+    options = {key: group[key] for key in ("metric", "momentum", "dampening", "nesterov")}
+    d, moments = direction.sgd(w, g, held, **options)
     for key in moments:
-        if key not in state:
+        if key not in held:
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return d, moments
 
@@ -118,18 +119,11 @@ def direct_adam(
     state: Moments, group: Group, parameter: Tensor, constraint: Orthogonal, w: Tensor, g: Tensor
 ) -> tuple[Tensor, Moments]:
     """Direction of torch.optim.Adam's options, the moments under its keys."""
+    state.setdefault("step", torch.tensor(0.0))
     keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0)
     for key in keys:
-        if key not in state:
-            scalar = key != "exp_avg" and group["second_moment"] == "block"
-            state[key] = (
-                torch.zeros_like(w[:, :1, :1])
-                if scalar
-                else torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            )
-    state["step"] += 1
+        scalar = group["second_moment"] == "block" and key != "exp_avg"
+        state[key] = _shaped(state.get(key), scalar, parameter, constraint)
     beta1, beta2 = (float(beta) for beta in group["betas"])
     return ADAM[group["second_moment"]](
         w,
@@ -139,8 +133,25 @@ def direct_adam(
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"],
-        step=float(state["step"]),
+        step=float(state["step"]) + 1,
     )
+
+
+def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Orthogonal) -> Tensor:
+    """A moment as its rule holds it, ``(B, 1, 1)`` or like the parameter: new, as it is, or from the other rule's.
+
+    The other shape is what a checkpoint brings that was written with another ``second_moment``, or by torch itself.
+    """
+    blocks = constraint.view(parameter)
+    shape = blocks[:, :1, :1].shape if scalar else parameter.shape
+    if moment is not None and moment.shape == shape:
+        return moment
+    if scalar:
+        return blocks.new_zeros(shape) if moment is None else constraint.view(moment).mean((-2, -1), keepdim=True)
+    full = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if moment is not None:
+        constraint.view(full).copy_(moment)
+    return full
 
 
 def step_unmarked_sgd(optimizer: Any, group: Group) -> None:

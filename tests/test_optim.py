@@ -440,6 +440,51 @@ def test_a_stock_checkpoint_loads_and_keeps_our_options(name):
     assert orthogonality_error(layer.weight) < 1e-6
 
 
+@pytest.mark.parametrize(("before", "after"), [("element", "block"), ("block", "element")])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_checkpoint_can_change_its_second_moment(before, after, amsgrad):
+    """One number a block becomes that number everywhere, and elements become their mean."""
+    weight = mark_orthogonal(nn.Parameter(gaussian(12, 4)), blocks=3)
+    first = make("Adam", [weight], lr=0.01, second_moment=before, amsgrad=amsgrad)
+    weight.grad = gaussian(12, 4, seed=2)
+    first.step()
+    state = first.state_dict()
+    state["param_groups"][0]["second_moment"] = after
+    second = make("Adam", [weight], lr=0.01, second_moment=after, amsgrad=amsgrad)
+    second.load_state_dict(state)
+    old = first.state[weight]["exp_avg_sq"].clone()
+    weight.grad = torch.zeros_like(weight)
+    second.step()
+    new = second.state[weight]["exp_avg_sq"] / 0.999
+    expected = old.view(3, 4, 4).mean((1, 2), keepdim=True) if after == "block" else old.expand(3, 4, 4).reshape(12, 4)
+    torch.testing.assert_close(new, expected)
+    assert orthogonality_error(weight) < 1e-13
+
+
+def test_amsgrad_can_be_switched_on_later():
+    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
+    opt = make("Adam", [weight], lr=0.01)
+    weight.grad = gaussian(4, 4, seed=2)
+    opt.step()
+    opt.param_groups[0]["amsgrad"] = True
+    opt.step()
+    assert "max_exp_avg_sq" in opt.state[weight]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedulers_that_cycle_momentum(name):
+    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
+    opt = make(name, [weight], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=20, cycle_momentum=name != "SGD")
+    for k in range(19):
+        weight.grad = gaussian(4, 4, seed=k)
+        if name == "SGD":
+            opt.param_groups[0]["momentum"] = 0.0 if k < 5 else 0.9  # switched on late
+        opt.step()
+        scheduler.step()
+    assert orthogonality_error(weight) < 1e-13
+
+
 def test_unmarking_hands_a_parameter_back_to_torch():
     weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
     opt = make("SGD", [weight], lr=0.1)
