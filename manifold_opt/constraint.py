@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .blocks import block_view
-from .orthogonalizer import basin, orthogonalizer, spectral_bound
+from .orthogonalizer import basin, nearest_orthogonal, orthogonalizer, spectral_bound
+from .stiefel import error, error_at_rounding
 
 DTYPES = (torch.float32, torch.float64)  # of parameters that can be marked
 
@@ -38,6 +39,18 @@ class Orthogonal:
     def view(self, tensor: Tensor) -> Tensor:
         """The wide blocks ``(blocks, p, n)`` of the parameter, or of a tensor shaped like it."""
         return block_view(tensor, self.blocks, self.dim)
+
+
+@torch.no_grad()
+def off_manifold(parameter: Tensor, constraint: Orthogonal) -> tuple[Tensor, Tensor]:
+    """Which blocks are not orthogonal to rounding, ``(blocks,)``, and the nearest values of those that are not.
+
+    Raises:
+        ValueError: one of them is not finite or rank-deficient.
+    """
+    w = constraint.view(parameter.detach()) / constraint.gain
+    off = ~(error(w) <= error_at_rounding(w.shape[-2], w.shape[-1], w.dtype))  # a NaN is off
+    return off, constraint.gain * nearest_orthogonal(w[off])
 
 
 def attach(parameter: Tensor, constraint: Orthogonal) -> None:

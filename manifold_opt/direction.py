@@ -65,9 +65,10 @@ def adam_element(
 
     .. math:: f \cdot \operatorname{clip}(a / f,\, 1,\, 100):
 
-    a where it descends and is the larger, f elsewhere; always a positive multiple of f, entry by entry. The
-    mean squares are those of independent entries of G, with r the row means of v:
-    :math:`(r_i + r_j)/4` for :math:`\Omega_{ij}` and :math:`r_i` for :math:`N_{ij}`.
+    a where it descends and is the larger, f elsewhere; always a positive multiple of f, entry by entry (of
+    which the normal part is then projected once more). The mean squares are those of independent entries of
+    G, with r the row means of v: :math:`(r_i + r_j)/4` for :math:`\Omega_{ij}` and, on average over its row,
+    :math:`r_i (1 - p/n)` for :math:`N_{ij}`.
     """
     exp_avg = torch.lerp(state["exp_avg"], g, 1 - beta1)
     new, second = _second_moment(state, g * g, beta2)
@@ -75,7 +76,7 @@ def adam_element(
     d = m / (v.sqrt() + eps)
 
     rows = v.mean(-1, keepdim=True)
-    mean_squares = ((rows + rows.mT) / 4, rows)
+    mean_squares = ((rows + rows.mT) / 4, rows * (1 - w.shape[-2] / w.shape[-1]))
     tangent = []
     for t, a, square in zip(coordinates(w, m), coordinates(w, d), mean_squares, strict=False):
         f = t / (square.sqrt() + eps)

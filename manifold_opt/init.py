@@ -117,7 +117,7 @@ _SCHEMES: dict[str, Callable[[int, int, int, Generator | None], Tensor]] = {
 def _rotations(angles: Tensor, p: int, n: int) -> Tensor:
     """The leading ``p`` rows of n x n block diagonals of 2 x 2 rotations by ``angles``, ``(count, n // 2)``."""
     turned = torch.eye(n, dtype=angles.dtype, device=angles.device).repeat(len(angles), 1, 1)
-    even = torch.arange(0, n - 1, 2)
+    even = torch.arange(0, n - 1, 2, device=angles.device)
     turned[:, even, even] = turned[:, even + 1, even + 1] = angles.cos()
     turned[:, even + 1, even] = angles.sin()
     turned[:, even, even + 1] = -angles.sin()

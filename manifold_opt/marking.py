@@ -6,18 +6,18 @@ Everything is refused here that cannot be kept later, with the remedy, before an
 from __future__ import annotations
 
 import math
+import operator
+import re
 import warnings
 from collections.abc import Iterable
-from typing import TypeVar, overload
+from typing import SupportsIndex, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .constraint import DTYPES, Orthogonal, attach, constraint_of
-from .orthogonalizer import nearest_orthogonal
-from .stiefel import error, error_at_rounding
+from .constraint import DTYPES, Orthogonal, attach, constraint_of, off_manifold
 
 _GATES: dict[type[nn.Module], int] = {
     nn.RNN: 1,
@@ -27,6 +27,9 @@ _GATES: dict[type[nn.Module], int] = {
     nn.GRUCell: 3,
     nn.LSTMCell: 4,
 }
+
+# Of weight_hh_l0_v and the like, the parts of an old weight_norm, it takes the whole, which is then refused.
+_RECURRENT = re.compile(r"(weight_hh(?:_l\d+(?:_reverse)?)?)(?:_g|_v|_orig|_raw)?$")
 
 T = TypeVar("T", bound=Tensor)
 
@@ -104,7 +107,7 @@ def mark_orthogonal(
         parameter = target
         blocks = name if blocks is None else blocks
         label = "the parameter"
-    constraint = Orthogonal(1 if blocks is None else blocks, dim, gain)
+    constraint = Orthogonal(1 if blocks is None else _whole(blocks), dim, gain)
     _check(parameter, constraint, label)
     if (
         blocks is None
@@ -147,7 +150,7 @@ def mark_recurrent(module: nn.Module) -> list[str]:
         if gates is None:
             continue
         names = {key.removeprefix("parametrizations.").split(".")[0] for key, _ in child.named_parameters()}
-        for name in sorted(n for n in names if n.startswith("weight_hh")):
+        for name in sorted({hit[1] for n in names if (hit := _RECURRENT.match(n))}):
             label = f"{path}.{name}" if path else name
             constraint = Orthogonal(gates)
             parameter = _parameter_of(child, name)
@@ -164,18 +167,30 @@ def mark_recurrent(module: nn.Module) -> list[str]:
 
 def _parameter_of(module: nn.Module, name: str) -> nn.Parameter:
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if is_parametrized(owner, leaf):
+    kind = type(module).__name__
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        owner = None
+    if owner is not None and ("parametrizations" in path.split(".") or is_parametrized(owner, leaf)):
         raise ValueError(
-            f"mark_orthogonal: {name} of {type(module).__name__} is parametrized, so it is computed anew at every "
-            "use and not trained itself. First call torch.nn.utils.parametrize.remove_parametrizations"
-            f"(module, {leaf!r}), which keeps its value, then mark it."
+            f"mark_orthogonal: {name} of {kind} is parametrized, so the weight is computed anew at every use and not "
+            "trained itself. First call torch.nn.utils.parametrize.remove_parametrizations(module, name), which "
+            "keeps its value, then mark it."
         )
     value = getattr(owner, leaf, None)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, nn.Parameter):
         known = ", ".join(key for key, _ in module.named_parameters()) or "none"
-        raise ValueError(f"mark_orthogonal: {type(module).__name__} has no parameter {name!r}; it has {known}.")
-    return value  # type: ignore[return-value]  # a plain tensor is refused by _check
+        raise ValueError(
+            f"mark_orthogonal: {kind} has no parameter {name!r}; it has {known}. (A weight that hooks compute is not "
+            "one: first undo them with torch.nn.utils.remove_weight_norm or remove_spectral_norm.)"
+        )
+    return value
+
+
+def _whole(number: SupportsIndex) -> int:
+    """An int, also from numpy; anything else as it is, for _check to refuse."""
+    return operator.index(number) if hasattr(number, "__index__") else number  # type: ignore[return-value]
 
 
 def _gates_of(module: nn.Module, name: str) -> int | None:
@@ -204,6 +219,11 @@ def _problem(parameter: Tensor, constraint: Orthogonal) -> str | None:
             "is not a leaf: it is computed from other tensors, like the weight of a parametrized module, and an "
             "optimizer cannot move it. Remove the parametrization first (torch.nn.utils.parametrize."
             "remove_parametrizations keeps the value; torch.nn.utils.remove_weight_norm for old hooks)."
+        )
+    if not isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
+        return (
+            "is neither an nn.Parameter nor a tensor that requires a gradient, like a buffer or param.data; mark the "
+            "parameter itself."
         )
     if parameter.layout is not torch.strided:
         return f"is sparse ({parameter.layout}); only dense parameters can be orthogonal. Use .to_dense()."
@@ -244,15 +264,12 @@ def _mark(marks: Iterable[tuple[Tensor, Orthogonal, str]]) -> None:
     marks = list(marks)
     projected = []
     for parameter, constraint, label in marks:
-        w = constraint.view(parameter.detach())
-        q = w / constraint.gain
-        off = ~(error(q) <= error_at_rounding(q.shape[-2], q.shape[-1], q.dtype))
         try:
-            projected.append((w, off, constraint.gain * nearest_orthogonal(q[off])))
+            projected.append(off_manifold(parameter, constraint))
         except ValueError as refusal:
-            raise ValueError(f"mark_orthogonal: {label}: {refusal}") from None
-    for w, off, values in projected:
+            reason = str(refusal).removeprefix("nearest_orthogonal: ")
+            raise ValueError(f"mark_orthogonal: {label}: {reason}") from None
+    for (parameter, constraint, _), (off, values) in zip(marks, projected, strict=True):
         if bool(off.any()):
-            w[off] = values
-    for parameter, constraint, _ in marks:
+            constraint.view(parameter.detach())[off] = values
         attach(parameter, constraint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,31 +34,28 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
     if isinstance(param_group, dict):
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-        _check_group(type(self).__name__, {**self.defaults, **param_group})
+        check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
 
 
-def _check_group(name: str, group: Group) -> None:
+def check_group(name: str, group: Group) -> None:
     """Raise a ValueError that names the remedy, unless the options are in range and can be honoured."""
     options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
     check_retraction(name, group["retraction"], **options)
-    if not group["orthogonal_lr_scale"] >= 0:
-        raise ValueError(f"{name}: orthogonal_lr_scale must be at least 0, got {group['orthogonal_lr_scale']}.")
+    if not 0 <= group["orthogonal_lr_scale"] < math.inf:
+        raise ValueError(
+            f"{name}: orthogonal_lr_scale must be finite and at least 0, got {group['orthogonal_lr_scale']}."
+        )
     if group.get("second_moment", "element") not in ADAM:
         raise ValueError(f"{name}: second_moment must be one of {', '.join(ADAM)}, got {group['second_moment']!r}.")
-    if (group["beta"], group["correction_steps"]) != (0.5, 1) and group["retraction"] != "orthogonalizer":
-        raise ValueError(
-            f"{name}: beta and correction_steps act with retraction='orthogonalizer' only, and a group has "
-            f"retraction={group['retraction']!r}. Set them in the groups that use it."
-        )
     members = group["params"]
     for member in [members] if isinstance(members, Tensor) else members:
         parameter = member[1] if isinstance(member, tuple) else member
         if isinstance(parameter, Tensor) and constraint_of(parameter) is not None:
-            check_marked(name, group, parameter)
+            _check_marked(name, group, parameter)
 
 
-def check_marked(name: str, group: Group, parameter: Tensor) -> None:
+def _check_marked(name: str, group: Group, parameter: Tensor) -> None:
     """Raise unless the group's options, the dtype and the gradient let a marked parameter step."""
     shape = tuple(parameter.shape)
     for option in ("differentiable", "capturable", "fused"):
@@ -71,6 +69,14 @@ def check_marked(name: str, group: Group, parameter: Tensor) -> None:
             f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32 and float64 "
             "can be kept orthogonal. Keep it in float32 and compute under torch.autocast."
         )
+    constraint = constraint_of(parameter)
+    try:
+        constraint and constraint.view(parameter.detach())
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: the blocks of a marked parameter of shape {shape} and strides {parameter.stride()} cannot be "
+            "seen as matrices any more; keep it contiguous (memory_format=torch.contiguous_format)."
+        ) from None
     if parameter.grad is not None and parameter.grad.layout is not torch.strided:
         raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
 

@@ -18,33 +18,36 @@ import torch
 from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, polar_factor, spectral_bound
-from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew
+from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew, transport
 
 Scheme = Callable[..., Tensor]
 
-_LONG = 32.0  # Frobenius norm of a step beyond which float32 loses digits in I + V V^T
-_LONGEST = 1e5  # spectral norm beyond which W is lost in the rounding of W + V; longer steps are shortened to it
+_LONG = 32.0  # Frobenius norm of a step beyond which rounding in W and V is felt in I + V V^T
 
 
-def _float64_where_long(scheme: Scheme) -> Scheme:
-    """Compute the float32 blocks with a step beyond ``_LONG`` in float64; the others are as they were."""
+def _with_care_where_long(scheme: Scheme) -> Scheme:
+    """Redo the blocks with a step beyond ``_LONG`` in float64, from a point and a tangent that are so in float64.
+
+    Rounding in the input is magnified by the length of the step: what makes W W^T differ from I, and V from a
+    tangent, has to go first, and what is left in the result is taken back by the polar factor.
+    """
 
     @functools.wraps(scheme)
-    def guarded(w: Tensor, v: Tensor, **options: object) -> Tensor:
+    def careful(w: Tensor, v: Tensor, **options: object) -> Tensor:
         result = scheme(w, v, **options)
-        if w.dtype != torch.float32 or w.device.type == "mps":
-            return result
         long = torch.linalg.matrix_norm(v) > _LONG
-        if not bool(long.any()):
+        if not bool(long.any()) or w.device.type == "mps":
             return result
+        point = orthogonalizer(w[long].double())
+        tangent = transport(point, transport(point, v[long].double()))
         # In place, so that the memory layout, and with it the bits of the other blocks' products, stay.
-        result[long] = scheme(w[long].double(), v[long].double(), **options).to(w.dtype)
+        result[long] = polar_factor(scheme(point, tangent, **options)).to(w.dtype)
         return result
 
-    return guarded
+    return careful
 
 
-@_float64_where_long
+@_with_care_where_long
 def qr(w: Tensor, v: Tensor) -> Tensor:
     r"""QR retraction: :math:`(W+V)^\top = Q R` with positive diagonal of R; the result is :math:`Q^\top`.
 
@@ -62,7 +65,7 @@ def qr(w: Tensor, v: Tensor) -> Tensor:
     return x
 
 
-@_float64_where_long
+@_with_care_where_long
 def polar(w: Tensor, v: Tensor) -> Tensor:
     r"""Polar retraction: the orthogonal factor of ``w + v``.
 
@@ -76,7 +79,7 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
     return polar_factor(w + v)
 
 
-@_float64_where_long
+@_with_care_where_long
 def cayley(w: Tensor, v: Tensor) -> Tensor:
     r"""Cayley retraction: :math:`W' = W (I - A/2)^{-1}(I + A/2)`, A the n x n skew matrix with W A = V.
 
@@ -118,7 +121,7 @@ def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:
     return y
 
 
-@_float64_where_long
+@_with_care_where_long
 def exp(w: Tensor, v: Tensor, *, metric: Metric = "euclidean") -> Tensor:
     r"""Exponential map: the geodesic of the metric in use, followed for unit time.
 
@@ -150,7 +153,7 @@ def exp(w: Tensor, v: Tensor, *, metric: Metric = "euclidean") -> Tensor:
 
 
 def _matrix_exp(a: Tensor) -> Tensor:
-    """Matrix exponential; torch 2.13 ends the series of a lone matrix too soon (2e-11 in float64 at norm 0.03)."""
+    """Matrix exponential; torch 2.13 ends the series of a lone matrix too soon: off by 1e-11 at norm 0.03, float64."""
     if a[..., 0, 0].numel() > 1:
         return torch.linalg.matrix_exp(a)
     lone = a.reshape(1, *a.shape[-2:])
@@ -181,6 +184,7 @@ class Retraction:
         polished: followed by one Newton-Schulz step, because alone it would carry an error in
             ``w @ w.mT = I`` along for ever.
         options: names of the keyword options it honours.
+        longest: spectral norm of the longest step; a longer one is shortened to it.
     """
 
     function: Scheme
@@ -188,12 +192,15 @@ class Retraction:
     second_order: tuple[str, ...]
     polished: bool
     options: tuple[str, ...] = ()
+    longest: float = 1e5  # beyond it W is lost in the rounding of W + V
 
 
 RETRACTIONS: dict[str, Retraction] = {
     "qr": Retraction(qr, exact=True, second_order=(), polished=False),
     "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=True),
-    "cayley_iterative": Retraction(cayley_iterative, exact=False, second_order=("square", "canonical"), polished=True),
+    "cayley_iterative": Retraction(
+        cayley_iterative, exact=False, second_order=("square", "canonical"), polished=True, longest=0.5
+    ),
     "polar": Retraction(polar, exact=True, second_order=("square", "euclidean"), polished=False),
     "exp": Retraction(
         exp, exact=True, second_order=("square", "euclidean", "canonical"), polished=True, options=("metric",)
@@ -204,6 +211,7 @@ RETRACTIONS: dict[str, Retraction] = {
         second_order=("square", "euclidean"),
         polished=False,
         options=("beta", "correction_steps"),
+        longest=1.0,
     ),
 }
 
@@ -247,28 +255,47 @@ def retract(
     if is_tall(w):
         return retract(w.mT, v.mT, method, metric=metric, beta=beta, correction_steps=correction_steps).mT
     scheme = RETRACTIONS[method]
-    v = _shorten(v, _LONGEST if scheme.exact else longest_step(beta))
     given = {"metric": metric, "beta": beta, "correction_steps": correction_steps}
-    moved = scheme.function(w, v, **{name: given[name] for name in scheme.options})
+    options = {name: given[name] for name in scheme.options}
+    v = _shorten(v, longest_step(method, beta))
+    moved = scheme.function(w, v, **options)
     return orthogonalizer(moved) if scheme.polished else moved
 
 
-def longest_step(beta: float = 0.5) -> float:
-    r"""Spectral norm of the longest step of an inexact scheme.
+def longest_step(method: str, beta: float = 0.5) -> float:
+    r"""Spectral norm of the longest step a scheme takes; :func:`retract` shortens a longer one to it.
 
-    One for beta = 1/2 and above, where :math:`\|W + V\|_2 \le \sqrt2` is inside the basin
-    :math:`\sqrt{(1+\beta)/\beta}`; :math:`\sqrt{2\beta}` below, where steps of length t accumulate to
-    a defect of :math:`t^2/2\beta`.
+    For the orthogonalizer 1, where :math:`\|W + V\|_2 \le \sqrt2` is inside the basin
+    :math:`\sqrt{(1+\beta)/\beta}`, and :math:`\sqrt{2\beta}` for beta below 1/2, where steps of length t
+    accumulate to a defect of :math:`t^2/2\beta`.
     """
-    return min(1.0, (2 * beta) ** 0.5)
+    scheme = RETRACTIONS[method]
+    return min(scheme.longest, (2 * beta) ** 0.5) if "beta" in scheme.options else scheme.longest
 
 
 def _shorten(v: Tensor, longest: float) -> Tensor:
-    """Scale the blocks of ``v`` whose spectral norm may exceed ``longest`` back to it."""
+    """Scale the blocks of ``v`` whose spectral norm exceeds ``longest`` back to it, within a few percent."""
     length = torch.linalg.matrix_norm(v)
-    if bool((length > longest).any()):  # the Frobenius norm is free; a sharper bound is one product
-        length = torch.minimum(length, spectral_bound(v @ v.mT).sqrt())
-    return v * (longest / length.clamp_min(longest))[..., None, None]
+    if not bool((length > longest).any()):  # the Frobenius norm is free, and decides nearly always
+        return v
+    largest = v.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+    scaled = v / largest  # entries of at most one: squares cannot overflow
+    length = torch.minimum(torch.linalg.matrix_norm(scaled), _spectral_norm_bound(scaled))
+    # NaN compares false, and stays in its block.
+    return torch.where(
+        (largest[..., 0, 0] > longest / length)[..., None, None], scaled * (longest / length)[..., None, None], v
+    )
+
+
+def _spectral_norm_bound(v: Tensor, squarings: int = 3) -> Tensor:
+    r"""Upper bound :math:`(\sum_i \sigma_i^{32})^{1/32}` on the spectral norm, at most :math:`p^{1/32}` times it."""
+    power = v @ v.mT
+    exponent, log_scale = 2.0, torch.zeros_like(v[..., 0, 0])
+    for _ in range(squarings):
+        size = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(v.dtype).tiny)
+        power = power / size[..., None, None]
+        power, log_scale, exponent = power @ power, 2 * (log_scale + size.log()), 2 * exponent
+    return ((torch.linalg.matrix_norm(power).clamp_min(torch.finfo(v.dtype).tiny).log() + log_scale) / exponent).exp()
 
 
 def check_retraction(name: str, method: str, *, metric: str, beta: float, correction_steps: int) -> None:
@@ -276,10 +303,15 @@ def check_retraction(name: str, method: str, *, metric: str, beta: float, correc
     if method not in RETRACTIONS:
         raise ValueError(f"{name}: retraction must be one of {', '.join(RETRACTIONS)}, got {method!r}.")
     check_metric(name, metric)
-    if not 0 < beta < 1:
+    if not (isinstance(beta, (int, float)) and 0 < beta < 1):
         raise ValueError(f"{name}: beta must lie in (0, 1), got {beta}; 0.5 converges fastest.")
-    if correction_steps != int(correction_steps) or correction_steps < 1:
-        raise ValueError(f"{name}: correction_steps must be a whole number >= 1, got {correction_steps}.")
+    if isinstance(correction_steps, bool) or not isinstance(correction_steps, int) or correction_steps < 1:
+        raise ValueError(f"{name}: correction_steps must be a whole number >= 1, got {correction_steps!r}.")
+    if (beta, correction_steps) != (0.5, 1) and "beta" not in RETRACTIONS[method].options:
+        raise ValueError(
+            f"{name}: beta and correction_steps act with retraction='orthogonalizer' only, not with {method!r}. "
+            "Leave them out, or set them in the parameter groups that use it."
+        )
 
 
 def _solve_shifted_skew(s: Tensor, k: Tensor, b: Tensor) -> Tensor:

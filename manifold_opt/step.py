@@ -9,6 +9,7 @@ and is written through its view only.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,15 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from . import direction
-from .constraint import Orthogonal, constraint_of
+from .constraint import Orthogonal, constraint_of, off_manifold
 from .direction import ADAM, Moments
-from .options import Group, check_marked
+from .options import Group, check_group
 from .retractions import retract
 
 Closure = Callable[[], Any]
 Direct = Callable[[Moments, Group, Tensor, Orthogonal, Tensor, Tensor], tuple[Tensor, Moments]]
+
+_FAR = 0.1  # distance from the manifold above which a value is no matter of rounding, and worth a warning
 
 
 def step(
@@ -46,16 +49,41 @@ def step(
         for parameter in group["params"]
         if parameter.grad is not None and (constraint := constraint_of(parameter)) is not None
     ]
-    for group, parameter, _ in marked:
-        check_marked(type(optimizer).__name__, group, parameter)
+    # Whatever may be refused is refused before anything is written.
+    for group in {id(group): group for group, *_ in marked}.values():
+        check_group(type(optimizer).__name__, group)
+    versions: dict[Tensor, int] = optimizer.__dict__.setdefault("_versions", {})
+    _restore([(parameter, c) for _, parameter, c in marked if versions.get(parameter) != parameter._version])
+
     for group in optimizer.param_groups:
         unmarked = [parameter for parameter in group["params"] if constraint_of(parameter) is None]
+        if group.get("second_moment") == "block":
+            _expand_block_moments(optimizer, unmarked)
         step_unmarked(optimizer, {**group, "params": unmarked})
     for group, parameter, constraint in marked:
         # Under autocast every product below would come back in bfloat16.
         with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
             _step_marked(optimizer.state[parameter], group, parameter, constraint, direct)
+        versions[parameter] = parameter._version
     return loss
+
+
+@torch.no_grad()
+def _restore(written: list[tuple[Tensor, Orthogonal]]) -> None:
+    """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold."""
+    found = [(parameter, constraint, *off_manifold(parameter, constraint)) for parameter, constraint in written]
+    for parameter, constraint, off, values in found:
+        if bool(off.any()):
+            blocks = constraint.view(parameter)
+            distance = float(torch.linalg.matrix_norm(blocks[off] - values).max())
+            blocks[off] = values
+            if distance > _FAR:
+                warnings.warn(
+                    f"A marked parameter of shape {tuple(parameter.shape)} was {distance:.2g} away from its manifold, "
+                    "changed outside the optimizer since it was marked or last stepped (load_state_dict?). Its blocks "
+                    "were put back to the nearest orthogonal values.",
+                    stacklevel=7,  # the caller of opt.step(), past its hooks and decorators
+                )
 
 
 def _step_marked(
@@ -76,8 +104,10 @@ def _step_marked(
     options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
     new = constraint.gain * retract(w, v / constraint.gain, group["retraction"], **options)
 
-    # A block with a value that is not finite stays as it was, and one without a step keeps its bits.
-    sound = torch.stack([_finite(x) for x in (new, *moments.values())]).all(0)
+    # A block with a value that is not finite, or cannot be right (no entry of an orthogonal matrix exceeds one), stays
+    # as it was, and one without a step keeps its bits.
+    within = (new.abs() <= 2 * constraint.gain).all(-1, keepdim=True).all(-2, keepdim=True)
+    sound = torch.stack([within, *(_finite(x) for x in moments.values())]).all(0)
     moved = (v != 0).any(-1, keepdim=True).any(-2, keepdim=True)
     point.copy_(torch.where(sound & moved, new, point))
     for key, moment in moments.items():
@@ -146,12 +176,22 @@ def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: 
     shape = blocks[:, :1, :1].shape if scalar else parameter.shape
     if moment is not None and moment.shape == shape:
         return moment
-    if scalar:
-        return blocks.new_zeros(shape) if moment is None else constraint.view(moment).mean((-2, -1), keepdim=True)
-    full = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if moment is not None and scalar and moment.shape == parameter.shape:
+        return constraint.view(moment).mean((-2, -1), keepdim=True)
+    value = torch.zeros_like(blocks[:, :1, :1] if scalar else parameter, memory_format=torch.preserve_format)
     if moment is not None:
-        constraint.view(full).copy_(moment)
-    return full
+        per_block = moment if moment.shape == blocks[:, :1, :1].shape else moment.mean()
+        (value if scalar else constraint.view(value)).copy_(per_block)
+    return value
+
+
+def _expand_block_moments(optimizer: Optimizer, unmarked: list[Tensor]) -> None:
+    """Give a parameter that is not marked any more, after second_moment="block", moments that torch can use."""
+    for parameter in unmarked:
+        for key, moment in optimizer.state.get(parameter, {}).items():
+            if key.endswith("exp_avg_sq") and moment.shape != parameter.shape:
+                blocks = len(moment) if parameter.shape[0] % len(moment) == 0 else 1
+                optimizer.state[parameter][key] = _shaped(moment, False, parameter, Orthogonal(blocks))
 
 
 def step_unmarked_sgd(optimizer: Any, group: Group) -> None:

@@ -141,9 +141,9 @@ def error(x: Tensor) -> Tensor:
 def error_at_rounding(p: int, n: int, dtype: torch.dtype) -> float:
     """Largest :func:`error` that still counts as orthogonal to rounding in ``dtype``.
 
-    Backward stable algorithms end within a few units of roundoff a row (LAPACK accepts 30).
+    Backward stable algorithms leave a few units of roundoff a row, and rows add up as their root.
     """
-    return 8 * torch.finfo(dtype).eps * min(p, n)
+    return 8 * torch.finfo(dtype).eps * min(p, n) ** 0.5
 
 
 def float64(x: Tensor) -> Tensor:
@@ -159,8 +159,9 @@ def check_metric(name: str, metric: str) -> None:
 
 def check_pair(name: str, w: Tensor, v: Tensor) -> None:
     """Raise a ValueError unless ``w`` and ``v`` are matrices of one shape and one floating dtype."""
-    if w.ndim < 2 or w.shape != v.shape or w.dtype != v.dtype or not w.is_floating_point():
+    if w.ndim < 2 or w.shape != v.shape or w.dtype != v.dtype or w.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{name}: needs two real floating-point tensors (..., p, n) of the same shape and dtype, got "
+            f"{name}: needs two real floating-point tensors (..., p, n) of the same shape and dtype, "
+            f"float32 or float64, got "
             f"{tuple(w.shape)} {w.dtype} and {tuple(v.shape)} {v.dtype}."
         )

@@ -156,7 +156,7 @@ class Adam:
             normal = torch.zeros(p, n, dtype=w.dtype)
             for i in range(p):
                 for j in range(n):
-                    f = float(normal_m[i, j]) / (rows[i] ** 0.5 + self.eps)
+                    f = float(normal_m[i, j]) / ((rows[i] * (1 - p / n)) ** 0.5 + self.eps)
                     normal[i, j] = self._entry(float(normal_d[i, j]), f)
             tangent = tangent + normal - normal @ w.T @ w
         return tangent

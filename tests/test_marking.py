@@ -2,6 +2,7 @@ import copy
 import io
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,18 @@ def test_an_orthogonal_value_keeps_its_bits(dtype, start):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("n", [8, 64, 256])
+def test_a_value_that_is_off_by_more_than_rounding_is_projected(n):
+    """Off by 1e-6 sqrt(n), what is promised after every step, is off; a rounded orthogonal matrix is not."""
+    exact = point(n, n).float()
+    weight = nn.Parameter(exact * (1 + 0.6e-6))  # the error is 2 * 0.6e-6 * sqrt(n)
+    before = weight.detach().clone()
+    mark_orthogonal(weight)
+    assert orthogonality_error(weight) < 1e-6 * n**0.5
+    assert not torch.equal(weight, before)
+    assert torch.equal(mark_orthogonal(nn.Parameter(exact.clone())).detach(), exact)
+
+
 def test_only_the_blocks_that_are_off_are_touched():
     weight = parameter(12, 4)
     with torch.no_grad():
@@ -130,6 +143,7 @@ def test_positional_and_dotted_forms():
     net = nn.Sequential(nn.GRU(3, 6))
     assert constraint_of(mark_orthogonal(net, "0.weight_hh_l0")) == Orthogonal(blocks=3)
     assert constraint_of(mark_orthogonal(parameter(12, 4), 3)) == Orthogonal(blocks=3)
+    assert constraint_of(mark_orthogonal(parameter(12, 4), blocks=numpy.int64(3))) == Orthogonal(blocks=3)
     assert constraint_of(mark_orthogonal(nn.Linear(4, 4), name="weight", gain=2.0)) == Orthogonal(gain=2.0)
 
 
@@ -223,9 +237,11 @@ REFUSED = {
     "empty": (lambda: (nn.Parameter(torch.zeros(0, 2)), {}), "empty"),
     "not a leaf": (lambda: (2 * parameter(3, 3), {}), "not a leaf.*remove_parametrizations"),
     "a parametrized weight": (lambda: (parametrized_linear().weight, {}), "not a leaf.*remove_parametrizations"),
+    "a buffer": (lambda: (torch.eye(3), {}), "nn.Parameter.*buffer"),
+    "data": (lambda: (parameter(3, 3).data, {}), "nn.Parameter.*data"),
     "lazy": (lambda: (nn.LazyLinear(3).weight, {}), "lazy.*one batch"),
     "sparse": (lambda: (torch.eye(3).to_sparse().requires_grad_(), {}), r"sparse.*to_dense"),
-    "integer": (lambda: (torch.eye(3, dtype=torch.int64), {}), "int64.*float32"),
+    "integer": (lambda: (nn.Parameter(torch.eye(3, dtype=torch.int64), requires_grad=False), {}), "int64.*float32"),
     "bfloat16": (lambda: (parameter(3, 3, dtype=torch.bfloat16), {}), "bfloat16.*float32"),
     "complex": (lambda: (nn.Parameter(torch.eye(3, dtype=torch.complex64)), {}), "complex64.*float32"),
     "channels last": (
@@ -260,6 +276,10 @@ def test_refuses_with_the_remedy_and_writes_nothing(case):
         (parametrized_linear, "weight", "remove_parametrizations"),
         (lambda: nn.GRU(3, 4), "weight_h", "has no parameter 'weight_h'; it has weight_ih_l0"),
         (lambda: nn.GRU(3, 4), "hidden_size", "has no parameter"),
+        (lambda: nn.GRU(3, 4), "cell.weight", "has no parameter"),
+        (parametrized_linear, "parametrizations.weight.original", "remove_parametrizations"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(3, 3)), "weight", "remove_spectral_norm"),
+        (lambda: nn.BatchNorm1d(3), "running_mean", "has no parameter"),
     ],
 )
 def test_refuses_a_name(make, name, match):
@@ -281,6 +301,15 @@ def test_mark_recurrent_refuses_a_parametrized_weight():
     gru = parametrizations.orthogonal(nn.GRU(3, 4), "weight_hh_l0")
     with pytest.raises(ValueError, match="remove_parametrizations"):
         mark_recurrent(gru)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_mark_recurrent_refuses_an_old_weight_norm():
+    gru = nn.utils.weight_norm(nn.GRU(3, 4), "weight_hh_l0")
+    before = gru.weight_hh_l0_v.detach().clone()
+    with pytest.raises(ValueError, match="remove_weight_norm"):
+        mark_recurrent(gru)
+    assert torch.equal(gru.weight_hh_l0_v, before)
 
 
 # What a mark survives today.

@@ -495,7 +495,143 @@ def test_unmarking_hands_a_parameter_back_to_torch():
     assert torch.equal(weight.detach(), before.sub(weight.grad, alpha=0.1))
 
 
+def test_unmarking_after_block_moments_hands_torch_moments_it_can_use():
+    weight = mark_orthogonal(nn.Parameter(gaussian(12, 4)), blocks=3)
+    opt = make("Adam", [weight], lr=0.1, second_moment="block", amsgrad=True)
+    weight.grad = gaussian(12, 4, seed=2)
+    opt.step()
+    held = opt.state[weight]["exp_avg_sq"].clone()
+    unmark(weight)
+    opt.step()
+    assert opt.state[weight]["exp_avg_sq"].shape == (12, 4)
+    expected = 0.999 * held.expand(3, 4, 4).reshape(12, 4) + 0.001 * weight.grad**2
+    torch.testing.assert_close(opt.state[weight]["exp_avg_sq"], expected)
+    mark_orthogonal(weight, blocks=1)
+    opt.step()
+    assert orthogonality_error(weight) < 1e-13
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [0.3, 3.0, 1e3])
+def test_a_value_loaded_from_outside_is_put_back_with_a_warning(retraction, name, scale):
+    layer, stock = nn.Linear(6, 6), nn.Linear(6, 6)
+    mark_orthogonal(layer, "weight")
+    opt = make(name, layer.parameters(), lr=0.01, retraction=retraction)
+    for k in range(4):
+        if k == 2:
+            with torch.no_grad():
+                stock.weight.copy_(scale * gaussian(6, 6))
+            layer.load_state_dict(stock.state_dict())
+        layer.weight.grad = gaussian(6, 6, dtype=torch.float32, seed=k)
+        if k == 2:
+            with pytest.warns(UserWarning, match=r"away from its manifold.*nearest") as caught:
+                opt.step()
+            assert caught[0].filename == __file__
+        else:
+            opt.step()
+        assert orthogonality_error(layer.weight) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_that_cannot_be_put_back_is_refused_before_anything_is_written(name):
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    opt = make(name, layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    with torch.no_grad():
+        layer.weight.zero_()
+    before = layer.bias.detach().clone()
+    with pytest.raises(ValueError, match=r"rank-deficient.*init\.orthogonal_"):
+        opt.step()
+    assert torch.equal(layer.bias, before)
+
+
+def test_data_written_behind_the_version_counter_never_explodes():
+    for retraction in RETRACTIONS:
+        weight = mark_orthogonal(nn.Parameter(gaussian(6, 6, dtype=torch.float32)))
+        opt = make("Adam", [weight], lr=0.01, retraction=retraction)
+        for k in range(30):
+            weight.grad = gaussian(6, 6, dtype=torch.float32, seed=k)
+            opt.step()
+            if k == 3:
+                weight.data.mul_(3)
+        assert weight.isfinite().all()
+        assert weight.abs().max() < 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_convolutions_with_gradients_of_another_memory_format(name):
+    def run(memory_format):
+        conv = nn.Conv2d(4, 8, 3)
+        with torch.no_grad():
+            conv.weight.copy_(gaussian(8, 4, 3, 3))
+        mark_orthogonal(conv, "weight")
+        opt = make(name, [conv.weight], lr=0.1)
+        conv.weight.grad = gaussian(8, 4, 3, 3, dtype=torch.float32, seed=2).contiguous(memory_format=memory_format)
+        opt.step()
+        return conv.weight.detach()
+
+    assert torch.equal(run(torch.contiguous_format), run(torch.channels_last))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.optim.Adam([torch.zeros(1)]), "defaults")
+    or "decoupled_weight_decay" not in torch.optim.Adam([torch.zeros(1)]).defaults,
+    reason="torch 2.6 has no decoupled_weight_decay in Adam",
+)
+def test_adam_with_decoupled_weight_decay():
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    options = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True}
+    for parameter, opt in ((ours, make("Adam", [ours], **options)), (theirs, make("Adam", [theirs], True, **options))):
+        parameter.grad = torch.ones(3)
+        opt.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_fused_optimizer_gets_what_the_gradient_scaler_sets(name, found_inf):
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    pairs = [(ours, make(name, [ours], lr=0.1, fused=True)), (theirs, make(name, [theirs], True, lr=0.1, fused=True))]
+    for parameter, opt in pairs:
+        parameter.grad = torch.full((3,), 8.0)
+        opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
+        opt.step()
+    assert torch.equal(ours, theirs)
+
+
 # Refusals.
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"retraction": "foo"}, "qr, cayley"), ({"beta": 0.1}, "orthogonalizer"), ({"capturable": True}, "capturable")],
+)
+def test_options_changed_later_are_checked_before_anything_is_written(name, change, match):
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    opt = make(name, layer.parameters(), lr=0.1)
+    opt.param_groups[0].update(change)
+    layer(torch.ones(1, 4)).sum().backward()
+    before = [p.detach().clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match=rf"^{name}: .*{match}"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_memory_format_that_hides_the_blocks_is_refused(name):
+    conv = nn.Conv2d(4, 8, 3)
+    mark_orthogonal(conv, "weight")
+    opt = make(name, conv.parameters(), lr=0.1)
+    conv.to(memory_format=torch.channels_last)
+    conv(torch.ones(1, 4, 5, 5)).sum().backward()
+    before = conv.bias.detach().clone()
+    with pytest.raises(ValueError, match=rf"^{name}: .*contiguous"):
+        opt.step()
+    assert torch.equal(conv.bias, before)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -506,6 +642,7 @@ def test_unmarking_hands_a_parameter_back_to_torch():
         ({"metric": "flat"}, "euclidean, canonical"),
         ({"orthogonal_lr_scale": -1.0}, "orthogonal_lr_scale"),
         ({"orthogonal_lr_scale": float("nan")}, "orthogonal_lr_scale"),
+        ({"orthogonal_lr_scale": float("inf")}, "orthogonal_lr_scale"),
         ({"retraction": "orthogonalizer", "beta": 1.5}, "beta"),
         ({"beta": 0.1}, "orthogonalizer"),
         ({"correction_steps": 2}, "orthogonalizer"),
