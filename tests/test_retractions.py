@@ -157,10 +157,10 @@ def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape):
     moved = retract(w, long, method)
     assert moved.isfinite().all()
     assert stiefel.error(moved) < 1.0 * shape[0] ** 0.5  # inside the basin, where singular values stay in (0, sqrt 2)
-    # Never longer than the bound, and hardly shorter.
+    # Never longer than the bound, and hardly shorter. (The orthogonalizer takes a step of 1 to 3/2 - 2/2 = 1/2.)
     along = (long * moved).sum() / long.norm().clamp_min(1e-9) ** 2 * 1e4
     assert along <= longest + 1e-12
-    assert along >= (0.7 * longest if long.any() else 0)
+    assert along >= (0.45 * longest if long.any() else 0)
 
 
 @pytest.mark.parametrize("method", ["cayley_iterative", "orthogonalizer"])
