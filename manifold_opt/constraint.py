@@ -42,14 +42,17 @@ class Orthogonal:
 
 
 @torch.no_grad()
-def off_manifold(parameter: Tensor, constraint: Orthogonal) -> tuple[Tensor, Tensor]:
-    """Which blocks are not orthogonal to rounding, ``(blocks,)``, and the nearest values of those that are not.
+def off_manifold(parameter: Tensor, constraint: Orthogonal, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Which blocks are not orthogonal, ``(blocks,)``, and the nearest values of those that are not.
+
+    Not orthogonal to rounding, or where ``slack`` allows for more, to an error of ``slack`` a row.
 
     Raises:
         ValueError: one of them is not finite or rank-deficient.
     """
     w = constraint.view(parameter.detach()) / constraint.gain
-    off = ~(error(w) <= error_at_rounding(w.shape[-2], w.shape[-1], w.dtype))  # a NaN is off
+    p, n = w.shape[-2:]
+    off = ~(error(w) <= max(error_at_rounding(p, n, w.dtype), slack * p**0.5))  # a NaN is off
     return off, constraint.gain * nearest_orthogonal(w[off])
 
 

@@ -24,7 +24,7 @@ from . import direction
 from .constraint import Orthogonal, constraint_of, off_manifold
 from .direction import ADAM, Moments
 from .options import Group, check_group
-from .retractions import retract
+from .retractions import RETRACTIONS, retract
 
 Closure = Callable[[], Any]
 Direct = Callable[[Moments, Group, Tensor, Orthogonal, Tensor, Tensor], tuple[Tensor, Moments]]
@@ -53,7 +53,7 @@ def step(
     for group in {id(group): group for group, *_ in marked}.values():
         check_group(type(optimizer).__name__, group)
     versions: dict[Tensor, int] = optimizer.__dict__.setdefault("_versions", {})
-    _restore([(parameter, c) for _, parameter, c in marked if versions.get(parameter) != parameter._version])
+    _restore([(group, parameter, c) for group, parameter, c in marked if versions.get(parameter) != parameter._version])
 
     for group in optimizer.param_groups:
         unmarked = [parameter for parameter in group["params"] if constraint_of(parameter) is None]
@@ -69,9 +69,15 @@ def step(
 
 
 @torch.no_grad()
-def _restore(written: list[tuple[Tensor, Orthogonal]]) -> None:
-    """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold."""
-    found = [(parameter, constraint, *off_manifold(parameter, constraint)) for parameter, constraint in written]
+def _restore(written: list[tuple[Group, Tensor, Orthogonal]]) -> None:
+    """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold.
+
+    An inexact scheme leaves its parameters near the manifold, not on it: what it may have left itself stays.
+    """
+    found = []
+    for group, parameter, constraint in written:
+        slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
+        found.append((parameter, constraint, *off_manifold(parameter, constraint, slack)))
     for parameter, constraint, off, values in found:
         if bool(off.any()):
             blocks = constraint.view(parameter)

@@ -401,12 +401,15 @@ def test_autocast_around_the_step_changes_nothing(name):
     assert torch.equal(run(True), run(False))
 
 
+@pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_state_has_torchs_keys_and_a_run_can_be_resumed(name):
+def test_state_has_torchs_keys_and_a_resumed_run_is_the_same_bit_for_bit(name, retraction):
     def fresh():
         net = Net()
         mark_orthogonal(net.marked, blocks=3)
-        return net, make(name, net.parameters(), lr=0.05, **({"momentum": 0.9} if name == "SGD" else {}))
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        options |= {"beta": 0.05} if retraction == "orthogonalizer" else {}
+        return net, make(name, net.parameters(), lr=0.05, retraction=retraction, **options)
 
     net, opt = fresh()
     for step in range(3):
@@ -415,13 +418,13 @@ def test_state_has_torchs_keys_and_a_run_can_be_resumed(name):
     keys = {"momentum_buffer"} if name == "SGD" else {"step", "exp_avg", "exp_avg_sq"}
     assert opt.state[net.marked].keys() == keys
     other, resumed = fresh()
-    other.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(net.state_dict()))
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     for step in range(3, 6):
         for model, optimizer in ((net, opt), (other, resumed)):
             model.set_gradients(step)
             optimizer.step()
-    assert torch.equal(net.marked, other.marked)
+        assert torch.equal(net.marked, other.marked)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -513,7 +516,7 @@ def test_unmarking_after_block_moments_hands_torch_moments_it_can_use():
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", [0.3, 3.0, 1e3])
+@pytest.mark.parametrize("scale", [3.0, 1e3])
 def test_a_value_loaded_from_outside_is_put_back_with_a_warning(retraction, name, scale):
     layer, stock = nn.Linear(6, 6), nn.Linear(6, 6)
     mark_orthogonal(layer, "weight")
@@ -521,7 +524,7 @@ def test_a_value_loaded_from_outside_is_put_back_with_a_warning(retraction, name
     for k in range(4):
         if k == 2:
             with torch.no_grad():
-                stock.weight.copy_(scale * gaussian(6, 6))
+                stock.weight.copy_(scale * torch.eye(6) + gaussian(6, 6))
             layer.load_state_dict(stock.state_dict())
         layer.weight.grad = gaussian(6, 6, dtype=torch.float32, seed=k)
         if k == 2:
