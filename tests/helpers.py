@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -42,10 +46,10 @@ def rounding(w: Tensor) -> float:
     return 4 * torch.finfo(w.dtype).eps * max(w.shape[-2:]) ** 0.5
 
 
-def lapack_ratio(w: Tensor) -> float:
-    """LAPACK's measure of orthogonality, ||I - W W^T||_1 / (n u), the largest of a batch; its tests accept 30."""
-    wide = w.detach().double()
-    wide = wide.mT if stiefel.is_tall(wide) else wide
-    defect = torch.eye(wide.shape[-2], dtype=torch.float64) - wide @ wide.mT
-    unit = torch.finfo(w.dtype).eps / 2
-    return float(torch.linalg.matrix_norm(defect, 1).max()) / (wide.shape[-1] * unit)
+def benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/, as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
