@@ -11,18 +11,22 @@ from .helpers import gaussian, point
 OPTIMIZERS = {
     "sgd": lambda p, **o: SGD(p, lr=0.05, momentum=0.9, **o),
     "nesterov": lambda p, **o: SGD(p, lr=0.05, momentum=0.9, nesterov=True, **o),
-    "adam": lambda p, **o: Adam(p, lr=0.02, **o),
+    "adam": lambda p, **o: Adam(p, lr=0.01, **o),
     "adam block": lambda p, **o: Adam(p, lr=0.01, second_moment="block", **o),
 }
 
 
-def minimize(weight, loss, opt, steps):
-    for _ in range(steps):
+def relative_gap(weight, loss, best, opt, steps=3000):
+    """Distance from the optimum after minimizing, relative; ends early where it is reached."""
+    for step in range(steps):
         opt.zero_grad()
-        loss(weight).backward()
+        value = loss(weight)
+        if step % 50 == 0 and abs(float(value.detach()) - best) < 1e-9 * abs(best):
+            break
+        value.backward()
         opt.step()
     assert orthogonality_error(weight) < 1e-12
-    return float(loss(weight).detach())
+    return abs(float(loss(weight).detach()) - best) / abs(best)
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)
@@ -36,7 +40,7 @@ def test_procrustes(retraction, optimizer, shape):
         weight.data[0] *= -1  # the optimum lies in one component of O(n), and no step leaves its own
     opt = OPTIMIZERS[optimizer]([mark_orthogonal(weight)], retraction=retraction)
     best = -float(torch.linalg.svdvals(m).sum())
-    assert abs(minimize(weight, lambda w: -(m * w).sum(), opt, 1500) - best) <= 1e-8 * abs(best)
+    assert relative_gap(weight, lambda w: -(m * w).sum(), best, opt) <= 1e-8
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)
@@ -49,7 +53,7 @@ def test_pca(retraction, optimizer):
     weight = mark_orthogonal(nn.Parameter(point(3, 12, seed=5)))
     opt = OPTIMIZERS[optimizer]([weight], retraction=retraction)
     best = -float(eigenvalues[-3:].sum())
-    assert abs(minimize(weight, lambda w: -((w @ c) * w).sum(), opt, 1500) - best) <= 1e-8 * abs(best)
+    assert relative_gap(weight, lambda w: -((w @ c) * w).sum(), best, opt) <= 1e-8
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -59,4 +63,4 @@ def test_both_metrics_have_the_same_optimum(optimizer, metric):
     weight = mark_orthogonal(nn.Parameter(point(4, 10, seed=3)))
     opt = OPTIMIZERS[optimizer]([weight], metric=metric)
     best = -float(torch.linalg.svdvals(m).sum())
-    assert abs(minimize(weight, lambda w: -(m * w).sum(), opt, 1500) - best) <= 1e-8 * abs(best)
+    assert relative_gap(weight, lambda w: -(m * w).sum(), best, opt) <= 1e-8
