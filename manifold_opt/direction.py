@@ -7,12 +7,15 @@ keys, hyperparameters and their meaning are torch.optim's own.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .stiefel import Metric, coordinates, from_coordinates, transport
 
 Moments = dict[str, Tensor]
+SecondMoment = Literal["element", "block"]
 
 _LARGEST_FACTOR = 100.0  # by which an entry of the element-wise direction may exceed the plain one
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
+from .direction import SecondMoment
 from .options import add_param_group, fill_options, with_options
 from .step import Closure, direct_adam, direct_sgd, step, step_unmarked_adam, step_unmarked_sgd
 from .stiefel import Metric
@@ -159,7 +160,7 @@ class Adam(torch.optim.Adam):
         retraction: str = "polar",
         metric: Metric = "euclidean",
         orthogonal_lr_scale: float = 1.0,
-        second_moment: str = "element",
+        second_moment: SecondMoment = "element",
         beta: float = 0.5,
         correction_steps: int = 1,
     ) -> None:
@@ -244,7 +245,7 @@ class AdamW(torch.optim.AdamW):
         retraction: str = "polar",
         metric: Metric = "euclidean",
         orthogonal_lr_scale: float = 1.0,
-        second_moment: str = "element",
+        second_moment: SecondMoment = "element",
         beta: float = 0.5,
         correction_steps: int = 1,
     ) -> None:

@@ -229,8 +229,8 @@ def retract(
 
     Args:
         w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns, float32 or float64.
-        v: tangents at ``w``, same shape and dtype. Of any size for the exact schemes; beyond a spectral norm of
-            1e5, where every one of them has saturated, only the direction counts.
+        v: tangents at ``w``, same shape and dtype. Of any size for the exact schemes; one beyond a spectral
+            norm of 1e5, where W is lost in the rounding of W + V, is shortened to it.
         method: a name in :data:`RETRACTIONS`.
         metric: whose geodesic ``"exp"`` follows.
         beta: rate of ``"orthogonalizer"``, in (0, 1).

@@ -21,7 +21,7 @@ ALLOWED = {
     "init": {"blocks", "constraint", "stiefel"},
     "options": {"constraint", "direction", "retractions"},
     "step": {"constraint", "direction", "options", "retractions"},
-    "optim": {"options", "step", "stiefel"},
+    "optim": {"direction", "options", "step", "stiefel"},
 }
 
 
