@@ -331,26 +331,28 @@ def test_a_mark_survives_moving_saving_and_loading():
 # The forum case.
 
 
-def test_the_forum_case():
-    """torch's parametrization makes the stack orthonormal and leaves its gates anything but; marking serves the gates.
-
-    Started from the identity in the upper gate and zeros below, which is orthonormal as a 3H x H stack, W_hz and W_hn
-    are zero matrices under the parametrization.
-    """
+@pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
+def test_the_forum_case(orthogonal_map):
+    """Started from eye_, torch's parametrization has an orthonormal stack with W_hz and W_hn zero; marking, three gates."""
     hidden = 8
-    stacked = parametrizations.orthogonal(nn.GRU(4, hidden), "weight_hh_l0")
-    with torch.no_grad():
-        stacked.weight_hh_l0 = torch.eye(3 * hidden, hidden)
+    stacked = nn.GRU(4, hidden)
+    nn.init.eye_(stacked.weight_hh_l0)
+    parametrizations.orthogonal(stacked, "weight_hh_l0", orthogonal_map=orthogonal_map)
     gates = stacked.weight_hh_l0.detach().unflatten(0, (3, hidden))
     assert orthogonality_error(stacked.weight_hh_l0.detach()) < 1e-5
     assert gates[1:].abs().max() < 1e-6  # W_hz and W_hn
+    assert orthogonality_error(gates) == pytest.approx(hidden**0.5)
 
     gru = nn.GRU(4, hidden)
+    nn.init.eye_(gru.weight_hh_l0)
+    with pytest.raises(ValueError, match=r"rank-deficient.*init\.orthogonal_"):
+        mark_orthogonal(gru, "weight_hh_l0")
+    init.orthogonal_(gru.weight_hh_l0, blocks=3)
     mark_orthogonal(gru, "weight_hh_l0")
     opt = Adam(gru.parameters(), lr=1e-2)
     for _ in range(20):
         opt.zero_grad()
         gru(torch.ones(6, 2, 4))[0].square().mean().backward()
         opt.step()
-    gates = gru.weight_hh_l0.detach().unflatten(0, (3, hidden))
-    assert float(error(gates).max()) < 1e-6 * hidden**0.5
+        gates = gru.weight_hh_l0.detach().unflatten(0, (3, hidden))
+        assert float(error(gates).max()) < 1e-6 * hidden**0.5
