@@ -333,7 +333,7 @@ def test_a_mark_survives_moving_saving_and_loading():
 
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
 def test_the_forum_case(orthogonal_map):
-    """Started from eye_, torch's parametrization has an orthonormal stack with W_hz and W_hn zero; marking, three gates."""
+    """Started from eye_, torch's parametrization has an orthonormal stack, W_hz and W_hn zero; marking, three gates."""
     hidden = 8
     stacked = nn.GRU(4, hidden)
     nn.init.eye_(stacked.weight_hh_l0)
