@@ -71,7 +71,8 @@ def _check_marked(name: str, group: Group, parameter: Tensor) -> None:
         )
     constraint = constraint_of(parameter)
     try:
-        constraint and constraint.view(parameter.detach())
+        if constraint is not None:
+            constraint.view(parameter.detach())
     except RuntimeError:
         raise ValueError(
             f"{name}: the blocks of a marked parameter of shape {shape} and strides {parameter.stride()} cannot be "
