@@ -1,135 +1,257 @@
-r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold, as pure functions.
+r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 
-Points ``w`` are wide batches ``(B, p, n)``; gradients and moments have their shape. Every function returns
-a tangent direction at ``w`` (the step is ``-lr`` times it) and the new state, and writes nothing. State
-keys, hyperparameters and their meaning are torch.optim's own.
+Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns a tangent
+direction at ``w`` (the step is ``-lr`` times it) and writes to nothing else but ``room``. Hyperparameters and the
+keys of the state are torch.optim's own.
+
+On square blocks the moments are those of the gradient in the *frame* of W,
+
+.. math:: A = G W^\top, \qquad \text{the gradient of } Z \mapsto f((I + Z) W) \text{ at } Z = 0,
+
+and the direction is :math:`\Omega W` with :math:`\Omega` skew. The frame moves with W, so nothing has to be
+transported: 2 T in all, T one p x n by n x p product. On rectangular blocks, where a frame would need the other
+n - p rows, moments are held as the gradient comes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .stiefel import Metric, coordinates, from_coordinates, transport
+from .products import matmul, matmul_add, transpose
+from .room import Room
+from .stiefel import Metric
 
 Moments = dict[str, Tensor]
 SecondMoment = Literal["element", "block"]
+Number = float | Tensor
 
-_LARGEST_FACTOR = 100.0  # by which an entry of the element-wise direction may exceed the plain one
+_FLOOR = 0.01  # of its row's mean square, what an entry's counts for at least
+
+
+@dataclass(frozen=True)
+class Decay:
+    """What Adam's averages are weighted with: betas, and what its bias corrections divide by.
+
+    Attributes:
+        beta1, beta2: decay of the two moments.
+        correction1, correction2: :math:`1 - \\beta^t`, a number, or ``(B, 1, 1)`` where step counts differ.
+    """
+
+    beta1: Number
+    beta2: Number
+    correction1: Number
+    correction2: Number
 
 
 def sgd(
     w: Tensor,
     g: Tensor,
     state: Moments,
+    room: Room,
     *,
     metric: Metric,
     momentum: float,
     dampening: float,
     nesterov: bool,
-) -> tuple[Tensor, Moments]:
-    r"""Riemannian gradient, with momentum if asked.
+    sound: Tensor | None = None,
+) -> Tensor:
+    r"""Riemannian gradient, with momentum if asked: 2 T, 4 T with Nesterov on rectangular blocks.
 
-    The buffer is a tangent. It is transported by projection, which is linear, so that the transport of the
-    old buffer and the projection of the new gradient are one:
+    Square, with the buffer in the frame:
+    :math:`B \leftarrow \mu B + (1-\tau) A`, :math:`\Omega = \operatorname{skew} B`, or of :math:`A + \mu B` for
+    Nesterov. Rectangular, with a tangent buffer, whose transport and the projection of the gradient are one:
+    :math:`B \leftarrow P_W(\mu B + (1-\tau) G)`, and the direction B, or :math:`P_W(G) + \mu B`.
 
-    .. math:: b \leftarrow P_W(\mu b + (1-\tau) G), \qquad
-              d = b \;\text{ or, for Nesterov, }\; P_W(G) + \mu b.
+    Args:
+        w, g, state, room: points, gradients, moments, workspaces.
+        metric, momentum, dampening, nesterov: options.
+        sound: ``(B, 1, 1)``, the blocks whose buffer may be written to; all unless given.
     """
-    if momentum == 0:
-        return in_metric(w, transport(w, g), metric), {}
-    old = state.get("momentum_buffer")
-    buffer = transport(w, g if old is None else momentum * old + (1 - dampening) * g)
-    direction = transport(w, g) + momentum * buffer if nesterov else buffer
-    return in_metric(w, direction, metric), {"momentum_buffer": buffer}
+    square = w.shape[-2] == w.shape[-1]
+    new = _along(w, g, room) if square else g
+    buffer = state.get("momentum_buffer") if momentum else None
+    if square:
+        if buffer is not None:
+            _accumulate(buffer, new, momentum, 1 - dampening, sound)
+            new = new.add_(buffer, alpha=momentum) if nesterov else new.copy_(buffer)
+        return _rotate(w, _skew_(new, room), metric, room)
+    if buffer is None:
+        return _in_metric(w, _project(w, g, room, "second"), metric, room)
+    both = torch.mul(g, 1 - dampening, out=room("third", w.shape, like=w)).add_(buffer, alpha=momentum)
+    moved = _project(w, both, room, "second")
+    buffer.copy_(moved) if sound is None else _keep(buffer, moved, sound)
+    if nesterov:
+        moved = _project(w, g, room, "second").add_(buffer, alpha=momentum)
+    return _in_metric(w, moved, metric, room)
 
 
 def adam_element(
     w: Tensor,
     g: Tensor,
     state: Moments,
+    room: Room,
     *,
     metric: Metric,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
+    decay: Decay,
     eps: float,
-    step: float,
-) -> tuple[Tensor, Moments]:
-    r"""Adam with torch's element-wise moments of the Euclidean gradient, made a tangent that descends.
+    sound: Tensor | None = None,
+) -> Tensor:
+    r"""Adam with a second moment for every entry: 2 T square, 4 T rectangular.
 
-    The moments m and v are torch's, so entries of different scale are evened out where the gradient has
-    them: :math:`d = \hat m/(\sqrt{\hat v} + \epsilon)`. To project d is not enough. At a constrained
-    optimum m is normal to the manifold, not zero, and the division turns it back into the tangent space
-    (minimizing -<M, W> would end at the polar factor of sign(M), not of M). What vanishes there is the
-    projection of m itself. So in tangent coordinates :math:`(\Omega, N)`, with :math:`f` the coordinates
-    of m over their root mean square and :math:`a` those of d, the step is
+    Square: torch's moments M and V of A in the frame, and what they say of :math:`\Omega_{ij} = -\Omega_{ji}`, whose
+    derivative is :math:`A_{ij} - A_{ji}`:
 
-    .. math:: f \cdot \operatorname{clip}(a / f,\, 1,\, 100):
+    .. math:: \Omega_{ij} = \operatorname{clip}\left(
+        \frac{\hat M_{ij} - \hat M_{ji}}{\min(\sqrt{\hat V_{ij}}, \sqrt{\hat V_{ji}}) + \epsilon}, -1, 1\right)
 
-    a where it descends and is the larger, f elsewhere; always a positive multiple of f, entry by entry (of
-    which the normal part is then projected once more). The mean squares are those of independent entries of
-    G, with r the row means of v: :math:`(r_i + r_j)/4` for :math:`\Omega_{ij}` and, on average over its row,
-    :math:`r_i (1 - p/n)` for :math:`N_{ij}`.
+    The smaller scale, because of two entries of unlike scale the larger would drown what the smaller has to say.
+    Every entry is a positive multiple of the derivative's, so the direction descends, and vanishes at a constrained
+    optimum, where A is symmetric. (Torch's own direction, projected, does not: G is normal there, not zero, and an
+    element-wise division turns it back into the tangent space.)
+
+    Rectangular: torch's moments of G, with r the row means of V, the mean square of an entry of :math:`G W^\top`;
+    :math:`\Omega` as above from :math:`M W^\top` and r, and the normal part entry by entry,
+
+    .. math:: N = \operatorname{clip}\left(
+        \frac{\hat M - \hat M W^\top W}{\sqrt{\max(\hat V, r/100)} + \epsilon}, -1, 1\right), \qquad
+        D = N - N W^\top W + \Omega W.
+
+    (Entries of M that happen to be small at the optimum would else step without end.)
     """
-    exp_avg = torch.lerp(state["exp_avg"], g, 1 - beta1)
-    new, second = _second_moment(state, g * g, beta2)
-    m, v = exp_avg / (1 - beta1**step), second / (1 - beta2**step)
-    d = m / (v.sqrt() + eps)
+    square = w.shape[-2] == w.shape[-1]
+    new = _along(w, g, room) if square else g
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    _average(m, new, decay.beta1, sound)
+    _average_square(v, new, decay.beta2, sound)
+    if "max_exp_avg_sq" in state:
+        v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
+    # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) sqrt(c2) / c1
+    root = decay.correction2**0.5
+    eps, scale = eps * root, root / decay.correction1
+    if square:
+        other = transpose(v, out=room("second", w.shape, like=w))
+        size = torch.minimum(v, other, out=other).sqrt_().add_(eps)
+        omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).mul_(scale).clamp_(-1, 1)
+        return _rotate(w, omega, metric, room)
 
+    along = matmul(m, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
+    normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), alpha=-1)
     rows = v.mean(-1, keepdim=True)
-    mean_squares = ((rows + rows.mT) / 4, rows * (1 - w.shape[-2] / w.shape[-1]))
-    tangent = []
-    for t, a, square in zip(coordinates(w, m), coordinates(w, d), mean_squares, strict=False):
-        f = t / (square.sqrt() + eps)
-        tangent.append(f * (a / torch.where(f == 0, 1, f)).clamp(1, _LARGEST_FACTOR))
-    return in_metric(w, from_coordinates(w, *tangent), metric), {"exp_avg": exp_avg, **new}
+    size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(eps)
+    normal.div_(size).mul_(scale).clamp_(-1, 1)
+    omega = (along - along.mT).div_(torch.minimum(rows, rows.mT).sqrt_().add_(eps)).mul_(scale).clamp_(-1, 1)
+    omega -= matmul(normal, w.mT, out=along)
+    return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room)
 
 
 def adam_block(
     w: Tensor,
     g: Tensor,
     state: Moments,
+    room: Room,
     *,
     metric: Metric,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
+    decay: Decay,
     eps: float,
-    step: float,
-) -> tuple[Tensor, Moments]:
-    r"""Adam with one second moment a block, the mean square of its Riemannian gradient.
+    sound: Tensor | None = None,
+) -> Tensor:
+    r"""Adam with one second moment a block, the mean square of its Riemannian gradient: 2 T square, 4 T rectangular.
 
-    Equivariant: rotating the problem rotates the steps. The first moment is a tangent, transported by
-    projection; ``exp_avg_sq`` is ``(B, 1, 1)``. A mean, not a sum, so that the step has the length of
-    torch.optim.Adam's at the same learning rate.
+    Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)``. A mean, not a sum, so that
+    the step has the length of torch.optim.Adam's at the same learning rate. On rectangular blocks the first moment
+    is a tangent, transported by projection.
 
     Reference: Becigneul & Ganea (ICLR 2019), with one block as one manifold.
     """
-    xi = transport(w, g)
-    exp_avg = torch.lerp(transport(w, state["exp_avg"]), xi, 1 - beta1)
-    new, second = _second_moment(state, (xi * xi).mean((-2, -1), keepdim=True), beta2)
-    d = exp_avg / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
-    return in_metric(w, d, metric), {"exp_avg": exp_avg, **new}
+    square = w.shape[-2] == w.shape[-1]
+    if square:
+        new = _skew_(_along(w, g, room), room)
+    else:
+        new = _project(w, g, room, "second")
+        transported = _project(w, state["exp_avg"], room, "third")
+        state["exp_avg"].copy_(transported) if sound is None else _keep(state["exp_avg"], transported, sound)
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    _average(m, new, decay.beta1, sound)
+    # |Omega W| = |Omega|: an orthogonal factor keeps every mean square
+    _average(v, new.square().mean((-2, -1), keepdim=True), decay.beta2, sound)
+    if "max_exp_avg_sq" in state:
+        v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
+    d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
+    return _rotate(w, d, metric, room) if square else _in_metric(w, d, metric, room)
 
 
 ADAM = {"element": adam_element, "block": adam_block}
 
 
-def in_metric(w: Tensor, v: Tensor, metric: Metric) -> Tensor:
-    r"""Turn a gradient in the Euclidean metric into the one in ``metric``, both tangents at ``w``.
+def to_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
+    r"""A moment of G at ``w``, square, as the one of :math:`A = G W^\top`: exact for a mean, and for a mean square
+    as if the entries of G were independent."""
+    return moment @ (w * w if key.endswith("_sq") else w).mT
+
+
+def from_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
+    """The inverse of :func:`to_frame`, for a mean square as if the entries of A were independent."""
+    return moment @ (w * w if key.endswith("_sq") else w)
+
+
+def _along(w: Tensor, g: Tensor, room: Room) -> Tensor:
+    """A = G W^T, ``(B, p, p)``."""
+    return matmul(g, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
+
+
+def _skew_(a: Tensor, room: Room) -> Tensor:
+    """(A - A^T)/2 in place."""
+    other = transpose(a, out=room("second", a.shape, like=a))
+    return a.sub_(other).mul_(0.5)
+
+
+def _rotate(w: Tensor, omega: Tensor, metric: Metric, room: Room) -> Tensor:
+    """Omega W, and twice that for the canonical metric."""
+    omega = omega.mul_(2) if metric == "canonical" else omega
+    return matmul(omega, w, out=room("second", w.shape, like=w))
+
+
+def _project(w: Tensor, g: Tensor, room: Room, role: str) -> Tensor:
+    """G - sym(G W^T) W on rectangular blocks: 2 T."""
+    along = _along(w, g, room)
+    symmetric = (along + along.mT).mul_(0.5)
+    return matmul_add(g, symmetric, w, out=room(role, w.shape, like=w), alpha=-1)
+
+
+def _in_metric(w: Tensor, d: Tensor, metric: Metric, room: Room) -> Tensor:
+    r"""The gradient in ``metric`` of a rectangular tangent in the Euclidean one, 2 T more for the canonical.
 
     .. math:: \Omega W + N \mapsto 2 \Omega W + N \quad \text{for the canonical metric.}
     """
-    if metric == "euclidean":
-        return v
-    return 2 * v if w.shape[-2] == w.shape[-1] else v + (v @ w.mT) @ w
+    return d if metric == "euclidean" else matmul_add(d, _along(w, d, room), w, out=d)
 
 
-def _second_moment(state: Moments, square: Tensor, beta2: float | Tensor) -> tuple[Moments, Tensor]:
-    """The new state of the second moment, and what of it the step divides by (its maximum in AMSGrad)."""
-    exp_avg_sq = torch.lerp(state["exp_avg_sq"], square, 1 - beta2)
-    if "max_exp_avg_sq" not in state:
-        return {"exp_avg_sq": exp_avg_sq}, exp_avg_sq
-    largest = torch.maximum(state["max_exp_avg_sq"], exp_avg_sq)
-    return {"exp_avg_sq": exp_avg_sq, "max_exp_avg_sq": largest}, largest
+def _average(moment: Tensor, new: Tensor, beta: Number, sound: Tensor | None) -> None:
+    """Exponential average; blocks that are not sound keep what they have, the others the bits they would get."""
+    held = moment if sound is None else moment.clone()
+    held.lerp_(new, 1 - beta)
+    _keep(moment, held, sound)
+
+
+def _average_square(moment: Tensor, new: Tensor, beta: Number, sound: Tensor | None) -> None:
+    if isinstance(beta, Tensor):
+        _average(moment, new * new, beta, sound)
+        return
+    held = moment if sound is None else moment.clone()
+    held.mul_(beta).addcmul_(new, new, value=1 - beta)
+    _keep(moment, held, sound)
+
+
+def _accumulate(buffer: Tensor, new: Tensor, momentum: float, share: float, sound: Tensor | None) -> None:
+    held = buffer if sound is None else buffer.clone()
+    held.mul_(momentum).add_(new, alpha=share)
+    _keep(buffer, held, sound)
+
+
+def _keep(moment: Tensor, held: Tensor, sound: Tensor | None) -> None:
+    if sound is not None:
+        moment.copy_(torch.where(sound, held, moment))

@@ -13,7 +13,19 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from .direction import SecondMoment
 from .options import add_param_group, fill_options, with_options
-from .step import Closure, direct_adam, direct_sgd, step, step_unmarked_adam, step_unmarked_sgd
+from .plan import forget_plans, prepare
+from .step import (
+    Closure,
+    adam_moments,
+    lists_of_adam,
+    lists_of_sgd,
+    rule_of_adam,
+    rule_of_sgd,
+    sgd_moments,
+    step,
+    step_unmarked_adam,
+    step_unmarked_sgd,
+)
 from .stiefel import Metric
 
 
@@ -75,6 +87,7 @@ class SGD(torch.optim.SGD):
             "orthogonal_lr_scale": orthogonal_lr_scale,
             "beta": beta,
             "correction_steps": correction_steps,
+            "constraints": (),
         }
         super().__init__(
             with_options(params, options),
@@ -89,12 +102,17 @@ class SGD(torch.optim.SGD):
             fused=fused,
         )
         self.defaults.update(options)
+        forget_plans(self)
 
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
+        forget_plans(self)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        return super()._init_group(prepare(self, group, *sgd_moments(group)), *lists)  # type: ignore[no-untyped-call]
 
     @_use_grad_for_differentiable
     def step(self, closure: Closure | None = None) -> Any:
@@ -103,7 +121,7 @@ class SGD(torch.optim.SGD):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
-        return step(self, closure, step_unmarked_sgd, direct_sgd)
+        return step(self, closure, lists_of_sgd, step_unmarked_sgd, rule_of_sgd)
 
 
 class Adam(torch.optim.Adam):
@@ -171,6 +189,7 @@ class Adam(torch.optim.Adam):
             "second_moment": second_moment,
             "beta": beta,
             "correction_steps": correction_steps,
+            "constraints": (),
         }
         # torch 2.6 does not have it yet.
         newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
@@ -189,12 +208,17 @@ class Adam(torch.optim.Adam):
             **newer,
         )
         self.defaults.update(options)
+        forget_plans(self)
 
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
+        forget_plans(self)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        return super()._init_group(prepare(self, group, *adam_moments(group)), *lists)  # type: ignore[no-untyped-call]
 
     @_use_grad_for_differentiable
     def step(self, closure: Closure | None = None) -> Any:
@@ -203,7 +227,7 @@ class Adam(torch.optim.Adam):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
-        return step(self, closure, step_unmarked_adam, direct_adam)
+        return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)
 
 
 class AdamW(torch.optim.AdamW):
@@ -256,6 +280,7 @@ class AdamW(torch.optim.AdamW):
             "second_moment": second_moment,
             "beta": beta,
             "correction_steps": correction_steps,
+            "constraints": (),
         }
         super().__init__(
             with_options(params, options),
@@ -271,12 +296,17 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.defaults.update(options)
+        forget_plans(self)
 
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
+        forget_plans(self)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        return super()._init_group(prepare(self, group, *adam_moments(group)), *lists)  # type: ignore[no-untyped-call]
 
     @_use_grad_for_differentiable
     def step(self, closure: Closure | None = None) -> Any:
@@ -285,4 +315,4 @@ class AdamW(torch.optim.AdamW):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
-        return step(self, closure, step_unmarked_adam, direct_adam)
+        return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)

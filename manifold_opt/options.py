@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .constraint import DTYPES, constraint_of
+from .constraint import DTYPES, Orthogonal, constraint_of
 from .direction import ADAM
 from .retractions import check_retraction
 
@@ -39,7 +39,21 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
 
 
 def check_group(name: str, group: Group) -> None:
-    """Raise a ValueError that names the remedy, unless the options are in range and can be honoured."""
+    """Raise a ValueError that names the remedy, unless the options are in range and its members can honour them."""
+    members = group["params"]
+    parameters = [member[1] if isinstance(member, tuple) else member for member in _listed(members)]
+    marked = [(p, c) for p in parameters if isinstance(p, Tensor) and (c := constraint_of(p)) is not None]
+    check_options(name, group, marked=bool(marked))
+    for parameter, constraint in marked:
+        check_marked(name, parameter, constraint)
+
+
+def _listed(members: Any) -> Any:
+    return [members] if isinstance(members, Tensor) else members
+
+
+def check_options(name: str, group: Group, *, marked: bool = True) -> None:
+    """Raise a ValueError that names the remedy, unless the options are in range and fit marked parameters."""
     options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
     check_retraction(name, group["retraction"], **options)
     if not 0 <= group["orthogonal_lr_scale"] < math.inf:
@@ -48,38 +62,37 @@ def check_group(name: str, group: Group) -> None:
         )
     if group.get("second_moment", "element") not in ADAM:
         raise ValueError(f"{name}: second_moment must be one of {', '.join(ADAM)}, got {group['second_moment']!r}.")
-    members = group["params"]
-    for member in [members] if isinstance(members, Tensor) else members:
-        parameter = member[1] if isinstance(member, tuple) else member
-        if isinstance(parameter, Tensor) and constraint_of(parameter) is not None:
-            _check_marked(name, group, parameter)
-
-
-def _check_marked(name: str, group: Group, parameter: Tensor) -> None:
-    """Raise unless the group's options, the dtype and the gradient let a marked parameter step."""
-    shape = tuple(parameter.shape)
-    for option in ("differentiable", "capturable", "fused"):
-        if group.get(option):
+    for option in ("differentiable", "fused"):
+        if marked and group.get(option):
             raise ValueError(
-                f"{name}: {option}=True cannot be honoured for a marked parameter, here one of shape {shape}. "
+                f"{name}: {option}=True cannot be honoured for a marked parameter. "
                 f"Give the marked parameters a group of their own with {option}=False."
             )
+
+
+def check_marked(name: str, parameter: Tensor, constraint: Orthogonal) -> None:
+    """Raise a ValueError unless the dtype and the memory format let a marked parameter step."""
+    shape = tuple(parameter.shape)
     if parameter.dtype not in DTYPES:
         raise ValueError(
             f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32 and float64 "
             "can be kept orthogonal. Keep it in float32 and compute under torch.autocast."
         )
-    constraint = constraint_of(parameter)
     try:
-        if constraint is not None:
-            constraint.view(parameter.detach())
+        constraint.view(parameter.detach())
     except RuntimeError:
         raise ValueError(
             f"{name}: the blocks of a marked parameter of shape {shape} and strides {parameter.stride()} cannot be "
             "seen as matrices any more; keep it contiguous (memory_format=torch.contiguous_format)."
         ) from None
-    if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-        raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+
+
+def check_gradients(name: str, parameters: list[Tensor]) -> None:
+    """Raise a RuntimeError unless all gradients of marked parameters are dense."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            shape = tuple(parameter.shape)
+            raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
 
 
 def fill_options(optimizer: Optimizer) -> None:

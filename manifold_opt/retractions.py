@@ -17,26 +17,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .orthogonalizer import orthogonalizer, polar_factor, spectral_bound
+from .orthogonalizer import orthogonalizer, polar_factor, polar_factor_, spectral_bound
+from .products import may_read
+from .room import Room
 from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew, transport
 
 Scheme = Callable[..., Tensor]
 
-_LONG = 32.0  # Frobenius norm of a step beyond which rounding in W and V is felt in I + V V^T
+LONG = 32.0  # Frobenius norm of a step beyond which rounding in W and V is felt in I + V V^T
 
 
 def _with_care_where_long(scheme: Scheme) -> Scheme:
-    """Redo the blocks with a step beyond ``_LONG`` in float64, from a point and a tangent that are so in float64.
+    """Redo the blocks with a step beyond ``LONG`` in float64, from a point and a tangent that are so in float64.
 
     Rounding in the input is magnified by the length of the step: what makes W W^T differ from I, and V from a
-    tangent, has to go first, and what is left in the result is taken back by the polar factor.
+    tangent, has to go first, and what is left in the result is taken back by the polar factor. Where the host may
+    not look, a step that long is shortened instead.
     """
 
     @functools.wraps(scheme)
     def careful(w: Tensor, v: Tensor, **options: object) -> Tensor:
+        length = torch.linalg.matrix_norm(v, keepdim=True)
+        if not may_read(w):
+            return scheme(w, v * (LONG / length).clamp_max(1), **options)
         result = scheme(w, v, **options)
-        long = torch.linalg.matrix_norm(v) > _LONG
-        if not bool(long.any()) or w.device.type == "mps":
+        long = length[..., 0, 0] > LONG
+        if not bool(long.any()):
             return result
         point = orthogonalizer(w[long].double())
         tangent = transport(point, transport(point, v[long].double()))
@@ -72,11 +78,17 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
     .. math:: R_W(V) = \big((W+V)(W+V)^\top\big)^{-1/2}(W+V)
 
     As :math:`(W+V)(W+V)^\top = I + V V^\top`, every singular value is at least one, which is what
-    :func:`~manifold_opt.orthogonalizer.polar_factor` needs to do without a factorization.
+    :func:`~manifold_opt.orthogonalizer.polar_factor_` needs to do without a factorization.
 
     Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
     """
-    return polar_factor(w + v)
+    start, end = w.reshape(-1, *w.shape[-2:]), v.reshape(-1, *v.shape[-2:]).clone()
+    return polar_(start, end, out=torch.empty_like(end), room=Room()).view(w.shape)
+
+
+def polar_(w: Tensor, v: Tensor, *, out: Tensor, room: Room) -> Tensor:
+    """:func:`polar` of ``(B, p, n)`` written to ``out``, which may be ``w``; ``v`` is overwritten. For short steps."""
+    return polar_factor_(v.add_(w), out=out, room=room, start=w)
 
 
 @_with_care_where_long
@@ -275,8 +287,8 @@ def longest_step(method: str, beta: float = 0.5) -> float:
 
 def _shorten(v: Tensor, longest: float) -> Tensor:
     """Scale the blocks of ``v`` whose spectral norm exceeds ``longest`` back to it, within a few percent."""
-    length = torch.linalg.matrix_norm(v)
-    if not bool((length > longest).any()):  # the Frobenius norm is free, and decides nearly always
+    # The Frobenius norm is free, and decides nearly always.
+    if may_read(v) and not bool((torch.linalg.matrix_norm(v) > longest).any()):
         return v
     largest = v.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
     scaled = v / largest  # entries of at most one: squares cannot overflow

@@ -1,14 +1,17 @@
 """One step: the closure, the unmarked parameters as torch steps them, the marked ones on their manifold.
 
-A marked parameter walks
+The blocks of marked parameters walk, a bucket at a time,
 
-    view of its blocks -> gradient -> direction -> step -> retraction -> back in place
+    view or gather -> gradient -> direction -> step -> retraction -> back in place
 
-and is written through its view only.
+and are written through their views only. Nothing on the way depends on a value where reading one would make the
+host wait: on an accelerator, or in a graph that torch.compile traces or CUDA captures.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,63 +24,75 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from . import direction
-from .constraint import Orthogonal, constraint_of, off_manifold
-from .direction import ADAM, Moments
-from .options import Group, check_group
-from .retractions import RETRACTIONS, retract
+from .buckets import Bucket
+from .constraint import off_manifold
+from .direction import ADAM, Decay, Number
+from .options import Group
+from .plan import Plan
+from .products import may_read
+from .retractions import LONG, RETRACTIONS, polar_, retract
+from .room import Room
 
 Closure = Callable[[], Any]
-Direct = Callable[[Moments, Group, Tensor, Orthogonal, Tensor, Tensor], tuple[Tensor, Moments]]
+Lists = tuple[Any, ...]
+Rule = Callable[..., Tensor]
 
 _FAR = 0.1  # distance from the manifold above which a value is no matter of rounding, and worth a warning
 
 
 def step(
-    optimizer: Optimizer,
+    optimizer: Any,
     closure: Closure | None,
-    step_unmarked: Callable[[Any, Group], None],
-    direct: Direct,
+    lists_of: Callable[[Any, Group], Lists],
+    step_unmarked: Callable[[Any, Group, Lists, bool], None],
+    rule_of: Callable[[Group, Bucket], Rule],
 ) -> Any:
-    """One step of every group: the closure, then the unmarked parameters, then the marked ones."""
+    """One step of every group: the closure, then the unmarked parameters, then the marked ones.
+
+    Args:
+        optimizer, closure: as in torch.optim.
+        lists_of: the empty lists that torch's ``_init_group`` fills.
+        step_unmarked: torch's own step of what they have been filled with.
+        rule_of: the direction of a bucket: ``(w, g, moments, room, sound=...) -> d``.
+    """
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    marked = [
-        (group, parameter, constraint)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None and (constraint := constraint_of(parameter)) is not None
-    ]
-    # Whatever may be refused is refused before anything is written.
-    for group in {id(group): group for group, *_ in marked}.values():
-        check_group(type(optimizer).__name__, group)
-    versions: dict[Tensor, int] = optimizer.__dict__.setdefault("_versions", {})
-    _restore([(group, parameter, c) for group, parameter, c in marked if versions.get(parameter) != parameter._version])
-
+    # Whatever may be refused is refused before anything is written. torch.compile knows _init_group by its name, and
+    # runs it outside of the graph.
+    prepared = []
     for group in optimizer.param_groups:
-        unmarked = [parameter for parameter in group["params"] if constraint_of(parameter) is None]
-        if group.get("second_moment") == "block":
-            _expand_block_moments(optimizer, unmarked)
-        step_unmarked(optimizer, {**group, "params": unmarked})
-    for group, parameter, constraint in marked:
-        # Under autocast every product below would come back in bfloat16.
-        with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-            _step_marked(optimizer.state[parameter], group, parameter, constraint, direct)
-        versions[parameter] = parameter._version
+        lists = lists_of(optimizer, group)
+        prepared.append((group, lists, optimizer._init_group(group, *lists)))
+    plans: list[Plan] = optimizer._plans
+    if not torch.compiler.is_compiling():
+        _restore(plans, optimizer.param_groups)
+
+    for group, lists, flag in prepared:
+        step_unmarked(optimizer, group, lists, flag)
+    for group, plan in zip(optimizer.param_groups, plans, strict=True):
+        for bucket in plan.buckets:
+            # Under autocast every product below would come back in bfloat16.
+            with torch.no_grad(), torch.autocast(bucket.parameters[0].device.type, enabled=False):
+                _move(bucket, group, rule_of(group, bucket), optimizer._room)
     return loss
 
 
 @torch.no_grad()
-def _restore(written: list[tuple[Group, Tensor, Orthogonal]]) -> None:
+def _restore(plans: list[Plan], groups: list[Group]) -> None:
     """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold.
 
     An inexact scheme leaves its parameters near the manifold, not on it: what it may have left itself stays.
     """
     found = []
-    for group, parameter, constraint in written:
+    for plan, group in zip(plans, groups, strict=True):
         slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
-        found.append((parameter, constraint, *off_manifold(parameter, constraint, slack)))
+        for bucket in plan.buckets:
+            for parameter, version in zip(bucket.parameters, bucket.versions, strict=True):
+                if version != parameter._version:
+                    constraint = bucket.constraint
+                    found.append((parameter, constraint, *off_manifold(parameter, constraint, slack)))
     for parameter, constraint, off, values in found:
         if bool(off.any()):
             blocks = constraint.view(parameter)
@@ -92,120 +107,121 @@ def _restore(written: list[tuple[Group, Tensor, Orthogonal]]) -> None:
                 )
 
 
-def _step_marked(
-    state: Moments,
-    group: Group,
-    parameter: Tensor,
-    constraint: Orthogonal,
-    direct: Direct,
-) -> None:
-    """View, gradient, direction, retraction, and back in place: the walk of one marked parameter."""
-    point = constraint.view(parameter)
-    w = point / constraint.gain
-    g = constraint.view(_gradient(group, parameter))
-    d, moments = direct(state, group, parameter, constraint, w, g)
+def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
+    """View or gather, gradient, direction, retraction, and back in place: the walk of one bucket."""
+    points = bucket.view([p.detach() for p in bucket.parameters], "point", room)
+    gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", room)  # type: ignore[misc]
+    lr = group["lr"] * (group["orthogonal_lr_scale"] / bucket.constraint.gain)
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+    for piece in bucket.pieces():
+        point = points[piece]
+        w = _unscaled(point, bucket, room)
+        g, sound = _sound(gradients[piece])
+        g = -g if group["maximize"] else g
+        moments = {key: moment[piece] for key, moment in bucket.moments.items()}
+        v = rule(w, g, moments, room, sound=sound).mul_(-lr)
+        _retract_(w, v if sound is None else torch.where(sound, v, 0), group, room)
+        if bucket.constraint.gain != 1:
+            torch.mul(w, bucket.constraint.gain, out=point)
+    if bucket.gathered:
+        bucket.write_back(points)
+    if not torch.compiler.is_compiling():
+        bucket.versions = [p._version for p in bucket.parameters]
 
-    lr = group["lr"] * group["orthogonal_lr_scale"]
-    v = d * -(lr.reshape(()) if isinstance(lr, Tensor) else lr)
+
+def _unscaled(point: Tensor, bucket: Bucket, room: Room) -> Tensor:
+    """The point without its gain: itself if that is one."""
+    gain = bucket.constraint.gain
+    return point if gain == 1 else torch.div(point, gain, out=room("unscaled", point.shape, like=point))
+
+
+def _sound(g: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient, and which blocks of it, ``(B, 1, 1)``, are finite and have squares that are; others set to zero.
+
+    None where the host can see that all are.
+    """
+    limit = math.sqrt(torch.finfo(g.dtype).max) / 16
+    if may_read(g) and float(torch.linalg.vector_norm(g)) <= limit:
+        return g, None
+    sound = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) <= limit  # a NaN is not
+    return torch.where(sound, g, 0), sound
+
+
+def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> None:
+    """Move ``w`` in place. A block without a step keeps its bits, and so does one whose result cannot be right."""
+    method = group["retraction"]
     options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
-    new = constraint.gain * retract(w, v / constraint.gain, group["retraction"], **options)
-
-    # A block with a value that is not finite, or cannot be right (no entry of an orthogonal matrix exceeds one), stays
-    # as it was, and one without a step keeps its bits.
-    within = (new.abs() <= 2 * constraint.gain).all(-1, keepdim=True).all(-2, keepdim=True)
-    sound = torch.stack([within, *(_finite(x) for x in moments.values())]).all(0)
-    moved = (v != 0).any(-1, keepdim=True).any(-2, keepdim=True)
-    point.copy_(torch.where(sound & moved, new, point))
-    for key, moment in moments.items():
-        held = _block_view(state[key], parameter, constraint)
-        held.copy_(torch.where(sound, moment, held))
-    if "step" in state:
-        state["step"] += 1
-
-
-def _gradient(group: Group, parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    g = parameter.grad.contiguous() if parameter.ndim > 2 else parameter.grad
-    return -g if group["maximize"] else g
+    length = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+    if may_read(w):
+        shortest, longest = (float(x) for x in length.aminmax())
+        if method == "polar" and shortest > 0 and longest <= LONG:
+            polar_(w, v, out=w, room=room)
+            return
+        new = retract(w, v, method, **options)
+    elif method == "polar":
+        new = polar_(w, v, out=room("result", w.shape, like=w), room=room)
+    else:
+        new = retract(w, v, method, **options)
+    # No entry of an orthogonal matrix exceeds one.
+    within = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
+    w.copy_(torch.where(within & (length > 0), new, w))
 
 
-def _finite(x: Tensor) -> Tensor:
-    return x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+def sgd_moments(group: Group) -> tuple[list[str], list[str]]:
+    """Keys of the moments that the group's options ask for, and of those that hold one number a block."""
+    return ["momentum_buffer"] if group["momentum"] != 0 else [], []
 
 
-def _block_view(moment: Tensor, parameter: Tensor, constraint: Orthogonal) -> Tensor:
-    """A moment as wide blocks; one that holds a scalar a block is ``(B, 1, 1)`` already."""
-    return constraint.view(moment) if moment.shape == parameter.shape else moment
+def adam_moments(group: Group) -> tuple[list[str], list[str]]:
+    """As :func:`sgd_moments`."""
+    squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
 
 
-def direct_sgd(
-    state: Moments, group: Group, parameter: Tensor, constraint: Orthogonal, w: Tensor, g: Tensor
-) -> tuple[Tensor, Moments]:
-    """Direction of torch.optim.SGD's options; the buffer appears with its first gradient."""
-    held = {key: constraint.view(moment) for key, moment in state.items() if moment is not None}
-    options = {key: group[key] for key in ("metric", "momentum", "dampening", "nesterov")}
-    d, moments = direction.sgd(w, g, held, **options)
-    for key in moments:
-        if key not in held:
-            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return d, moments
+def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
+    """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
+    options = {key: group[key] for key in ("metric", "momentum", "nesterov")}
+    dampening = 0.0 if bucket.fresh else group["dampening"]
+    bucket.fresh = False
+    return functools.partial(direction.sgd, dampening=dampening, **options)
 
 
-def direct_adam(
-    state: Moments, group: Group, parameter: Tensor, constraint: Orthogonal, w: Tensor, g: Tensor
-) -> tuple[Tensor, Moments]:
-    """Direction of torch.optim.Adam's options, the moments under its keys."""
-    state.setdefault("step", torch.tensor(0.0))
-    keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-    for key in keys:
-        scalar = group["second_moment"] == "block" and key != "exp_avg"
-        state[key] = _shaped(state.get(key), scalar, parameter, constraint)
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    return ADAM[group["second_moment"]](
-        w,
-        g,
-        {key: _block_view(state[key], parameter, constraint) for key in keys},
-        metric=group["metric"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        step=float(state["step"]) + 1,
+def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
+    """Direction of torch.optim.Adam's options; counts the step."""
+    assert bucket.steps is not None
+    bucket.steps += 1
+    beta1, beta2 = (_number(beta) for beta in group["betas"])
+    steps: Number | Tensor = bucket.steps
+    if may_read(bucket.steps):
+        first, last = (float(x) for x in bucket.steps.aminmax())
+        steps = first if first == last else _per_block(bucket)
+    else:
+        steps = _per_block(bucket)
+    decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
+    return functools.partial(
+        ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"]
     )
 
 
-def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Orthogonal) -> Tensor:
-    """A moment as its rule holds it, ``(B, 1, 1)`` or like the parameter: new, as it is, or from the other rule's.
-
-    The other shape is what a checkpoint brings that was written with another ``second_moment``, or by torch itself.
-    """
-    blocks = constraint.view(parameter)
-    shape = blocks[:, :1, :1].shape if scalar else parameter.shape
-    if moment is not None and moment.shape == shape:
-        return moment
-    if moment is not None and scalar and moment.shape == parameter.shape:
-        return constraint.view(moment).mean((-2, -1), keepdim=True)
-    value = torch.zeros_like(blocks[:, :1, :1] if scalar else parameter, memory_format=torch.preserve_format)
-    if moment is not None:
-        per_block = moment if moment.shape == blocks[:, :1, :1].shape else moment.mean()
-        (value if scalar else constraint.view(value)).copy_(per_block)
-    return value
+def _number(beta: Number) -> Number:
+    return float(beta) if not isinstance(beta, Tensor) or may_read(beta) else beta
 
 
-def _expand_block_moments(optimizer: Optimizer, unmarked: list[Tensor]) -> None:
-    """Give a parameter that is not marked any more, after second_moment="block", moments that torch can use."""
-    for parameter in unmarked:
-        for key, moment in optimizer.state.get(parameter, {}).items():
-            if key.endswith("exp_avg_sq") and moment.shape != parameter.shape:
-                blocks = len(moment) if parameter.shape[0] % len(moment) == 0 else 1
-                optimizer.state[parameter][key] = _shaped(moment, False, parameter, Orthogonal(blocks))
+def _per_block(bucket: Bucket) -> Tensor:
+    """Step counts ``(B, 1, 1)`` in the dtype and on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
+    assert bucket.steps is not None
+    steps = bucket.steps.to(bucket.parameters[0])
+    return (steps.repeat_interleave(bucket.constraint.blocks) if bucket.gathered else steps)[:, None, None]
 
 
-def step_unmarked_sgd(optimizer: Any, group: Group) -> None:
+def lists_of_sgd(optimizer: Any, group: Group) -> Lists:
+    """What torch.optim.SGD._init_group fills: parameters, gradients, buffers."""
+    return [], [], []
+
+
+def step_unmarked_sgd(optimizer: Any, group: Group, lists: Lists, has_sparse_grad: bool) -> None:
     """torch.optim.SGD.step of one group, without its hooks."""
-    params: list[Tensor] = []
-    grads: list[Tensor] = []
-    buffers: list[Tensor | None] = []
-    has_sparse_grad = optimizer._init_group(group, params, grads, buffers)
+    params, grads, buffers = lists
     if group["nesterov"] and group["foreach"] is not False:
         grads = [grad.clone() for grad in grads]  # torch's foreach Nesterov adds the momentum to them in place
     keys = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
@@ -223,21 +239,24 @@ def step_unmarked_sgd(optimizer: Any, group: Group) -> None:
             optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
-def step_unmarked_adam(optimizer: Any, group: Group) -> None:
+def lists_of_adam(optimizer: Any, group: Group) -> Lists:
+    """What torch.optim.Adam._init_group fills: parameters, gradients, three moments, step counts."""
+    # AdamW of torch 2.6, not yet an Adam, takes amsgrad too.
+    amsgrad = () if isinstance(optimizer, torch.optim.Adam) else (group["amsgrad"],)
+    return ([], [], *amsgrad, [], [], [], [])
+
+
+def step_unmarked_adam(optimizer: Any, group: Group, lists: Lists, has_complex: bool) -> None:
     """torch.optim.Adam.step or AdamW.step of one group, without its hooks."""
-    lists: list[list[Tensor]] = [[] for _ in range(6)]  # params, grads, three moments, step counts
     keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
     functional: Callable[..., None] = adam
     if isinstance(optimizer, torch.optim.AdamW):
         functional = adamw
     elif "decoupled_weight_decay" in group:
         keys.append("decoupled_weight_decay")
-    # AdamW of torch 2.6, not yet an Adam, takes amsgrad too.
-    amsgrad = [] if issubclass(type(optimizer), torch.optim.Adam) else [group["amsgrad"]]
-    has_complex = optimizer._init_group(group, *lists[:2], *amsgrad, *lists[2:])
     beta1, beta2 = group["betas"]
     functional(
-        *lists,
+        *(entries for entries in lists if isinstance(entries, list)),
         has_complex=has_complex,
         beta1=beta1,
         beta2=beta2,

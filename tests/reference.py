@@ -97,21 +97,28 @@ def retract(w: Tensor, v: Tensor, method: str, metric: str = "euclidean") -> Ten
 
 
 class Momentum:
-    """SGD with momentum: the buffer is transported to each new point, then the new gradient is added."""
+    """SGD with momentum.
+
+    Square: the buffer is one of the gradient in the frame, G W^T, of which the step takes the skew part. Otherwise it is
+    transported to each new point, then the new gradient is added.
+    """
 
     def __init__(self, momentum: float, dampening: float, nesterov: bool) -> None:
         self.momentum, self.dampening, self.nesterov = momentum, dampening, nesterov
         self.buffer: Tensor | None = None
 
     def direction(self, w: Tensor, g: Tensor) -> Tensor:
-        xi = tangent_projection(w, g)
+        square = w.shape[0] == w.shape[1]
+        new = g @ w.T if square else tangent_projection(w, g)
         if self.momentum == 0:
-            return xi
+            return tangent_projection(w, g)
         if self.buffer is None:
-            self.buffer = xi
+            self.buffer = new
         else:
-            self.buffer = self.momentum * tangent_projection(w, self.buffer) + (1 - self.dampening) * xi
-        return xi + self.momentum * self.buffer if self.nesterov else self.buffer
+            old = self.buffer if square else tangent_projection(w, self.buffer)
+            self.buffer = self.momentum * old + (1 - self.dampening) * new
+        step = new + self.momentum * self.buffer if self.nesterov else self.buffer
+        return 0.5 * (step - step.T) @ w if square else step
 
 
 class Adam:
@@ -119,54 +126,50 @@ class Adam:
 
     def __init__(self, beta1: float, beta2: float, eps: float, second_moment: str, amsgrad: bool) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.second_moment, self.amsgrad = second_moment, amsgrad
-        self.m: Tensor | None = None
-        self.v = self.largest = torch.zeros(())
+        self.block, self.amsgrad = second_moment == "block", amsgrad
+        self.m: Tensor | float = 0.0
+        self.v: Tensor | float = 0.0
+        self.largest: Tensor | float = 0.0
         self.t = 0
 
     def direction(self, w: Tensor, g: Tensor) -> Tensor:
         self.t += 1
-        block = self.second_moment == "block"
-        g = tangent_projection(w, g) if block else g
-        if self.m is None:
-            self.m = torch.zeros_like(g)
-            self.v = self.largest = torch.zeros((), dtype=g.dtype) if block else torch.zeros_like(g)
-        if block:
-            self.m = tangent_projection(w, self.m)
+        square = w.shape[0] == w.shape[1]
+        if square:
+            g = g @ w.T
+            if self.block:
+                g = 0.5 * (g - g.T)
+        elif self.block:
+            g = tangent_projection(w, g)
+            self.m = tangent_projection(w, self.m) if self.t > 1 else self.m
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
-        self.v = self.beta2 * self.v + (1 - self.beta2) * (g.square().mean() if block else g.square())
-        self.largest = torch.maximum(self.largest, self.v)
-        m_hat = self.m / (1 - self.beta1**self.t)
-        v_hat = (self.largest if self.amsgrad else self.v) / (1 - self.beta2**self.t)
-        d = m_hat / (v_hat.sqrt() + self.eps)
-        return d if block else self._descending(w, d, m_hat, v_hat)
+        self.v = self.beta2 * self.v + (1 - self.beta2) * (g.square().mean() if self.block else g.square())
+        self.largest = torch.maximum(torch.as_tensor(self.largest, dtype=w.dtype), self.v)
+        m = self.m / (1 - self.beta1**self.t)
+        v = (self.largest if self.amsgrad else self.v) / (1 - self.beta2**self.t)
+        if self.block:
+            d = m / (v.sqrt() + self.eps)
+            return d @ w if square else d
+        if square:
+            return self.rotation(m, v.sqrt()) @ w
+        means = [float(row.mean()) for row in v]
+        rows = torch.tensor(means, dtype=w.dtype).sqrt()
+        normal = m - m @ w.T @ w
+        for i in range(w.shape[0]):
+            for j in range(w.shape[1]):
+                normal[i, j] = self.bounded(float(normal[i, j]), max(float(v[i, j]), means[i] / 100) ** 0.5)
+        return self.rotation(m @ w.T, rows[:, None].expand(-1, len(rows))) @ w + normal - normal @ w.T @ w
 
-    def _descending(self, w: Tensor, d: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        p, n = w.shape
-        omega_d, omega_m = 0.5 * (d @ w.T - w @ d.T), 0.5 * (m @ w.T - w @ m.T)
-        rows = [float(row.mean()) for row in v]
-        omega = torch.zeros(p, p, dtype=w.dtype)
-        for i in range(p):
-            for j in range(p):
-                rms = ((rows[i] + rows[j]) / 4) ** 0.5
-                omega[i, j] = self._entry(float(omega_d[i, j]), float(omega_m[i, j]) / (rms + self.eps))
-        tangent = omega @ w
-        if p < n:
-            normal_d, normal_m = d - d @ w.T @ w, m - m @ w.T @ w
-            normal = torch.zeros(p, n, dtype=w.dtype)
-            for i in range(p):
-                for j in range(n):
-                    f = float(normal_m[i, j]) / ((rows[i] * (1 - p / n)) ** 0.5 + self.eps)
-                    normal[i, j] = self._entry(float(normal_d[i, j]), f)
-            tangent = tangent + normal - normal @ w.T @ w
-        return tangent
+    def rotation(self, m: Tensor, scale: Tensor) -> Tensor:
+        """Omega_ij from M_ij - M_ji over the smaller of the two entries' scales."""
+        omega = torch.zeros_like(m)
+        for i in range(len(m)):
+            for j in range(len(m)):
+                omega[i, j] = self.bounded(float(m[i, j] - m[j, i]), min(float(scale[i, j]), float(scale[j, i])))
+        return omega
 
-    @staticmethod
-    def _entry(a: float, f: float) -> float:
-        """The larger of the two where both point the same way, at most 100 f; f where they do not."""
-        if a * f <= 0 or abs(a) < abs(f):
-            return f
-        return a if abs(a) <= 100 * abs(f) else 100 * f
+    def bounded(self, value: float, scale: float) -> float:
+        return max(-1.0, min(1.0, value / (scale + self.eps)))
 
 
 def in_metric(w: Tensor, tangent: Tensor, metric: str) -> Tensor:

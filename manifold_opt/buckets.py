@@ -1,0 +1,112 @@
+"""Which blocks move as one batch, and where their values, gradients and moments lie.
+
+A marked parameter that is large is a bucket of its own: its blocks are viewed, nothing is copied. Small ones of one
+block shape, dtype, device and gain share buckets: their values and gradients are gathered into workspaces and the
+values written back, and each moment is one tensor ``(B, p, n)``, which the optimizer's state shows in pieces, a view
+a parameter, under torch's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .blocks import block_view
+from .constraint import Orthogonal
+from .room import Room
+
+SMALL = 2**16  # bytes of a block up to which parameters are gathered
+BATCH = 2**21  # bytes of blocks that a step works on at a time, one large block at least
+
+
+@dataclass
+class Bucket:
+    """Parameters that move as one batch.
+
+    Attributes:
+        parameters: its members, alike in shape, dtype, device and constraint.
+        constraint: of each.
+        fresh: whether they have no momentum yet.
+        versions: of each member when it was last stepped: another one says that it has been written to since.
+        moments: what the rule holds, ``(B, p, n)`` or ``(B, 1, 1)`` each: views of the members' state, or the
+            storage that their state is a view of.
+        steps: ``(members,)`` step counts, as the moments.
+        shown: what the members' state shows, by key.
+    """
+
+    parameters: list[Tensor]
+    constraint: Orthogonal
+    fresh: bool
+    versions: list[int | None]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    steps: Tensor | None = None
+    shown: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first = self.parameters[0]
+        self.gathered = len(self.parameters) > 1
+        self.blocks = self.constraint.blocks * len(self.parameters)
+        self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
+        self.square = self.p == self.n
+        self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
+        self.stacked = (first.shape[0] * len(self.parameters), first.numel() // first.shape[0])
+
+    def wide(self, stacked: Tensor) -> Tensor:
+        """Wide blocks ``(B, p, n)`` of a tensor that has all members' rows one below the other."""
+        return block_view(stacked, self.blocks)
+
+    def view(self, tensors: Sequence[Tensor], role: str, room: Room) -> Tensor:
+        """The members' ``tensors`` as wide blocks ``(B, p, n)``: a view of a lone one, a copy of many."""
+        if not self.gathered:
+            tensor = tensors[0]
+            flat = tensor.contiguous() if tensor.ndim > 2 else tensor
+            return self.constraint.view(flat)
+        rows = tensors if tensors[0].ndim == 2 else [t.reshape(t.shape[0], -1) for t in tensors]
+        return self.wide(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
+
+    def write_back(self, values: Tensor) -> None:
+        """Write wide blocks ``(B, p, n)`` to the members."""
+        if not self.gathered:
+            self.constraint.view(self.parameters[0]).copy_(values)
+            return
+        stacked = (values.mT if self.tall else values).reshape(self.stacked)
+        torch._foreach_copy_(self.parameters, self.split(stacked))
+
+    def split(self, stacked: Tensor) -> list[Tensor]:
+        """Rows one below the other, as one tensor a member, of its shape."""
+        parts = stacked.split(self.parameters[0].shape[0])
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def pieces(self) -> Iterator[slice]:
+        """Blocks that are worked on at a time: memory is needed for these only."""
+        block = self.p * self.n * self.parameters[0].element_size()
+        size = max(1, BATCH // block)
+        for start in range(0, self.blocks, size):
+            yield slice(start, min(start + size, self.blocks))
+
+
+def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bool]) -> list[Bucket]:
+    """Buckets of the marked parameters of one group, of each its constraint and whether it has no momentum yet."""
+    shared: dict[object, list[int]] = {}
+    for index, (parameter, constraint) in enumerate(zip(parameters, constraints, strict=True)):
+        block = parameter.numel() // constraint.blocks * parameter.element_size()
+        key = (parameter.shape, parameter.dtype, parameter.device, constraint, fresh[index])
+        alone = block > SMALL or constraint.dim != 0 or not parameter.is_contiguous()
+        shared.setdefault(index if alone else key, []).append(index)
+    return [
+        Bucket([parameters[i] for i in some], constraints[some[0]], fresh[some[0]], [None] * len(some))
+        for members in shared.values()
+        for some in _portions(parameters, members)
+    ]
+
+
+def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
+    """Members in portions of at most ``BATCH`` bytes and, but for small change, at most half of all."""
+    size = parameters[members[0]].nbytes
+    limit = min(BATCH, max(size * len(members) // 2, SMALL))
+    count = max(1, limit // size)
+    for start in range(0, len(members), count):
+        yield members[start : start + count]

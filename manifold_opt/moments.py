@@ -1,0 +1,124 @@
+"""The moments of marked parameters: created, taken over from what the optimizer's state holds, shown under its keys.
+
+Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. A parameter group
+says in ``group["constraints"]`` under which constraints its state is held, so that a checkpoint of torch's own, or
+of a parameter that has been marked or unmarked since, is converted when it is met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .buckets import Bucket
+from .constraint import Orthogonal, constraint_of
+from .direction import from_frame, to_frame
+
+Group = dict[str, Any]
+Record = tuple[int, int, int, float]  # position in the group, blocks, dim, gain
+
+
+def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
+    """Give a bucket its moments: those its members have, zeros for those they lack.
+
+    Args:
+        optimizer, group, bucket: whose.
+        keys: of the moments, scalars included.
+        scalars: of those that hold one number a block, ``(blocks, 1, 1)`` a member.
+    """
+    first = bucket.parameters[0]
+    for key in keys:
+        present = [
+            _shaped(optimizer.state[p].get(key), key in scalars, p, bucket.constraint) for p in bucket.parameters
+        ]
+        if not bucket.gathered:
+            shown = [present[0]]
+            bucket.moments[key] = present[0] if key in scalars else bucket.constraint.view(present[0])
+        elif key in scalars:
+            storage = torch.cat(present)
+            shown = list(storage.split(bucket.constraint.blocks))
+            bucket.moments[key] = storage
+        else:
+            storage = torch.cat([moment.reshape(len(moment), -1) for moment in present])
+            shown = bucket.split(storage)
+            bucket.moments[key] = bucket.wide(storage)
+        bucket.shown[key] = shown
+        for parameter, moment in zip(bucket.parameters, shown, strict=True):
+            optimizer.state[parameter][key] = moment
+    if "exp_avg" in keys:
+        device = first.device if group["capturable"] else torch.device("cpu")
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        zero = torch.zeros((), dtype=dtype, device=device)
+        counts = [torch.as_tensor(optimizer.state[p].get("step", zero)).to(zero) for p in bucket.parameters]
+        bucket.steps = torch.stack(counts)
+        bucket.shown["step"] = list(bucket.steps.unbind())
+        for parameter, count in zip(bucket.parameters, bucket.shown["step"], strict=True):
+            optimizer.state[parameter]["step"] = count
+
+
+def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
+    """Whether the members' state is what the bucket works on: load_state_dict and users may have replaced it."""
+    states = [optimizer.state[p] for p in bucket.parameters]
+    return all(
+        state.get(key) is moment
+        for key, shown in bucket.shown.items()
+        for state, moment in zip(states, shown, strict=True)
+    )
+
+
+@torch.no_grad()
+def convert(optimizer: Optimizer, group: Group) -> None:
+    """Bring the state of a group from the constraints that it was held under to those of today."""
+    present = _records(group["params"])
+    if group["constraints"] == present:
+        return
+    before = {record[0]: record for record in group["constraints"]}
+    after = {record[0]: record for record in present}
+    for index, parameter in enumerate(group["params"]):
+        old, new = before.get(index), after.get(index)
+        if old != new and optimizer.state.get(parameter):
+            state = optimizer.state[parameter]
+            if old is not None:
+                _change(state, parameter, Orthogonal(*old[1:]), from_frame)
+            if new is not None:
+                _change(state, parameter, Orthogonal(*new[1:]), to_frame)
+    group["constraints"] = present
+
+
+def _records(parameters: list[Tensor]) -> tuple[Record, ...]:
+    marked = ((i, constraint) for i, p in enumerate(parameters) if (constraint := constraint_of(p)) is not None)
+    return tuple((i, c.blocks, c.dim, c.gain) for i, c in marked)
+
+
+def _change(state: dict[str, Any], parameter: Tensor, constraint: Orthogonal, change: Any) -> None:
+    """Every moment of one parameter into the frame of its square blocks, or out of it, as tensors of its shape."""
+    w = constraint.view(parameter.detach()) / constraint.gain
+    for key, moment in state.items():
+        if key != "step" and isinstance(moment, Tensor):
+            held = _shaped(moment, False, parameter, constraint)
+            state[key] = held if held is not moment else moment.clone(memory_format=torch.preserve_format)
+            if w.shape[-2] == w.shape[-1] and moment.shape == parameter.shape:
+                blocks = constraint.view(state[key])
+                blocks.copy_(change(w, key, blocks.to(w)))
+
+
+def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Orthogonal) -> Tensor:
+    """A moment as its rule holds it, ``(blocks, 1, 1)`` or like the parameter: new, as it is, or from the other rule's.
+
+    The other shape is what a checkpoint brings that was written with another ``second_moment``, or by torch itself.
+    """
+    blocks = constraint.view(parameter.detach())
+    one = blocks[:, :1, :1]
+    shape = one.shape if scalar else parameter.shape
+    if moment is not None and moment.shape == shape:
+        return moment.to(parameter)
+    if moment is not None and scalar and moment.shape == parameter.shape:
+        return constraint.view(moment).mean((-2, -1), keepdim=True)
+    value = torch.zeros_like(one if scalar else parameter, memory_format=torch.preserve_format)
+    if moment is not None:
+        per_block = moment if moment.shape == one.shape else moment.mean()
+        (value if scalar else constraint.view(value)).copy_(per_block)
+    return value

@@ -1,0 +1,104 @@
+"""Which parameters of a group move together, found anew only when something about them has changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buckets import Bucket, fill
+from .constraint import Orthogonal, constraint_of
+from .moments import convert, hold, still_shown
+from .options import Group, check_gradients, check_marked, check_options
+from .room import Room
+
+
+@dataclass
+class Plan:
+    """The buckets of one parameter group, and what they were made for.
+
+    Attributes:
+        parameters: marked, with gradients.
+        facts: what of each a bucket depends on.
+        keys: the moments that the group's options ask for, and which of them are one number a block.
+        buckets: of these parameters.
+    """
+
+    parameters: list[Tensor] = field(default_factory=list)
+    facts: list[tuple[Any, ...]] = field(default_factory=list)
+    keys: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    buckets: list[Bucket] = field(default_factory=list)
+
+
+def forget_plans(optimizer: Any) -> None:
+    """Start without plans and workspaces: the state may be another one now."""
+    optimizer._plans = []
+    optimizer._room = Room()
+
+
+def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -> Group:
+    """Plan the marked parameters of a group, and return the group without them, for torch's own ``_init_group``.
+
+    The plan of the last step stays while nothing has changed: parameters, marks, dtypes, devices, which of them
+    have gradients, the options that decide what moments there are, and the state that holds these.
+    """
+    plans: list[Plan] = optimizer._plans
+    plans.extend(Plan() for _ in range(len(optimizer.param_groups) - len(plans)))
+    position = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+    name = type(optimizer).__name__
+
+    constraints = [constraint_of(p) for p in group["params"]]
+    unmarked = [p for p, c in zip(group["params"], constraints, strict=True) if c is None]
+    if len(unmarked) < len(constraints):
+        check_options(name, group)
+    elif not plans[position].buckets and not group["constraints"]:
+        return group
+    live = [(p, c) for p, c in zip(group["params"], constraints, strict=True) if c is not None and p.grad is not None]
+    check_gradients(name, [p for p, _ in live])
+    old = plans[position]
+    if not _holds(optimizer, old, live, (keys, scalars)):
+        for p, c in live:
+            check_marked(name, p, c)
+        convert(optimizer, group)
+        plans[position] = _planned(optimizer, group, old, live, (keys, scalars))
+    return {**group, "params": unmarked}
+
+
+def _facts(parameter: Tensor, constraint: Orthogonal) -> tuple[Any, ...]:
+    return constraint, parameter.dtype, parameter.device, parameter.is_contiguous()
+
+
+def _holds(
+    optimizer: Any, plan: Plan, live: list[tuple[Tensor, Orthogonal]], keys: tuple[list[str], list[str]]
+) -> bool:
+    """Whether a plan is still what these parameters would get."""
+    return (
+        len(plan.parameters) == len(live)
+        and plan.keys == keys
+        and not any(bucket.fresh for bucket in plan.buckets)
+        and all(p is q for p, (q, _) in zip(plan.parameters, live, strict=True))
+        and plan.facts == [_facts(p, c) for p, c in live]
+        and all(still_shown(optimizer, bucket) for bucket in plan.buckets)
+    )
+
+
+def _planned(
+    optimizer: Any,
+    group: Group,
+    old: Plan,
+    live: list[tuple[Tensor, Orthogonal]],
+    keys: tuple[list[str], list[str]],
+) -> Plan:
+    parameters, constraints = [p for p, _ in live], [c for _, c in live]
+    fresh = [key not in optimizer.state.get(p, {}) for p in parameters for key in keys[0][:1]]
+    buckets = fill(parameters, constraints, fresh if "momentum_buffer" in keys[0] else [False] * len(live))
+    versions = {
+        id(p): version for b in old.buckets for p, version in zip(b.parameters, b.versions, strict=True)
+    }
+    with torch.no_grad():
+        for bucket in buckets:
+            bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
+            hold(optimizer, group, bucket, *keys)
+    return Plan(parameters, [_facts(p, c) for p, c in live], keys, buckets)

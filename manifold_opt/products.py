@@ -1,0 +1,64 @@
+"""Matrix products of a batch: nearly all of a step's time is spent here, and nowhere else is a product chosen.
+
+On a CPU a few large matrices are multiplied one by one, each with every thread, instead of as a batch with a
+thread a matrix; and of a Gram matrix only one triangle is computed, the other mirrored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LONE = 128  # rows from which on a matrix is large enough for all threads
+_FEW = 16  # matrices of a batch up to which that pays
+_SPLIT = 384  # rows from which on half of a Gram matrix is worth a second pass over it
+_SLABS = 4  # row slabs it is cut into: (1 + 1/4) / 2 of the work is left
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether the host may look at a value of ``x`` and branch on it: free on a CPU, a wait or impossible elsewhere."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def matmul(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """``a @ b`` for batches ``(B, ., .)``, written to ``out``: 1 product."""
+    if _one_by_one(a):
+        for a_i, b_i, out_i in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
+            torch.mm(a_i, b_i, out=out_i)
+        return out
+    return torch.bmm(a, b, out=out)
+
+
+def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
+    """``x + alpha * a @ b``, written to ``out``, which may be ``x``: 1 product."""
+    if _one_by_one(a):
+        for x_i, a_i, b_i, out_i in zip(x.unbind(), a.unbind(), b.unbind(), out.unbind(), strict=True):
+            torch.addmm(x_i, a_i, b_i, alpha=alpha, out=out_i)
+        return out
+    return torch.baddbmm(x, a, b, alpha=alpha, out=out)
+
+
+def gram(x: Tensor, *, out: Tensor) -> Tensor:
+    """``x @ x.mT`` for wide ``x``, ``(B, p, n)``, written to ``out``, ``(B, p, p)``: 1 product, 5/8 where split."""
+    p = x.shape[-2]
+    if not may_read(x) or p < _SPLIT:
+        return matmul(x, x.mT, out=out)
+    cuts = [p * i // _SLABS for i in range(_SLABS + 1)]
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        rows, before = slice(start, stop), slice(0, start)
+        torch.bmm(x[:, rows], x[:, :stop].mT, out=out[:, rows, :stop])
+        out[:, before, rows] = out[:, rows, before].mT
+    return out
+
+
+def transpose(a: Tensor, *, out: Tensor) -> Tensor:
+    """``a.mT`` for square ``a``, written to ``out``: torch walks a lone matrix in tiles, a batch across the grain."""
+    if _one_by_one(a):
+        for a_i, out_i in zip(a.unbind(), out.unbind(), strict=True):
+            out_i.copy_(a_i.t())
+        return out
+    return out.copy_(a.mT)
+
+
+def _one_by_one(a: Tensor) -> bool:
+    return len(a) == 1 or (may_read(a) and len(a) <= _FEW and a.shape[-2] >= _LONE)
