@@ -52,6 +52,7 @@ class Bucket:
         self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
         self.square = self.p == self.n
         self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
+        self._written: list[Tensor] | None = None  # pieces of the workspace that values are written back from
         self.stacked = (first.shape[0] * len(self.parameters), first.numel() // first.shape[0])
 
     def wide(self, stacked: Tensor) -> Tensor:
@@ -73,7 +74,9 @@ class Bucket:
             self.constraint.view(self.parameters[0]).copy_(values)
             return
         stacked = (values.mT if self.tall else values).reshape(self.stacked)
-        torch._foreach_copy_(self.parameters, self.split(stacked))
+        if self._written is None or self._written[0].data_ptr() != stacked.data_ptr():
+            self._written = self.split(stacked)
+        torch._foreach_copy_(self.parameters, self._written)
 
     def split(self, stacked: Tensor) -> list[Tensor]:
         """Rows one below the other, as one tensor a member, of its shape."""

@@ -1,8 +1,8 @@
 r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 
-Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns a tangent
-direction at ``w`` (the step is ``-lr`` times it) and writes to nothing else but ``room``. Hyperparameters and the
-keys of the state are torch.optim's own.
+Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns
+``length`` times a tangent direction at ``w`` (``-lr`` is the length of a step) and writes to nothing else but
+``room``. Hyperparameters and the keys of the state are torch.optim's own.
 
 On square blocks the moments are those of the gradient in the *frame* of W,
 
@@ -53,6 +53,7 @@ def sgd(
     state: Moments,
     room: Room,
     *,
+    length: Number,
     metric: Metric,
     momentum: float,
     dampening: float,
@@ -68,6 +69,7 @@ def sgd(
 
     Args:
         w, g, state, room: points, gradients, moments, workspaces.
+        length: what the direction is multiplied with.
         metric, momentum, dampening, nesterov: options.
         sound: ``(B, 1, 1)``, the blocks whose buffer may be written to; all unless given.
     """
@@ -78,15 +80,15 @@ def sgd(
         if buffer is not None:
             _accumulate(buffer, new, momentum, 1 - dampening, sound)
             new = new.add_(buffer, alpha=momentum) if nesterov else new.copy_(buffer)
-        return _rotate(w, _skew_(new, room), metric, room)
+        return _rotate(w, _skew_(new, room), length, metric, room)
     if buffer is None:
-        return _in_metric(w, _project(w, g, room, "second"), metric, room)
+        return _in_metric(w, _project(w, g, room, "second"), metric, room).mul_(length)
     both = torch.mul(g, 1 - dampening, out=room("third", w.shape, like=w)).add_(buffer, alpha=momentum)
     moved = _project(w, both, room, "second")
     buffer.copy_(moved) if sound is None else _keep(buffer, moved, sound)
     if nesterov:
         moved = _project(w, g, room, "second").add_(buffer, alpha=momentum)
-    return _in_metric(w, moved, metric, room)
+    return _in_metric(w, moved, metric, room).mul_(length)
 
 
 def adam_element(
@@ -95,6 +97,7 @@ def adam_element(
     state: Moments,
     room: Room,
     *,
+    length: Number,
     metric: Metric,
     decay: Decay,
     eps: float,
@@ -136,16 +139,18 @@ def adam_element(
         other = transpose(v, out=room("second", w.shape, like=w))
         size = torch.minimum(v, other, out=other).sqrt_().add_(eps)
         omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).mul_(scale).clamp_(-1, 1)
-        return _rotate(w, omega, metric, room)
+        return _rotate(w, omega, length, metric, room)
 
     along = matmul(m, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
     normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), alpha=-1)
     rows = v.mean(-1, keepdim=True)
     size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(eps)
     normal.div_(size).mul_(scale).clamp_(-1, 1)
-    omega = (along - along.mT).div_(torch.minimum(rows, rows.mT).sqrt_().add_(eps)).mul_(scale).clamp_(-1, 1)
+    other = transpose(along, out=room("third", along.shape, like=w))
+    rows = rows.sqrt().add_(eps)
+    omega = (along - other).div_(torch.minimum(rows, rows.mT, out=other)).mul_(scale).clamp_(-1, 1)
     omega -= matmul(normal, w.mT, out=along)
-    return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room)
+    return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
 
 
 def adam_block(
@@ -154,6 +159,7 @@ def adam_block(
     state: Moments,
     room: Room,
     *,
+    length: Number,
     metric: Metric,
     decay: Decay,
     eps: float,
@@ -181,7 +187,7 @@ def adam_block(
     if "max_exp_avg_sq" in state:
         v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
     d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
-    return _rotate(w, d, metric, room) if square else _in_metric(w, d, metric, room)
+    return _rotate(w, d, length, metric, room) if square else _in_metric(w, d, metric, room).mul_(length)
 
 
 ADAM = {"element": adam_element, "block": adam_block}
@@ -209,10 +215,13 @@ def _skew_(a: Tensor, room: Room) -> Tensor:
     return a.sub_(other).mul_(0.5)
 
 
-def _rotate(w: Tensor, omega: Tensor, metric: Metric, room: Room) -> Tensor:
-    """Omega W, and twice that for the canonical metric."""
-    omega = omega.mul_(2) if metric == "canonical" else omega
-    return matmul(omega, w, out=room("second", w.shape, like=w))
+def _rotate(w: Tensor, omega: Tensor, length: Number, metric: Metric, room: Room) -> Tensor:
+    """``length`` Omega W, and twice that for the canonical metric."""
+    length = 2 * length if metric == "canonical" else length
+    out = room("second", w.shape, like=w)
+    if isinstance(length, Tensor):
+        return matmul(omega.mul_(length), w, out=out)
+    return matmul(omega, w, out=out, alpha=length)
 
 
 def _project(w: Tensor, g: Tensor, room: Room, role: str) -> Tensor:

@@ -44,7 +44,7 @@ def orthogonalizer(x: Tensor, *, beta: float = 0.5, steps: int = 1) -> Tensor:
         steps: number of iterations.
     """
     for _ in range(steps):
-        x = x + beta * (_identity(x) - x @ x.mT) @ x
+        x = x + beta * (_identity(x) - gram(x)) @ x
     return x
 
 
@@ -69,9 +69,8 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
 
     D bounds the singular values from above, one bounds them from below, and between known ends it is known which
     polynomial to take and how many: in float32 one of degree 1 in D (2 T) while the bound on the spectral norm of
-    the step is below 0.028, one of degree 2 (3 T) below 0.12, then with a Newton-Schulz step behind it (5 T) below
-    0.49; Newton-Schulz steps alone (2 T each) reach 0.9 in three and 10^4 in 13. A matrix that has converged is
-    left alone while others of its batch go on. Where the host may not look at D, always three Newton-Schulz steps
+    the step is below 0.039, one of degree 2 (3 T) below 0.148, two (5 T at most) below 0.57, and 13 at 10^4. A
+    matrix that has converged is left alone while others of its batch go on. Where the host may not look at D, always three Newton-Schulz steps
     (four in float64), their coefficients following D on the device.
 
     Args:
@@ -86,11 +85,10 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     """
     spare = out if x.shape[-2] == x.shape[-1] else room("third", (*x.shape[:-1], x.shape[-2]), like=x)
     defect = _defect(x, room)
+    size = spectral_estimate(defect, _EASY[x.dtype])
     if may_read(x):
-        size = _spectral_bound(defect, torch.abs(defect, out=spare))
         polynomials = _tabulated(size)
     else:
-        size = _spectral_bound(defect, defect.abs())
         if start is not None:
             longest = _LONGEST_FIXED[x.dtype] ** 2
             share = (longest / size).clamp_max(1)[..., None, None]
@@ -146,11 +144,42 @@ def nearest_orthogonal(x: Tensor) -> Tensor:
 
 def spectral_bound(a: Tensor) -> Tensor:
     """Upper bound on the spectral norm of symmetric ``a``: the smaller of two cheap norms, ``(...)``."""
-    return _spectral_bound(a, a.abs())
+    return torch.minimum(torch.linalg.matrix_norm(a), torch.linalg.matrix_norm(a, ord=float("inf")))
 
 
-def _spectral_bound(a: Tensor, magnitude: Tensor) -> Tensor:
-    return torch.minimum(torch.linalg.vector_norm(a, dim=(-2, -1)), magnitude.sum(-1).amax(-1))
+def spectral_estimate(a: Tensor, small: float) -> Tensor:
+    """The spectral norm of symmetric ``a``, ``(...)``, from above: the Frobenius norm where that is ``small`` enough
+    to be told no more, a tighter estimate elsewhere."""
+    frobenius = torch.linalg.vector_norm(a, dim=(-2, -1))
+    if a.shape[-1] < _PROBED:
+        return frobenius
+    enough = frobenius <= small
+    if may_read(a) and bool(enough.all()):
+        return frobenius
+    return torch.where(enough, frobenius, torch.minimum(frobenius, _probed_norm(a)))
+
+
+def _probed_norm(a: Tensor) -> Tensor:
+    r"""Estimate from above of the spectral norm of large symmetric ``a``, at the price of 6 rows of a product.
+
+    :math:`\|A\|_2 \le (\operatorname{tr} A^6)^{1/6}`, and the trace is estimated with random vectors z as
+    :math:`p \|z A^3\|^2 / \|z\|^2` (Hutchinson). Of many eigenvalues of like size this is some 1.4 times the largest,
+    where the Frobenius norm is :math:`\sqrt p / 3` times. An estimate: should it fall short, the next step finds
+    what is left, and squares it.
+    """
+    z = _probes(a.shape[-1], a.dtype, a.device).expand(*a.shape[:-2], -1, -1)
+    scale = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    for _ in range(3):
+        z = (z @ a) / scale
+    return torch.linalg.vector_norm(z, dim=(-2, -1)) ** (1 / 3) * scale[..., 0, 0]
+
+
+@functools.cache
+def _probes(p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two rows ``(2, p)`` of random signs, the same in every run, scaled to a sum of squares of p."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (2, p), generator=generator, dtype=torch.int8) * 2 - 1
+    return (signs.to(dtype) * 0.5**0.5).to(device)
 
 
 def _defect(x: Tensor, room: Room) -> Tensor:
@@ -190,7 +219,7 @@ def _newton_schulz(size: Tensor, count: int) -> tuple[list[Polynomial], list[Ten
 
     :math:`f(x) = (3x - x^3)/2` takes equal values at both ends of :math:`\mu [l, u]` when
     :math:`\mu^2 = 3/(l^2 + l u + u^2)`; then all singular values lie in :math:`[1 - g, 1]` with
-    :math:`g = (1-\mu l)^2 (2+\mu l)/2`. (Scaling: Chen & Chow 2014, *A stable scaling of Newton-Schulz*.)
+    :math:`g = (1-\mu l)^2 (2+\mu l)/2`, and are centred at one. (Scaling: Chen & Chow 2014, *A stable scaling of Newton-Schulz*.)
     """
     return _scaled_steps(torch.ones_like(size), (1 + size).sqrt(), count)
 
@@ -200,10 +229,12 @@ def _scaled_steps(lower: Tensor, upper: Tensor, count: int) -> tuple[list[Polyno
     for _ in range(count):
         scale = (3 / (lower**2 + lower * upper + upper**2)).sqrt()
         cube = scale**3 / 2
-        steps.append(Polynomial(1.5 * scale - cube - 1, -cube))
         low = scale * lower
-        gaps.append((1 - low) ** 2 * (2 + low) / 2)  # 1 - f(low), without the cancellation
-        lower, upper = low * (3 - low**2) / 2, torch.ones_like(upper)
+        gap = (1 - low) ** 2 * (2 + low) / 2  # 1 - f(low), without the cancellation
+        middle = 1 + gap / 2
+        steps.append(Polynomial((1.5 * scale - cube - 1) * middle + gap / 2, -cube * middle))
+        gaps.append(gap / 2)
+        lower, upper = low * (3 - low**2) / 2 * middle, middle
     return steps, gaps
 
 
@@ -230,19 +261,23 @@ def _quadratic(size: Tensor) -> tuple[Polynomial, Tensor]:
 
 _FIXED_COUNT = {torch.float32: 3, torch.float64: 4}
 _LONGEST_FIXED = {torch.float32: 0.9, torch.float64: 0.81}  # spectral norm of a step that so many steps cover
-_EDGES = 2.0 ** (torch.arange(-480, 321, dtype=torch.float64) / 8)  # bounds on D, up to steps of 10^6
+_EASY = {torch.float32: 1.5e-3, torch.float64: 6e-8}  # norms of D that one polynomial of degree 1 is enough for
+_PROBED = 32  # rows from which on a tighter bound is worth its price
+_TOLERANCE = 2  # machine epsilons that a defect may be left with: rounding leaves as much
+_OCTAVE, _OFFSET = 8, 480  # how the table divides bounds on D: rows an octave, the row of one
+_EDGES = 2.0 ** ((torch.arange(801, dtype=torch.float64) - _OFFSET) / _OCTAVE)  # up to steps of 10^6
 _MOST = 24  # more than any of them needs
 
 
 @functools.cache
-def _table(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _table(dtype: torch.dtype) -> tuple[list[int], list[bool], Tensor]:
     """For every size of ``_EDGES`` the cheapest polynomials that leave no more than rounding.
 
     Returns:
-        Edges, ``(E,)``; how many polynomials, ``(E,)``; whether the first is quadratic, ``(E,)``; coefficients of
-        each, ``(E, _MOST, 4)``: a, b, c, share.
+        How many polynomials are needed up to a row; whether any up to it begins with a quadratic; coefficients of
+        each, ``(rows, _MOST, 4)``: a, b, c, share.
     """
-    eps = torch.finfo(dtype).eps
+    eps = _TOLERANCE * torch.finfo(dtype).eps
     linear, gaps = _newton_schulz(_EDGES, _MOST)
     quadratic, left = _quadratic(_EDGES)
     inside = left.clamp_max(0.5)
@@ -259,7 +294,7 @@ def _table(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a, b, c = (torch.where(step < count, column, 0) for column in columns)
         long = a < -0.5
         coefficients[:, step] = torch.stack([torch.where(long, a + 1, a), b, c, torch.where(long, 0.0, 1.0)], -1)
-    return _EDGES.to(dtype), count, better, coefficients.to(dtype)
+    return count.cummax(0).values.tolist(), better.cummax(0).values.tolist(), coefficients.to(dtype)
 
 
 def _columns(polynomial: Polynomial, none: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,9 +303,10 @@ def _columns(polynomial: Polynomial, none: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _tabulated(size: Tensor) -> Iterator[Polynomial]:
     """Polynomials for defects up to ``size``, ``(B,)``, as many as the largest needs; a NaN asks for the most."""
-    edges, counts, quadratic, coefficients = _table(size.dtype)
-    row = torch.bucketize(size, edges).clamp_max(len(edges) - 1)
-    most, squared, long = int(counts[row].max()), bool(quadratic[row].any()), not bool((size <= 1).all())
+    counts, quadratic, coefficients = _table(size.dtype)
+    row = (size.log2() * _OCTAVE).ceil().add_(_OFFSET).nan_to_num_(nan=math.inf).clamp_(0, len(counts) - 1).long()
+    last = int(row.max())
+    most, squared, long = counts[last], quadratic[last], last > _OFFSET
     for step in range(most):
         a, b, c, share = coefficients[row, step].unbind(-1)
         yield Polynomial(a, b, c if squared and step == 0 else None, share if long else None)

@@ -15,6 +15,10 @@ from .options import Group, check_gradients, check_marked, check_options
 from .room import Room
 
 
+Live = list[tuple[Tensor, Orthogonal]]
+Keys = tuple[list[str], list[str]]
+
+
 @dataclass
 class Plan:
     """The buckets of one parameter group, and what they were made for.
@@ -28,7 +32,7 @@ class Plan:
 
     parameters: list[Tensor] = field(default_factory=list)
     facts: list[tuple[Any, ...]] = field(default_factory=list)
-    keys: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    keys: Keys = field(default_factory=lambda: ([], []))
     buckets: list[Bucket] = field(default_factory=list)
 
 
@@ -49,47 +53,37 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     position = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
     name = type(optimizer).__name__
 
-    constraints = [constraint_of(p) for p in group["params"]]
-    unmarked = [p for p, c in zip(group["params"], constraints, strict=True) if c is None]
-    if len(unmarked) < len(constraints):
-        check_options(name, group)
-    elif not plans[position].buckets and not group["constraints"]:
+    members = group["params"]
+    constraints = [constraint_of(p) for p in members]
+    plan = plans[position]
+    if not plan.buckets and not group["constraints"] and not any(constraints):
         return group
-    live = [(p, c) for p, c in zip(group["params"], constraints, strict=True) if c is not None and p.grad is not None]
+    if any(constraints):
+        check_options(name, group)
+    live = [(p, c) for p, c in zip(members, constraints, strict=True) if c is not None and p.grad is not None]
     check_gradients(name, [p for p, _ in live])
-    old = plans[position]
-    if not _holds(optimizer, old, live, (keys, scalars)):
+    facts = [(c, p.dtype, p.device, p.is_contiguous()) for p, c in live]
+    if not _holds(optimizer, plan, live, facts, (keys, scalars)):
         for p, c in live:
             check_marked(name, p, c)
         convert(optimizer, group)
-        plans[position] = _planned(optimizer, group, old, live, (keys, scalars))
-    return {**group, "params": unmarked}
+        plans[position] = _planned(optimizer, group, plan, live, facts, (keys, scalars))
+    return {**group, "params": [p for p, c in zip(members, constraints, strict=True) if c is None]}
 
 
-def _facts(parameter: Tensor, constraint: Orthogonal) -> tuple[Any, ...]:
-    return constraint, parameter.dtype, parameter.device, parameter.is_contiguous()
-
-
-def _holds(
-    optimizer: Any, plan: Plan, live: list[tuple[Tensor, Orthogonal]], keys: tuple[list[str], list[str]]
-) -> bool:
+def _holds(optimizer: Any, plan: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys) -> bool:
     """Whether a plan is still what these parameters would get."""
     return (
-        len(plan.parameters) == len(live)
-        and plan.keys == keys
-        and not any(bucket.fresh for bucket in plan.buckets)
+        plan.keys == keys
+        and plan.facts == facts
         and all(p is q for p, (q, _) in zip(plan.parameters, live, strict=True))
-        and plan.facts == [_facts(p, c) for p, c in live]
+        and not any(bucket.fresh for bucket in plan.buckets)
         and all(still_shown(optimizer, bucket) for bucket in plan.buckets)
     )
 
 
 def _planned(
-    optimizer: Any,
-    group: Group,
-    old: Plan,
-    live: list[tuple[Tensor, Orthogonal]],
-    keys: tuple[list[str], list[str]],
+    optimizer: Any, group: Group, old: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys
 ) -> Plan:
     parameters, constraints = [p for p, _ in live], [c for _, c in live]
     fresh = [key not in optimizer.state.get(p, {}) for p in parameters for key in keys[0][:1]]
@@ -101,4 +95,4 @@ def _planned(
         for bucket in buckets:
             bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
             hold(optimizer, group, bucket, *keys)
-    return Plan(parameters, [_facts(p, c) for p, c in live], keys, buckets)
+    return Plan(parameters, facts, keys, buckets)

@@ -20,13 +20,13 @@ def may_read(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def matmul(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """``a @ b`` for batches ``(B, ., .)``, written to ``out``: 1 product."""
+def matmul(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
+    """``alpha * a @ b`` for batches ``(B, ., .)``, written to ``out``: 1 product."""
     if _one_by_one(a):
         for a_i, b_i, out_i in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
-            torch.mm(a_i, b_i, out=out_i)
+            torch.addmm(out_i, a_i, b_i, beta=0, alpha=alpha, out=out_i)
         return out
-    return torch.bmm(a, b, out=out)
+    return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
 def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
@@ -38,9 +38,12 @@ def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1
     return torch.baddbmm(x, a, b, alpha=alpha, out=out)
 
 
-def gram(x: Tensor, *, out: Tensor) -> Tensor:
-    """``x @ x.mT`` for wide ``x``, ``(B, p, n)``, written to ``out``, ``(B, p, p)``: 1 product, 5/8 where split."""
+def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``x @ x.mT`` for wide ``x``, ``(..., p, n)``, written to ``out`` if given: 1 product, 5/8 where split."""
     p = x.shape[-2]
+    if out is None:
+        batch = x.reshape(-1, *x.shape[-2:])
+        return gram(batch, out=batch.new_empty(len(batch), p, p)).view(*x.shape[:-2], p, p)
     if not may_read(x) or p < _SPLIT:
         return matmul(x, x.mT, out=out)
     cuts = [p * i // _SLABS for i in range(_SLABS + 1)]

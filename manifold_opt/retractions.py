@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .orthogonalizer import orthogonalizer, polar_factor, polar_factor_, spectral_bound
-from .products import may_read
+from .orthogonalizer import orthogonalizer, polar_factor, polar_factor_, spectral_bound, spectral_estimate
+from .products import gram, may_read
 from .room import Room
 from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew, transport
 
@@ -53,22 +53,23 @@ def _with_care_where_long(scheme: Scheme) -> Scheme:
     return careful
 
 
+_NEAR = {torch.float32: 8e-4, torch.float64: 3e-8}  # norms of V V^T/4 up to which cayley is a polynomial
+
+
 @_with_care_where_long
 def qr(w: Tensor, v: Tensor) -> Tensor:
     r"""QR retraction: :math:`(W+V)^\top = Q R` with positive diagonal of R; the result is :math:`Q^\top`.
 
-    Computed as :math:`Q^\top = L^{-1}(W+V)` with :math:`L L^\top = (W+V)(W+V)^\top`, twice, the second
-    time for the rounding error of the first (CholeskyQR2, Yamamoto et al. 2015). The Gram matrix of a
-    point plus a tangent is :math:`I + V V^\top`, so its Cholesky factor exists for every step.
+    Computed as :math:`Q^\top = L^{-1}(W+V)` with :math:`L L^\top = (W+V)(W+V)^\top` (CholeskyQR). The Gram matrix
+    of a point plus a tangent is :math:`I + V V^\top`, so its Cholesky factor exists for every step; the rounding
+    error that it squares is left to a Newton-Schulz step, which is cheaper than a second factorization.
 
     Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
     """
     x = w + v
-    for _ in range(2):
-        # cholesky_ex neither raises nor waits for the device where an entry is not finite.
-        lower, _ = torch.linalg.cholesky_ex(x @ x.mT)
-        x = torch.linalg.solve_triangular(lower, x, upper=False)
-    return x
+    # cholesky_ex neither raises nor waits for the device where an entry is not finite.
+    lower, _ = torch.linalg.cholesky_ex(gram(x))
+    return torch.linalg.solve_triangular(lower, x, upper=False)
 
 
 @_with_care_where_long
@@ -102,18 +103,34 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
 
     .. math:: R_W(V) = H W^\top H, \qquad H = U W = R^{\text{polar}}_W(V/2).
 
-    On rectangular ones, Woodbury's identity and elimination leave one p x p system, whose symmetric part
+    Where W + V/2 is so near W that :math:`D = V V^\top/4` needs no inverse, this is
+
+    .. math:: R_W(V) = W + V - D (I + D)^{-1} (2W + V)
+
+    with a polynomial of degree 1 for :math:`D (I + D)^{-1}`, and the error of :math:`W W^\top = I` taken back in
+    the same product: three products in place of six. On rectangular ones, Woodbury's identity and elimination leave one p x p system, whose symmetric part
     has no eigenvalue below one:
 
     .. math:: R_W(V) = \big(I + \tfrac14 N N^\top - \tfrac12 \Omega\big)^{-1}(2W + N) - W.
 
     Reference: Wen & Yin (2013), lemma 4, A with the half-projector that makes :math:`DR_W(0)[V] = V`.
     """
-    if w.shape[-2] == w.shape[-1]:
-        half = polar(w, v / 2)
-        return half @ w.mT @ half
-    omega, normal = coordinates(w, v)
-    return _solve_shifted_skew(normal @ normal.mT / 4, omega / 2, 2 * w + normal) - w
+    if w.shape[-2] != w.shape[-1]:
+        omega, normal = coordinates(w, v)
+        return orthogonalizer(_solve_shifted_skew(normal @ normal.mT / 4, omega / 2, 2 * w + normal) - w)
+    defect = gram(v) / 4
+    size = spectral_estimate(defect, _NEAR[w.dtype])[..., None, None]
+    near = size <= _NEAR[w.dtype]
+    all_near = may_read(w) and bool(near.all())
+    half = w if all_near else polar(w, v / 2)
+    far = w if all_near else orthogonalizer(half @ w.mT @ half)
+    if may_read(w) and not bool(near.any()):
+        return far
+    # s/(1+s) on [0, size], to size^2/6; and a quarter of W W^T - I, which 2W + V turns into half of it.
+    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    factor = (1 - 0.83 * size) * defect + (gram(w) - identity) / 4
+    moved = w + v - factor @ (2 * w + v)
+    return moved if all_near else torch.where(near, moved, far)
 
 
 def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:
@@ -208,8 +225,8 @@ class Retraction:
 
 
 RETRACTIONS: dict[str, Retraction] = {
-    "qr": Retraction(qr, exact=True, second_order=(), polished=False),
-    "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=True),
+    "qr": Retraction(qr, exact=True, second_order=(), polished=True),
+    "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=False),
     "cayley_iterative": Retraction(
         cayley_iterative, exact=False, second_order=("square", "canonical"), polished=True, longest=0.5
     ),

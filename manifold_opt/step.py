@@ -89,8 +89,11 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
     for plan, group in zip(plans, groups, strict=True):
         slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
         for bucket in plan.buckets:
-            for parameter, version in zip(bucket.parameters, bucket.versions, strict=True):
-                if version != parameter._version:
+            versions = [p._version for p in bucket.parameters]
+            if versions == bucket.versions:
+                continue
+            for parameter, before, now in zip(bucket.parameters, bucket.versions, versions, strict=True):
+                if before != now:
                     constraint = bucket.constraint
                     found.append((parameter, constraint, *off_manifold(parameter, constraint, slack)))
     for parameter, constraint, off, values in found:
@@ -109,7 +112,7 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
 
 def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
     """View or gather, gradient, direction, retraction, and back in place: the walk of one bucket."""
-    points = bucket.view([p.detach() for p in bucket.parameters], "point", room)
+    points = bucket.view(bucket.parameters, "point", room)
     gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", room)  # type: ignore[misc]
     lr = group["lr"] * (group["orthogonal_lr_scale"] / bucket.constraint.gain)
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -119,7 +122,7 @@ def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
         g, sound = _sound(gradients[piece])
         g = -g if group["maximize"] else g
         moments = {key: moment[piece] for key, moment in bucket.moments.items()}
-        v = rule(w, g, moments, room, sound=sound).mul_(-lr)
+        v = rule(w, g, moments, room, length=-lr, sound=sound)
         _retract_(w, v if sound is None else torch.where(sound, v, 0), group, room)
         if bucket.constraint.gain != 1:
             torch.mul(w, bucket.constraint.gain, out=point)
