@@ -187,7 +187,9 @@ def adam_block(
     if "max_exp_avg_sq" in state:
         v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
     d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
-    return _rotate(w, d, length, metric, room) if square else _in_metric(w, d, metric, room).mul_(length)
+    if square:
+        return _rotate(w, _skew_(d, room), length, metric, room)  # again: m may come from an element-wise run
+    return _in_metric(w, d, metric, room).mul_(length)
 
 
 ADAM = {"element": adam_element, "block": adam_block}

@@ -609,7 +609,7 @@ def test_a_fused_optimizer_gets_what_the_gradient_scaler_sets(name, found_inf):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"retraction": "foo"}, "qr, cayley"), ({"beta": 0.1}, "orthogonalizer"), ({"capturable": True}, "capturable")],
+    [({"retraction": "foo"}, "qr, cayley"), ({"beta": 0.1}, "orthogonalizer"), ({"fused": True}, "fused")],
 )
 def test_options_changed_later_are_checked_before_anything_is_written(name, change, match):
     layer = nn.Linear(4, 4)
@@ -662,10 +662,8 @@ def test_options_out_of_range_are_refused(name, options, match):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("option", ["differentiable", "capturable", "fused"])
+@pytest.mark.parametrize("option", ["differentiable", "fused"])
 def test_what_a_marked_parameter_cannot_honour_raises_at_construction(name, option):
-    if (name, option) == ("SGD", "capturable"):
-        pytest.skip("SGD has no such option")
     weight, bias = nn.Parameter(torch.eye(3)), nn.Parameter(torch.zeros(3))
     make(name, [weight, bias], **{option: True})  # nothing marked, nothing to refuse
     mark_orthogonal(weight)
