@@ -8,7 +8,7 @@ a parameter, under torch's keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,7 @@ class Bucket:
     Attributes:
         parameters: its members, alike in shape, dtype, device and constraint.
         constraint: of each.
-        fresh: whether they have no momentum yet.
+        fresh: whether their first gradient is to enter the momentum whole, without dampening.
         versions: of each member when it was last stepped: another one says that it has been written to since.
         moments: what the rule holds, ``(B, p, n)`` or ``(B, 1, 1)`` each: views of the members' state, or the
             storage that their state is a view of.
@@ -52,20 +52,19 @@ class Bucket:
         self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
         self.square = self.p == self.n
         self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
-        self._written: list[Tensor] | None = None  # pieces of the workspace that values are written back from
+        self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
         self.stacked = (first.shape[0] * len(self.parameters), first.numel() // first.shape[0])
 
     def wide(self, stacked: Tensor) -> Tensor:
         """Wide blocks ``(B, p, n)`` of a tensor that has all members' rows one below the other."""
         return block_view(stacked, self.blocks)
 
-    def view(self, tensors: Sequence[Tensor], role: str, room: Room) -> Tensor:
+    def view(self, tensors: list[Tensor], role: str, room: Room) -> Tensor:
         """The members' ``tensors`` as wide blocks ``(B, p, n)``: a view of a lone one, a copy of many."""
         if not self.gathered:
-            tensor = tensors[0]
-            flat = tensor.contiguous() if tensor.ndim > 2 else tensor
-            return self.constraint.view(flat)
-        rows = tensors if tensors[0].ndim == 2 else [t.reshape(t.shape[0], -1) for t in tensors]
+            lone = tensors[0]
+            return self.constraint.view(lone.contiguous() if lone.ndim > 2 else lone)
+        rows = [t.reshape(t.shape[0], -1) for t in tensors] if tensors[0].ndim > 2 else tensors
         return self.wide(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
 
     def write_back(self, values: Tensor) -> None:
@@ -74,13 +73,16 @@ class Bucket:
             self.constraint.view(self.parameters[0]).copy_(values)
             return
         stacked = (values.mT if self.tall else values).reshape(self.stacked)
-        if self._written is None or self._written[0].data_ptr() != stacked.data_ptr():
+        if torch.compiler.is_compiling():
+            torch._foreach_copy_(self.parameters, self.split(stacked))
+            return
+        if not self._written or self._written[0].data_ptr() != stacked.data_ptr():
             self._written = self.split(stacked)
         torch._foreach_copy_(self.parameters, self._written)
 
     def split(self, stacked: Tensor) -> list[Tensor]:
         """Rows one below the other, as one tensor a member, of its shape."""
-        parts = stacked.split(self.parameters[0].shape[0])
+        parts = stacked.split(self.parameters[0].shape[0])  # type: ignore[no-untyped-call]
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
     def pieces(self) -> Iterator[slice]:
@@ -92,7 +94,7 @@ class Bucket:
 
 
 def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bool]) -> list[Bucket]:
-    """Buckets of the marked parameters of one group, of each its constraint and whether it has no momentum yet."""
+    """Buckets of the marked parameters of one group, of each its constraint and whether it is fresh."""
     shared: dict[object, list[int]] = {}
     for index, (parameter, constraint) in enumerate(zip(parameters, constraints, strict=True)):
         block = parameter.numel() // constraint.blocks * parameter.element_size()
@@ -107,9 +109,9 @@ def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bo
 
 
 def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
-    """Members in portions of at most ``BATCH`` bytes and, but for small change, at most half of all."""
+    """Members in portions of at most ``BATCH`` bytes and, but for small change, at most a third of all."""
     size = parameters[members[0]].nbytes
-    limit = min(BATCH, max(size * len(members) // 2, SMALL))
+    limit = min(BATCH, max(size * len(members) // 3, SMALL))
     count = max(1, limit // size)
     for start in range(0, len(members), count):
         yield members[start : start + count]

@@ -34,11 +34,11 @@ _FLOOR = 0.01  # of its row's mean square, what an entry's counts for at least
 
 @dataclass(frozen=True)
 class Decay:
-    """What Adam's averages are weighted with: betas, and what its bias corrections divide by.
+    r"""What Adam's averages are weighted with: betas, and what its bias corrections divide by.
 
     Attributes:
         beta1, beta2: decay of the two moments.
-        correction1, correction2: :math:`1 - \\beta^t`, a number, or ``(B, 1, 1)`` where step counts differ.
+        correction1, correction2: :math:`1 - \beta^t`, a number, or ``(B, 1, 1)`` where step counts differ.
     """
 
     beta1: Number
@@ -67,11 +67,7 @@ def sgd(
     Nesterov. Rectangular, with a tangent buffer, whose transport and the projection of the gradient are one:
     :math:`B \leftarrow P_W(\mu B + (1-\tau) G)`, and the direction B, or :math:`P_W(G) + \mu B`.
 
-    Args:
-        w, g, state, room: points, gradients, moments, workspaces.
-        length: what the direction is multiplied with.
-        metric, momentum, dampening, nesterov: options.
-        sound: ``(B, 1, 1)``, the blocks whose buffer may be written to; all unless given.
+    Blocks that are not ``sound``, ``(B, 1, 1)``, keep their buffer; all are unless given.
     """
     square = w.shape[-2] == w.shape[-1]
     new = _along(w, g, room) if square else g
@@ -134,20 +130,20 @@ def adam_element(
         v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
     # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) sqrt(c2) / c1
     root = decay.correction2**0.5
-    eps, scale = eps * root, root / decay.correction1
+    offset, scale = eps * root, root / decay.correction1
     if square:
         other = transpose(v, out=room("second", w.shape, like=w))
-        size = torch.minimum(v, other, out=other).sqrt_().add_(eps)
+        size = torch.minimum(v, other, out=other).sqrt_().add_(offset)
         omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).mul_(scale).clamp_(-1, 1)
         return _rotate(w, omega, length, metric, room)
 
     along = matmul(m, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
     normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), alpha=-1)
     rows = v.mean(-1, keepdim=True)
-    size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(eps)
+    size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(offset)
     normal.div_(size).mul_(scale).clamp_(-1, 1)
     other = transpose(along, out=room("third", along.shape, like=w))
-    rows = rows.sqrt().add_(eps)
+    rows = rows.sqrt().add_(offset)
     omega = (along - other).div_(torch.minimum(rows, rows.mT, out=other)).mul_(scale).clamp_(-1, 1)
     omega -= matmul(normal, w.mT, out=along)
     return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
@@ -182,8 +178,9 @@ def adam_block(
         state["exp_avg"].copy_(transported) if sound is None else _keep(state["exp_avg"], transported, sound)
     m, v = state["exp_avg"], state["exp_avg_sq"]
     _average(m, new, decay.beta1, sound)
-    # |Omega W| = |Omega|: an orthogonal factor keeps every mean square
-    _average(v, new.square().mean((-2, -1), keepdim=True), decay.beta2, sound)
+    # |Omega W| = |Omega|: an orthogonal factor keeps every mean square.
+    square_norm = torch.linalg.vector_norm(new, dim=(-2, -1), keepdim=True).square_()
+    _average(v, square_norm / (w.shape[-2] * w.shape[-1]), decay.beta2, sound)
     if "max_exp_avg_sq" in state:
         v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
     d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
@@ -196,8 +193,10 @@ ADAM = {"element": adam_element, "block": adam_block}
 
 
 def to_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
-    r"""A moment of G at ``w``, square, as the one of :math:`A = G W^\top`: exact for a mean, and for a mean square
-    as if the entries of G were independent."""
+    r"""A moment of G at square ``w`` as the one of :math:`A = G W^\top`.
+
+    Exact for a mean, and for a mean square as if the entries of G were independent.
+    """
     return moment @ (w * w if key.endswith("_sq") else w).mT
 
 

@@ -24,10 +24,7 @@ Record = tuple[int, int, int, float]  # position in the group, blocks, dim, gain
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
     """Give a bucket its moments: those its members have, zeros for those they lack.
 
-    Args:
-        optimizer, group, bucket: whose.
-        keys: of the moments, scalars included.
-        scalars: of those that hold one number a block, ``(blocks, 1, 1)`` a member.
+    ``keys`` are those of all moments, ``scalars`` of those that hold one number a block, ``(blocks, 1, 1)`` a member.
     """
     first = bucket.parameters[0]
     for key in keys:
@@ -39,7 +36,7 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             bucket.moments[key] = present[0] if key in scalars else bucket.constraint.view(present[0])
         elif key in scalars:
             storage = torch.cat(present)
-            shown = list(storage.split(bucket.constraint.blocks))
+            shown = list(storage.split(bucket.constraint.blocks))  # type: ignore[no-untyped-call]
             bucket.moments[key] = storage
         else:
             storage = torch.cat([moment.reshape(len(moment), -1) for moment in present])

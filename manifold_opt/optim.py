@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
 from .options import add_param_group, fill_options, with_options
@@ -114,7 +114,6 @@ class SGD(torch.optim.SGD):
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         return super()._init_group(prepare(self, group, *sgd_moments(group)), *lists)  # type: ignore[no-untyped-call]
 
-    @_use_grad_for_differentiable
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
 
@@ -220,7 +219,6 @@ class Adam(torch.optim.Adam):
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         return super()._init_group(prepare(self, group, *adam_moments(group)), *lists)  # type: ignore[no-untyped-call]
 
-    @_use_grad_for_differentiable
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
 
@@ -308,7 +306,6 @@ class AdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         return super()._init_group(prepare(self, group, *adam_moments(group)), *lists)  # type: ignore[no-untyped-call]
 
-    @_use_grad_for_differentiable
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -70,8 +70,8 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     D bounds the singular values from above, one bounds them from below, and between known ends it is known which
     polynomial to take and how many: in float32 one of degree 1 in D (2 T) while the bound on the spectral norm of
     the step is below 0.039, one of degree 2 (3 T) below 0.148, two (5 T at most) below 0.57, and 13 at 10^4. A
-    matrix that has converged is left alone while others of its batch go on. Where the host may not look at D, always three Newton-Schulz steps
-    (four in float64), their coefficients following D on the device.
+    matrix that has converged is left alone while others of its batch go on. Where the host may not look at D,
+    always three Newton-Schulz steps (four in float64), their coefficients following D on the device.
 
     Args:
         x: ``(B, p, n)``, wide: a point plus a tangent, up to rounding. Overwritten.
@@ -86,6 +86,7 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     spare = out if x.shape[-2] == x.shape[-1] else room("third", (*x.shape[:-1], x.shape[-2]), like=x)
     defect = _defect(x, room)
     size = spectral_estimate(defect, _EASY[x.dtype])
+    polynomials: Iterable[Polynomial]
     if may_read(x):
         polynomials = _tabulated(size)
     else:
@@ -148,8 +149,10 @@ def spectral_bound(a: Tensor) -> Tensor:
 
 
 def spectral_estimate(a: Tensor, small: float) -> Tensor:
-    """The spectral norm of symmetric ``a``, ``(...)``, from above: the Frobenius norm where that is ``small`` enough
-    to be told no more, a tighter estimate elsewhere."""
+    """The spectral norm of symmetric ``a``, ``(...)``, from above.
+
+    The Frobenius norm where that is ``small`` enough for nobody to ask further, a tighter estimate elsewhere.
+    """
     frobenius = torch.linalg.vector_norm(a, dim=(-2, -1))
     if a.shape[-1] < _PROBED:
         return frobenius
@@ -167,19 +170,22 @@ def _probed_norm(a: Tensor) -> Tensor:
     where the Frobenius norm is :math:`\sqrt p / 3` times. An estimate: should it fall short, the next step finds
     what is left, and squares it.
     """
-    z = _probes(a.shape[-1], a.dtype, a.device).expand(*a.shape[:-2], -1, -1)
+    probes = _probes if torch.compiler.is_compiling() else _kept_probes
+    z = probes(a.shape[-1], a.dtype, a.device).expand(*a.shape[:-2], -1, -1)
     scale = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     for _ in range(3):
         z = (z @ a) / scale
     return torch.linalg.vector_norm(z, dim=(-2, -1)) ** (1 / 3) * scale[..., 0, 0]
 
 
-@functools.cache
 def _probes(p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Two rows ``(2, p)`` of random signs, the same in every run, scaled to a sum of squares of p."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (2, p), generator=generator, dtype=torch.int8) * 2 - 1
-    return (signs.to(dtype) * 0.5**0.5).to(device)
+    """Two rows ``(2, p)`` of signs without pattern, the same in every run, scaled to a sum of squares of p."""
+    root = torch.tensor([[2.0], [3.0]], dtype=torch.float64).sqrt()
+    phase = torch.arange(1, p + 1, dtype=torch.float64).square() * root
+    return torch.where(phase.frac() < 0.5, 0.5**0.5, -(0.5**0.5)).to(device, dtype)
+
+
+_kept_probes = functools.cache(_probes)
 
 
 def _defect(x: Tensor, room: Room) -> Tensor:
@@ -199,19 +205,18 @@ class Polynomial(NamedTuple):
 
 
 def _apply(x: Tensor, defect: Tensor, polynomial: Polynomial, *, spare: Tensor, out: Tensor) -> Tensor:
-    r"""share X + (a I + b D + c D^2) X, D overwritten.
+    r"""Apply a polynomial: share X + (a I + b D + c D^2) X, D overwritten.
 
     For short steps the share is one: what D multiplies is small then, and only D itself needs full precision. For
     long ones it is zero, for a is close to -1 there.
     """
-    a, b, c, share = (x if x is None else x[..., None, None] for x in polynomial)
-    if c is not None:
-        square = gram(defect, out=spare)
-        defect.mul_(b).add_(square.mul_(c))
-    else:
-        defect.mul_(b)
-    defect.diagonal(dim1=-2, dim2=-1).add_(a[..., 0])
-    return matmul_add(x if share is None else x * share, defect, x, out=out)
+    a, b, c, share = polynomial
+    square = None if c is None else gram(defect, out=spare).mul_(c[:, None, None])
+    defect.mul_(b[:, None, None])
+    if square is not None:
+        defect.add_(square)
+    defect.diagonal(dim1=-2, dim2=-1).add_(a[:, None])
+    return matmul_add(x if share is None else x * share[:, None, None], defect, x, out=out)
 
 
 def _newton_schulz(size: Tensor, count: int) -> tuple[list[Polynomial], list[Tensor]]:
@@ -219,7 +224,8 @@ def _newton_schulz(size: Tensor, count: int) -> tuple[list[Polynomial], list[Ten
 
     :math:`f(x) = (3x - x^3)/2` takes equal values at both ends of :math:`\mu [l, u]` when
     :math:`\mu^2 = 3/(l^2 + l u + u^2)`; then all singular values lie in :math:`[1 - g, 1]` with
-    :math:`g = (1-\mu l)^2 (2+\mu l)/2`, and are centred at one. (Scaling: Chen & Chow 2014, *A stable scaling of Newton-Schulz*.)
+    :math:`g = (1-\mu l)^2 (2+\mu l)/2`, and are centred at one. (Scaling: Chen &
+    Chow 2014, *A stable scaling of Newton-Schulz*.)
     """
     return _scaled_steps(torch.ones_like(size), (1 + size).sqrt(), count)
 

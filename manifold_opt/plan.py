@@ -14,7 +14,6 @@ from .moments import convert, hold, still_shown
 from .options import Group, check_gradients, check_marked, check_options
 from .room import Room
 
-
 Live = list[tuple[Tensor, Orthogonal]]
 Keys = tuple[list[str], list[str]]
 
@@ -82,15 +81,13 @@ def _holds(optimizer: Any, plan: Plan, live: Live, facts: list[tuple[Any, ...]],
     )
 
 
-def _planned(
-    optimizer: Any, group: Group, old: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys
-) -> Plan:
+def _planned(optimizer: Any, group: Group, old: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys) -> Plan:
     parameters, constraints = [p for p, _ in live], [c for _, c in live]
-    fresh = [key not in optimizer.state.get(p, {}) for p in parameters for key in keys[0][:1]]
-    buckets = fill(parameters, constraints, fresh if "momentum_buffer" in keys[0] else [False] * len(live))
-    versions = {
-        id(p): version for b in old.buckets for p, version in zip(b.parameters, b.versions, strict=True)
-    }
+    damped = "momentum_buffer" in keys[0] and group["dampening"] != 0
+    buckets = fill(
+        parameters, constraints, [damped and "momentum_buffer" not in optimizer.state.get(p, {}) for p in parameters]
+    )
+    versions = {id(p): version for b in old.buckets for p, version in zip(b.parameters, b.versions, strict=True)}
     with torch.no_grad():
         for bucket in buckets:
             bucket.versions = [versions.get(id(p)) for p in bucket.parameters]

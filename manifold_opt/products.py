@@ -6,6 +6,8 @@ thread a matrix; and of a Gram matrix only one triangle is computed, the other m
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     if not may_read(x) or p < _SPLIT:
         return matmul(x, x.mT, out=out)
     cuts = [p * i // _SLABS for i in range(_SLABS + 1)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         rows, before = slice(start, stop), slice(0, start)
         torch.bmm(x[:, rows], x[:, :stop].mT, out=out[:, rows, :stop])
         out[:, before, rows] = out[:, rows, before].mT

@@ -108,8 +108,10 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
     .. math:: R_W(V) = W + V - D (I + D)^{-1} (2W + V)
 
     with a polynomial of degree 1 for :math:`D (I + D)^{-1}`, and the error of :math:`W W^\top = I` taken back in
-    the same product: three products in place of six. On rectangular ones, Woodbury's identity and elimination leave one p x p system, whose symmetric part
-    has no eigenvalue below one:
+    the same product: three products in place of six.
+
+    On rectangular matrices, Woodbury's identity and elimination leave one p x p system, whose symmetric part has no
+    eigenvalue below one:
 
     .. math:: R_W(V) = \big(I + \tfrac14 N N^\top - \tfrac12 \Omega\big)^{-1}(2W + N) - W.
 

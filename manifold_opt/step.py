@@ -14,13 +14,13 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from . import direction
@@ -49,11 +49,9 @@ def step(
 ) -> Any:
     """One step of every group: the closure, then the unmarked parameters, then the marked ones.
 
-    Args:
-        optimizer, closure: as in torch.optim.
-        lists_of: the empty lists that torch's ``_init_group`` fills.
-        step_unmarked: torch's own step of what they have been filled with.
-        rule_of: the direction of a bucket: ``(w, g, moments, room, sound=...) -> d``.
+    ``lists_of`` makes the empty lists that torch's ``_init_group`` fills, ``step_unmarked`` is torch's own step of
+    what they have been filled with, and ``rule_of`` gives the direction of a bucket,
+    ``(w, g, moments, room, length=..., sound=...) -> v``.
     """
     loss = None
     if closure is not None:
@@ -69,14 +67,20 @@ def step(
     if not torch.compiler.is_compiling():
         _restore(plans, optimizer.param_groups)
 
-    for group, lists, flag in prepared:
-        step_unmarked(optimizer, group, lists, flag)
+    with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+        for group, lists, flag in prepared:
+            step_unmarked(optimizer, group, lists, flag)
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
         for bucket in plan.buckets:
-            # Under autocast every product below would come back in bfloat16.
-            with torch.no_grad(), torch.autocast(bucket.parameters[0].device.type, enabled=False):
+            with torch.no_grad(), _full_precision(bucket.parameters[0].device.type):
                 _move(bucket, group, rule_of(group, bucket), optimizer._room)
     return loss
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Under autocast every product of a step would come back in bfloat16."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 @torch.no_grad()
@@ -106,7 +110,7 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
                     f"A marked parameter of shape {tuple(parameter.shape)} was {distance:.2g} away from its manifold, "
                     "changed outside the optimizer since it was marked or last stepped (load_state_dict?). Its blocks "
                     "were put back to the nearest orthogonal values.",
-                    stacklevel=7,  # the caller of opt.step(), past its hooks and decorators
+                    stacklevel=6,  # the caller of opt.step(), past its hooks and decorators
                 )
 
 
@@ -201,9 +205,7 @@ def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
     else:
         steps = _per_block(bucket)
     decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
-    return functools.partial(
-        ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"]
-    )
+    return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"])
 
 
 def _number(beta: Number) -> Number:
@@ -217,7 +219,7 @@ def _per_block(bucket: Bucket) -> Tensor:
     return (steps.repeat_interleave(bucket.constraint.blocks) if bucket.gathered else steps)[:, None, None]
 
 
-def lists_of_sgd(optimizer: Any, group: Group) -> Lists:
+def lists_of_sgd(_: Any, __: Group) -> Lists:
     """What torch.optim.SGD._init_group fills: parameters, gradients, buffers."""
     return [], [], []
 

@@ -99,8 +99,8 @@ def retract(w: Tensor, v: Tensor, method: str, metric: str = "euclidean") -> Ten
 class Momentum:
     """SGD with momentum.
 
-    Square: the buffer is one of the gradient in the frame, G W^T, of which the step takes the skew part. Otherwise it is
-    transported to each new point, then the new gradient is added.
+    Square: the buffer is one of the gradient in the frame, G W^T, of which the step takes the skew part. Otherwise
+    it is transported to each new point, then the new gradient is added.
     """
 
     def __init__(self, momentum: float, dampening: float, nesterov: bool) -> None:

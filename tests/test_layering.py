@@ -63,4 +63,4 @@ def test_the_mathematics_needs_torch_only(module):
             else []
         )
     }
-    assert roots <= {"torch", "functools", "collections", "dataclasses", "typing", "__future__", "math"}
+    assert roots <= {"torch", "functools", "collections", "dataclasses", "typing", "__future__", "math", "itertools"}

@@ -91,7 +91,7 @@ def test_the_probed_norm_is_from_above_and_tight(p):
     a = gaussian(8, p, p)
     full = (a - a.mT) @ (a - a.mT).mT
     u = point(8, 2, p)
-    for matrix, low in ((full, 1.0), (u.mT @ u, 0.7)):
+    for matrix, low in ((full, 0.85), (u.mT @ u, 0.7)):
         ratio = _probed_norm(matrix) / torch.linalg.matrix_norm(matrix, 2)
         assert low <= float(ratio.min())
         assert float(ratio.max()) < 2.5
