@@ -137,16 +137,22 @@ def adam_element(
         omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).mul_(scale).clamp_(-1, 1)
         return _rotate(w, omega, length, metric, room)
 
-    along = matmul(m, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
-    normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), alpha=-1)
+    # Numbers are taken into the products, tensors cannot be.
+    number = scale if isinstance(scale, float) else 1.0
+    along = matmul(m, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w), alpha=number)
+    normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), beta=number, alpha=-1)
+    if isinstance(scale, Tensor):
+        along, normal = along.mul_(scale), normal.mul_(scale)
     rows = v.mean(-1, keepdim=True)
     size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(offset)
-    normal.div_(size).mul_(scale).clamp_(-1, 1)
+    normal.div_(size).clamp_(-1, 1)
     other = transpose(along, out=room("third", along.shape, like=w))
     rows = rows.sqrt().add_(offset)
-    omega = (along - other).div_(torch.minimum(rows, rows.mT, out=other)).mul_(scale).clamp_(-1, 1)
+    omega = (along - other).div_(torch.minimum(rows, rows.mT, out=other)).clamp_(-1, 1)
     omega -= matmul(normal, w.mT, out=along)
-    return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
+    if isinstance(length, Tensor) or metric == "canonical":
+        return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
+    return matmul_add(normal, omega, w, out=normal, beta=length, alpha=length)
 
 
 def adam_block(

@@ -31,13 +31,13 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
-def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
-    """``x + alpha * a @ b``, written to ``out``, which may be ``x``: 1 product."""
+def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """``beta * x + alpha * a @ b``, written to ``out``, which may be ``x``: 1 product."""
     if _one_by_one(a):
         for x_i, a_i, b_i, out_i in zip(x.unbind(), a.unbind(), b.unbind(), out.unbind(), strict=True):
-            torch.addmm(x_i, a_i, b_i, alpha=alpha, out=out_i)
+            torch.addmm(x_i, a_i, b_i, beta=beta, alpha=alpha, out=out_i)
         return out
-    return torch.baddbmm(x, a, b, alpha=alpha, out=out)
+    return torch.baddbmm(x, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
