@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .orthogonalizer import orthogonalizer, polar_factor, polar_factor_, spectral_bound, spectral_estimate
+from .orthogonalizer import orthogonalizer, spectral_bound
+from .polar_factor import polar_factor, polar_factor_, spectral_estimate
 from .products import gram, may_read
 from .room import Room
 from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew, transport
@@ -79,7 +80,7 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
     .. math:: R_W(V) = \big((W+V)(W+V)^\top\big)^{-1/2}(W+V)
 
     As :math:`(W+V)(W+V)^\top = I + V V^\top`, every singular value is at least one, which is what
-    :func:`~manifold_opt.orthogonalizer.polar_factor_` needs to do without a factorization.
+    :func:`~manifold_opt.polar_factor.polar_factor_` needs to do without a factorization.
 
     Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
     """

@@ -351,7 +351,7 @@ def test_a_fixed_number_of_products_is_exact_at_any_rate(rule, rate, dtype, monk
     """As where the host may not look: steps too long for it are shortened, and none leaves the manifold."""
     import manifold_opt
 
-    for module in (manifold_opt.orthogonalizer, manifold_opt.retractions, manifold_opt.products, step_module):
+    for module in (manifold_opt.polar_factor, manifold_opt.retractions, manifold_opt.products, step_module):
         monkeypatch.setattr(module, "may_read", lambda _: False)
     weights = [parameter(40, 40, dtype=dtype), parameter(12, 30, dtype=dtype)]
     opt = RULES[rule](weights)
