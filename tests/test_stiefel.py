@@ -2,10 +2,10 @@ import geoopt
 import pytest
 import torch
 
-from manifold_opt import nearest_orthogonal, project, stiefel
+from manifold_opt import nearest_orthogonal, project, retract, stiefel
 
 from . import reference
-from .helpers import DTYPES, SQUARE, TALL, WIDE, gaussian, point, rounding
+from .helpers import DTYPES, SQUARE, TALL, WIDE, gaussian, point, rounding, tangent
 
 METRICS = ["euclidean", "canonical"]
 
@@ -140,3 +140,10 @@ def test_project_refuses(w, g, match):
 def test_project_lists_the_metrics():
     with pytest.raises(ValueError, match="euclidean, canonical"):
         project(torch.eye(2), torch.eye(2), "riemannian")  # type: ignore[arg-type]
+
+
+def test_large_float64_points_count_as_orthogonal():
+    """Or they would be projected anew, and lose their bits, whenever an optimizer looks."""
+    w = point(1, 600, 600)
+    w = retract(w, tangent(w, 1e-3))
+    assert float(stiefel.error(w)) < stiefel.error_at_rounding(600, 600, torch.float64)
