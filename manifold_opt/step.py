@@ -214,7 +214,7 @@ def _number(beta: Number) -> Number:
 def _per_block(bucket: Bucket) -> Tensor:
     """Step counts ``(B, 1, 1)`` in the dtype and on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
     assert bucket.steps is not None
-    steps = bucket.steps.to(bucket.parameters[0])
+    steps = bucket.steps.to(bucket.parameters[0], non_blocking=True)
     return (steps.repeat_interleave(bucket.constraint.blocks) if bucket.gathered else steps)[:, None, None]
 
 
