@@ -63,7 +63,9 @@ class Bucket:
         """The members' ``tensors`` as wide blocks ``(B, p, n)``: a view of a lone one, a copy of many."""
         if not self.gathered:
             lone = tensors[0]
-            return self.constraint.view(lone.contiguous() if lone.ndim > 2 else lone)
+            # A gradient may come in a memory format that cannot be flattened; a parameter is written to as it lies.
+            copied = lone.ndim > 2 and lone is not self.parameters[0]
+            return self.constraint.view(lone.contiguous() if copied else lone)
         rows = [t.reshape(t.shape[0], -1) for t in tensors] if tensors[0].ndim > 2 else tensors
         return self.wide(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
 
@@ -99,7 +101,7 @@ def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bo
     for index, (parameter, constraint) in enumerate(zip(parameters, constraints, strict=True)):
         block = parameter.numel() // constraint.blocks * parameter.element_size()
         key = (parameter.shape, parameter.dtype, parameter.device, constraint, fresh[index])
-        alone = block > SMALL or constraint.dim != 0 or not parameter.is_contiguous()
+        alone = block > SMALL or constraint.dim != 0 or (parameter.ndim > 2 and not parameter.is_contiguous())
         shared.setdefault(index if alone else key, []).append(index)
     return [
         Bucket([parameters[i] for i in some], constraints[some[0]], fresh[some[0]], [None] * len(some))

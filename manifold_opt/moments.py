@@ -1,8 +1,9 @@
 """The moments of marked parameters: created, taken over from what the optimizer's state holds, shown under its keys.
 
-Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. A parameter group
-says in ``group["constraints"]`` under which constraints its state is held, so that a checkpoint of torch's own, or
-of a parameter that has been marked or unmarked since, is converted when it is met.
+Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. The optimizer knows
+under which constraint each parameter's state is held, and records it in ``group["constraints"]``, as
+``(position, blocks, dim, gain)`` each, so that a checkpoint of torch's own, or of a parameter that has been marked or
+unmarked since, is converted when it is met.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from .constraint import Orthogonal, constraint_of
 from .direction import from_frame, to_frame
 
 Group = dict[str, Any]
-Record = tuple[int, int, int, float]  # position in the group, blocks, dim, gain
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -67,27 +67,42 @@ def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
 
 
 @torch.no_grad()
-def convert(optimizer: Optimizer, group: Group) -> None:
-    """Bring the state of a group from the constraints that it was held under to those of today."""
-    present = _records(group["params"])
-    if group["constraints"] == present:
-        return
-    before = {record[0]: record for record in group["constraints"]}
-    after = {record[0]: record for record in present}
-    for index, parameter in enumerate(group["params"]):
-        old, new = before.get(index), after.get(index)
-        if old != new and optimizer.state.get(parameter):
-            state = optimizer.state[parameter]
-            if old is not None:
-                _change(state, parameter, Orthogonal(*old[1:]), from_frame)
-            if new is not None:
-                _change(state, parameter, Orthogonal(*new[1:]), to_frame)
-    group["constraints"] = present
+def convert(optimizer: Any, group: Group) -> None:
+    """Bring the state of a group from the constraints that it is held under to those of today, and record them."""
+    held: dict[Tensor, Orthogonal] = optimizer._held
+    for parameter in group["params"]:
+        old, new = held.get(parameter), constraint_of(parameter)
+        if old == new:
+            continue
+        state = optimizer.state.get(parameter)
+        if state and old is not None:
+            _change(state, parameter, old, from_frame)
+        if state and new is not None:
+            _change(state, parameter, new, to_frame)
+        if new is None:
+            del held[parameter]
+        else:
+            held[parameter] = new
+    marked = ((i, constraint) for i, p in enumerate(group["params"]) if (constraint := held.get(p)) is not None)
+    group["constraints"] = tuple((i, c.blocks, c.dim, c.gain) for i, c in marked)
 
 
-def _records(parameters: list[Tensor]) -> tuple[Record, ...]:
-    marked = ((i, constraint) for i, p in enumerate(parameters) if (constraint := constraint_of(p)) is not None)
-    return tuple((i, c.blocks, c.dim, c.gain) for i, c in marked)
+def recorded(groups: list[Group]) -> dict[Tensor, Orthogonal]:
+    """The constraints that state is held under, as the groups of a checkpoint record them."""
+    return {
+        group["params"][position]: Orthogonal(blocks, dim, gain)
+        for group in groups
+        for position, blocks, dim, gain in group.get("constraints", ())
+    }
+
+
+def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
+    """Take the state of members that a bucket loses out of the storage it shares."""
+    for index, parameter in enumerate(bucket.parameters):
+        state = optimizer.state.get(parameter, {})
+        for key, shown in bucket.shown.items():
+            if bucket.gathered and id(parameter) not in staying and state.get(key) is shown[index]:
+                state[key] = shown[index].clone()
 
 
 def _change(state: dict[str, Any], parameter: Tensor, constraint: Orthogonal, change: Any) -> None:

@@ -17,6 +17,7 @@ from .plan import forget_plans, prepare
 from .step import (
     Closure,
     adam_moments,
+    check_capture,
     lists_of_adam,
     lists_of_sgd,
     rule_of_adam,
@@ -33,7 +34,7 @@ class SGD(torch.optim.SGD):
     r"""torch.optim.SGD that keeps marked parameters orthogonal.
 
     Unmarked parameters train bit for bit as with torch.optim.SGD. A marked one follows its Riemannian
-    gradient, with a momentum buffer that is tangent, and is retracted onto the manifold in every step.
+    gradient, with a momentum that moves along with it, and is retracted onto the manifold in every step.
     Weight decay does not act on it: its length is fixed.
 
     Args:
@@ -132,14 +133,14 @@ class Adam(torch.optim.Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
-        decoupled_weight_decay: as in torch.optim.Adam. ``capturable``, ``differentiable`` and ``fused``
-            must be off in a group with marked parameters.
+        decoupled_weight_decay: as in torch.optim.Adam. ``differentiable`` and ``fused`` must be off in a
+            group with marked parameters.
         retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
         metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
             canonical one is twice as long.
         orthogonal_lr_scale: learning rate of marked blocks as a multiple of their group's.
-        second_moment: ``"element"`` keeps torch's element-wise moments and makes the direction tangent; it
-            learns fastest. ``"block"`` holds one mean square a block, equivariant under rotations.
+        second_moment: ``"element"`` holds one mean square an entry, as torch does, and learns fastest.
+            ``"block"`` holds one mean square a block, equivariant under rotations.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
 
@@ -225,6 +226,7 @@ class Adam(torch.optim.Adam):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
+        check_capture(self)
         return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)
 
 
@@ -312,4 +314,5 @@ class AdamW(torch.optim.AdamW):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
+        check_capture(self)
         return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .buckets import Bucket, fill
 from .constraint import Orthogonal, constraint_of
-from .moments import convert, hold, still_shown
+from .moments import convert, hold, leave, recorded, still_shown
 from .options import Group, check_gradients, check_marked, check_options
 from .room import Room
 
@@ -23,21 +23,26 @@ class Plan:
     """The buckets of one parameter group, and what they were made for.
 
     Attributes:
-        parameters: marked, with gradients.
+        members: all parameters of the group, and their constraints.
+        parameters: those that are marked and have gradients.
         facts: what of each a bucket depends on.
         keys: the moments that the group's options ask for, and which of them are one number a block.
         buckets: of these parameters.
+        versions: of the members that are in none, when they last were.
     """
 
+    members: list[tuple[Tensor, Orthogonal | None]] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
     facts: list[tuple[Any, ...]] = field(default_factory=list)
     keys: Keys = field(default_factory=lambda: ([], []))
     buckets: list[Bucket] = field(default_factory=list)
+    versions: dict[int, int | None] = field(default_factory=dict)
 
 
 def forget_plans(optimizer: Any) -> None:
     """Start without plans and workspaces: the state may be another one now."""
     optimizer._plans = []
+    optimizer._held = recorded(optimizer.param_groups)
     optimizer._room = Room()
 
 
@@ -49,6 +54,7 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     """
     plans: list[Plan] = optimizer._plans
     plans.extend(Plan() for _ in range(len(optimizer.param_groups) - len(plans)))
+    del plans[len(optimizer.param_groups) :]
     position = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
     name = type(optimizer).__name__
 
@@ -59,15 +65,22 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         return group
     if any(constraints):
         check_options(name, group)
+    everyone = list(zip(members, constraints, strict=True))
     live = [(p, c) for p, c in zip(members, constraints, strict=True) if c is not None and p.grad is not None]
     check_gradients(name, [p for p, _ in live])
     facts = [(c, p.dtype, p.device, p.is_contiguous()) for p, c in live]
-    if not _holds(optimizer, plan, live, facts, (keys, scalars)):
+    if not (_same(plan.members, everyone) and _holds(optimizer, plan, live, facts, (keys, scalars))):
         for p, c in live:
             check_marked(name, p, c)
         convert(optimizer, group)
         plans[position] = _planned(optimizer, group, plan, live, facts, (keys, scalars))
+        plans[position].members = everyone
     return {**group, "params": [p for p, c in zip(members, constraints, strict=True) if c is None]}
+
+
+def _same(before: list[tuple[Tensor, Any]], now: list[tuple[Tensor, Any]]) -> bool:
+    """Whether these are the same parameters with the same constraints."""
+    return len(before) == len(now) and all(a is b and c == d for (a, c), (b, d) in zip(before, now, strict=True))
 
 
 def _holds(optimizer: Any, plan: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys) -> bool:
@@ -87,9 +100,13 @@ def _planned(optimizer: Any, group: Group, old: Plan, live: Live, facts: list[tu
     buckets = fill(
         parameters, constraints, [damped and "momentum_buffer" not in optimizer.state.get(p, {}) for p in parameters]
     )
-    versions = {id(p): version for b in old.buckets for p, version in zip(b.parameters, b.versions, strict=True)}
+    versions = dict(old.versions)
+    for bucket in old.buckets:
+        versions.update(zip(map(id, bucket.parameters), bucket.versions, strict=True))
+        leave(optimizer, bucket, set(map(id, parameters)))
     with torch.no_grad():
         for bucket in buckets:
             bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
             hold(optimizer, group, bucket, *keys)
-    return Plan(parameters, facts, keys, buckets)
+    known = {id(p) for p in group["params"]}
+    return Plan([], parameters, facts, keys, buckets, {key: value for key, value in versions.items() if key in known})

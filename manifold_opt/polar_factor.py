@@ -9,7 +9,6 @@ Reference: Higham (2008), *Functions of Matrices*, chapter 8.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -42,6 +41,9 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     matrix that has converged is left alone while others of its batch go on. Where the host may not look at D,
     always three Newton-Schulz steps (four in float64), their coefficients following D on the device.
 
+    The bound is rigorous, and so more than the norm itself: twice it, say, for a step of full rank and a few hundred
+    rows that is judged by D, 1.4 times for one judged by D^2, and hardly more than it for a step of low rank.
+
     Args:
         x: ``(B, p, n)``, wide: a point plus a tangent, up to rounding. Overwritten.
         out: where the result goes; scratch until then.
@@ -54,9 +56,15 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     """
     spare = out if x.shape[-2] == x.shape[-1] else room("third", (*x.shape[:-1], x.shape[-2]), like=x)
     defect = _defect(x, room)
-    size = spectral_estimate(defect, _EASY[x.dtype])
+    size = norm_bound(defect, spare)
     polynomials: Iterable[Polynomial]
+    square: Tensor | None = None
     if may_read(x):
+        if not bool((size <= _EASY[x.dtype]).all()):
+            # The norm of D^2 is a tighter bound, and a polynomial of degree 2 needs D^2 anyway.
+            square = gram(defect, out=spare)
+            refined = torch.linalg.vector_norm(square, dim=(-2, -1)).sqrt()
+            size = torch.where(size <= _EASY[x.dtype], size, torch.minimum(size, refined))
         polynomials = _tabulated(size)
     else:
         if start is not None:
@@ -67,49 +75,16 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     for step, polynomial in enumerate(polynomials):
         if step > 0:
             defect = _defect(x, room)
-        target = out if x is not out else room("second", x.shape, like=x)
-        x = _apply(x, defect, polynomial, spare=spare if x is not spare else target, out=target)
+        # Where D^2 lies in out, it is used up before anything else is written there.
+        result = out if x is not out else room("second", x.shape, like=x)
+        x = _apply(x, defect, polynomial, square=square if step == 0 else None, out=result)
     return out if x is out else out.copy_(x)
 
 
-def spectral_estimate(a: Tensor, small: float) -> Tensor:
-    """The spectral norm of symmetric ``a``, ``(...)``, from above.
-
-    The Frobenius norm where that is ``small`` enough for nobody to ask further, a tighter estimate elsewhere.
-    """
-    frobenius = torch.linalg.vector_norm(a, dim=(-2, -1))
-    if a.shape[-1] < _PROBED:
-        return frobenius
-    enough = frobenius <= small
-    if may_read(a) and bool(enough.all()):
-        return frobenius
-    return torch.where(enough, frobenius, torch.minimum(frobenius, _probed_norm(a)))
-
-
-def _probed_norm(a: Tensor) -> Tensor:
-    r"""Estimate from above of the spectral norm of large symmetric ``a``, at the price of 6 rows of a product.
-
-    :math:`\|A\|_2 \le (\operatorname{tr} A^6)^{1/6}`, and the trace is estimated with random vectors z as
-    :math:`p \|z A^3\|^2 / \|z\|^2` (Hutchinson). Of many eigenvalues of like size this is some 1.4 times the largest,
-    where the Frobenius norm is :math:`\sqrt p / 3` times. An estimate: should it fall short, the next step finds
-    what is left, and squares it.
-    """
-    probes = _probes if torch.compiler.is_compiling() else _kept_probes
-    z = probes(a.shape[-1], a.dtype, a.device).expand(*a.shape[:-2], -1, -1)
-    scale = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-    for _ in range(3):
-        z = (z @ a) / scale
-    return torch.linalg.vector_norm(z, dim=(-2, -1)) ** (1 / 3) * scale[..., 0, 0]
-
-
-def _probes(p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Two rows ``(2, p)`` of signs without pattern, the same in every run, scaled to a sum of squares of p."""
-    root = torch.tensor([[2.0], [3.0]], dtype=torch.float64).sqrt()
-    phase = torch.arange(1, p + 1, dtype=torch.float64).square() * root
-    return torch.where(phase.frac() < 0.5, 0.5**0.5, -(0.5**0.5)).to(device, dtype)
-
-
-_kept_probes = functools.cache(_probes)
+def norm_bound(a: Tensor, spare: Tensor) -> Tensor:
+    """Upper bound on the spectral norm of symmetric ``a``, ``(B, p, p)``: the smaller of two cheap norms, ``(B,)``."""
+    row_sums = torch.abs(a, out=spare).sum(-1)
+    return torch.minimum(torch.linalg.vector_norm(a, dim=(-2, -1)), row_sums.amax(-1))
 
 
 def _defect(x: Tensor, room: Room) -> Tensor:
@@ -128,17 +103,16 @@ class Polynomial(NamedTuple):
     share: Tensor | None = None
 
 
-def _apply(x: Tensor, defect: Tensor, polynomial: Polynomial, *, spare: Tensor, out: Tensor) -> Tensor:
-    r"""Apply a polynomial: share X + (a I + b D + c D^2) X, D overwritten.
+def _apply(x: Tensor, defect: Tensor, polynomial: Polynomial, *, square: Tensor | None, out: Tensor) -> Tensor:
+    r"""Apply a polynomial: share X + (a I + b D + c D^2) X, D and D^2 overwritten.
 
     For short steps the share is one: what D multiplies is small then, and only D itself needs full precision. For
     long ones it is zero, for a is close to -1 there.
     """
     a, b, c, share = polynomial
-    square = None if c is None else gram(defect, out=spare).mul_(c[:, None, None])
     defect.mul_(b[:, None, None])
-    if square is not None:
-        defect.add_(square)
+    if c is not None and square is not None:
+        defect.add_(square.mul_(c[:, None, None]))
     defect.diagonal(dim1=-2, dim2=-1).add_(a[:, None])
     return matmul_add(x if share is None else x * share[:, None, None], defect, x, out=out)
 
@@ -191,15 +165,13 @@ def _quadratic(size: Tensor) -> tuple[Polynomial, Tensor]:
 
 _FIXED_COUNT = {torch.float32: 3, torch.float64: 4}
 _LONGEST_FIXED = {torch.float32: 0.9, torch.float64: 0.81}  # spectral norm of a step that so many steps cover
-_EASY = {torch.float32: 1.5e-3, torch.float64: 6e-8}  # norms of D that one polynomial of degree 1 is enough for
-_PROBED = 32  # rows from which on a tighter bound is worth its price
+_EASY = {torch.float32: 1.5e-3, torch.float64: 6e-8}  # norms of D that a polynomial of degree 1 is enough for
 _TOLERANCE = 2  # machine epsilons that a defect may be left with: rounding leaves as much
 _OCTAVE, _OFFSET = 8, 480  # how the table divides bounds on D: rows an octave, the row of one
-_EDGES = 2.0 ** ((torch.arange(801, dtype=torch.float64) - _OFFSET) / _OCTAVE)  # up to steps of 10^6
+_EDGES = 2.0 ** ((torch.arange(801, dtype=torch.float64, device="cpu") - _OFFSET) / _OCTAVE)  # up to steps of 10^6
 _MOST = 24  # more than any of them needs
 
 
-@functools.cache
 def _table(dtype: torch.dtype) -> tuple[list[int], list[bool], Tensor]:
     """For every size of ``_EDGES`` the cheapest polynomials that leave no more than rounding.
 
@@ -217,7 +189,7 @@ def _table(dtype: torch.dtype) -> tuple[list[int], list[bool], Tensor]:
     # In products: a Newton-Schulz step takes 2, the quadratic 3.
     better = (left < 0.5) & (3 + 2 * count_behind < 2 * count)
     count = torch.where(better, 1 + count_behind, count)
-    coefficients = torch.zeros(len(_EDGES), _MOST, 4, dtype=torch.float64)
+    coefficients = _EDGES.new_zeros(len(_EDGES), _MOST, 4)
     none = torch.zeros_like(_EDGES)
     for step, (plain, after) in enumerate(zip(linear, [quadratic, *behind], strict=False)):
         columns = (torch.where(better, y, x) for x, y in zip(_columns(plain, none), _columns(after, none), strict=True))
@@ -231,9 +203,12 @@ def _columns(polynomial: Polynomial, none: Tensor) -> tuple[Tensor, Tensor, Tens
     return polynomial.a, polynomial.b, none if polynomial.c is None else polynomial.c
 
 
+TABLES = {dtype: _table(dtype) for dtype in (torch.float32, torch.float64)}
+
+
 def _tabulated(size: Tensor) -> Iterator[Polynomial]:
     """Polynomials for defects up to ``size``, ``(B,)``, as many as the largest needs; a NaN asks for the most."""
-    counts, quadratic, coefficients = _table(size.dtype)
+    counts, quadratic, coefficients = TABLES[size.dtype]
     row = (size.log2() * _OCTAVE).ceil().add_(_OFFSET).nan_to_num_(nan=math.inf).clamp_(0, len(counts) - 1).long()
     last = int(row.max())
     most, squared, long = counts[last], quadratic[last], last > _OFFSET

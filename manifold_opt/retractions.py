@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, spectral_bound
-from .polar_factor import polar_factor, polar_factor_, spectral_estimate
+from .polar_factor import polar_factor, polar_factor_
 from .products import gram, may_read
 from .room import Room
 from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew, transport
@@ -122,7 +122,7 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
         omega, normal = coordinates(w, v)
         return orthogonalizer(_solve_shifted_skew(normal @ normal.mT / 4, omega / 2, 2 * w + normal) - w)
     defect = gram(v) / 4
-    size = spectral_estimate(defect, _NEAR[w.dtype])[..., None, None]
+    size = spectral_bound(defect)[..., None, None]
     near = size <= _NEAR[w.dtype]
     all_near = may_read(w) and bool(near.all())
     half = w if all_near else polar(w, v / 2)
@@ -289,7 +289,8 @@ def retract(
     scheme = RETRACTIONS[method]
     given = {"metric": metric, "beta": beta, "correction_steps": correction_steps}
     options = {name: given[name] for name in scheme.options}
-    v = _shorten(v, longest_step(method, beta))
+    if may_read(w) or not scheme.exact:  # elsewhere exact schemes shorten steps by themselves
+        v = _shorten(v, longest_step(method, beta))
     moved = scheme.function(w, v, **options)
     return orthogonalizer(moved) if scheme.polished else moved
 

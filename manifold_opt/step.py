@@ -126,9 +126,10 @@ def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
         g = -g if group["maximize"] else g
         moments = {key: moment[piece] for key, moment in bucket.moments.items()}
         v = rule(w, g, moments, room, length=-lr, sound=sound)
-        _retract_(w, v if sound is None else torch.where(sound, v, 0), group, room)
+        moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, room)
         if bucket.constraint.gain != 1:
-            torch.mul(w, bucket.constraint.gain, out=point)
+            scaled = w * bucket.constraint.gain
+            point.copy_(scaled if moved is None else torch.where(moved, scaled, point))
     if bucket.gathered:
         bucket.write_back(points)
     if not torch.compiler.is_compiling():
@@ -153,8 +154,11 @@ def _sound(g: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(sound, g, 0), sound
 
 
-def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> None:
-    """Move ``w`` in place. A block without a step keeps its bits, and so does one whose result cannot be right."""
+def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> Tensor | None:
+    """Move ``w`` in place. A block without a step keeps its bits, and so does one whose result cannot be right.
+
+    Returns which blocks have moved, ``(B, 1, 1)``; None if all have.
+    """
     method = group["retraction"]
     options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
     length = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
@@ -162,7 +166,7 @@ def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> None:
         shortest, longest = (float(x) for x in length.aminmax())
         if method == "polar" and shortest > 0 and longest <= LONG:
             polar_(w, v, out=w, room=room)
-            return
+            return None
         new = retract(w, v, method, **options)
     elif method == "polar":
         new = polar_(w, v, out=room("result", w.shape, like=w), room=room)
@@ -170,7 +174,15 @@ def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> None:
         new = retract(w, v, method, **options)
     # No entry of an orthogonal matrix exceeds one.
     within = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
-    w.copy_(torch.where(within & (length > 0), new, w))
+    moved = within & (length > 0)
+    w.copy_(torch.where(moved, new, w))
+    return moved
+
+
+def check_capture(optimizer: Any) -> None:
+    """Torch's own warning where a step that is not capturable is about to be captured."""
+    newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    (newer or optimizer._cuda_graph_capture_health_check)()
 
 
 def sgd_moments(group: Group) -> tuple[list[str], list[str]]:

@@ -246,6 +246,68 @@ def test_moments_of_torch_are_brought_into_the_frame_and_back(optimizer):
     assert ours.param_groups[0]["constraints"] == ()
 
 
+def test_the_frame_follows_a_parameter_wherever_it_goes():
+    """Unmarked while it has no gradient, at another position, in another group, in a checkpoint that went by JSON."""
+    options = {"lr": 0.0, "momentum": 0.9}
+    zero = torch.zeros(6, 6)
+
+    def started():
+        weights = [nn.Parameter(gaussian(6, 6, dtype=torch.float32)), parameter(6, 6), parameter(6, 6, seed=1)]
+        opt = SGD(weights, **options)
+        run(weights, opt, 1)
+        return weights, opt, opt.state[weights[2]]["momentum_buffer"].clone()
+
+    (_, first, second), opt, held = started()
+    second.grad = None
+    opt.step()
+    unmark(second)
+    second.grad = zero
+    opt.step()
+    torch.testing.assert_close(opt.state[second]["momentum_buffer"], 0.9 * held @ second.detach())
+    assert opt.param_groups[0]["constraints"] == ((1, 1, 0, 1.0),)
+
+    (plain, first, second), opt, held = started()
+    del opt.param_groups[0]["params"][0], opt.state[plain]  # torch cannot save a state that no group knows
+    first.grad = second.grad = zero
+    opt.step()
+    assert opt.param_groups[0]["constraints"] == ((0, 1, 0, 1.0), (1, 1, 0, 1.0))
+    torch.testing.assert_close(opt.state[second]["momentum_buffer"], 0.9 * held)
+    resumed = SGD([first, second], **options)
+    checkpoint = copy.deepcopy(opt.state_dict())
+    checkpoint["param_groups"][0]["constraints"] = [list(record) for record in ((0, 1, 0, 1.0), (1, 1, 0, 1.0))]
+    resumed.load_state_dict(checkpoint)
+    resumed.step()
+    torch.testing.assert_close(resumed.state[second]["momentum_buffer"], 0.81 * held)
+
+    (_, _, second), opt, held = started()
+    opt.param_groups[0]["params"].pop()
+    opt.add_param_group({"params": [second]})
+    second.grad = zero
+    opt.step()
+    torch.testing.assert_close(opt.state[second]["momentum_buffer"], 0.9 * held)
+    del opt.param_groups[0]
+    opt.step()
+    torch.testing.assert_close(opt.state[second]["momentum_buffer"], 0.81 * held)
+
+
+def test_gradients_that_come_and_go_leave_nothing_behind(monkeypatch):
+    """No storage of buckets that are no more, and nobody looks again at weights that only this optimizer wrote to."""
+    weights = [parameter(16, 16, seed=k % 5) for k in range(40)]
+    opt = Adam(weights, lr=1e-3)
+    run(weights, opt, 1)
+    looked = []
+    monkeypatch.setattr(step_module, "off_manifold", lambda *_: looked.append(1))
+    for step in range(10):
+        set_gradients(weights, step)
+        for k, weight in enumerate(weights):
+            if (k * 7 + step) % 3 == 0:
+                weight.grad = None
+        opt.step()
+    storages = {s.data_ptr(): s.nbytes() for w in weights for s in [opt.state[w]["exp_avg"].untyped_storage()]}
+    assert sum(storages.values()) <= 2 * sum(w.nbytes for w in weights)
+    assert not looked
+
+
 def test_a_saved_state_is_small_and_safe_to_load(tmp_path):
     weights = [parameter(6, 6, seed=k) for k in range(50)]
     opt = Adam(weights, lr=0.01)

@@ -251,6 +251,36 @@ def test_zero_updates_keep_the_bits(retraction, name):
     assert torch.equal(weight, start)
 
 
+@pytest.mark.parametrize("gain", [2.0350263118743896, 0.7])
+@pytest.mark.parametrize(("lr", "gradient"), [(0.1, 0.0), (0.0, 1.0), (0.1, float("nan"))])
+def test_zero_updates_keep_the_bits_under_a_gain(gain, lr, gradient):
+    """Where dividing by the gain and multiplying by it does not give back every bit."""
+    weights = [mark_orthogonal(nn.Parameter(gain * point(40, 40, dtype=torch.float32)), gain=gain)]
+    weights += [
+        mark_orthogonal(nn.Parameter(gain * point(9, 9, dtype=torch.float32, seed=k)), gain=gain) for k in (1, 2)
+    ]
+    starts = [weight.detach().clone() for weight in weights]
+    opt = make("SGD", weights, lr=lr)
+    for weight in weights:
+        weight.grad = torch.full_like(weight, gradient)
+    opt.step()
+    assert all(torch.equal(weight, start) for weight, start in zip(weights, starts, strict=True))
+
+
+def test_a_slice_of_more_than_two_dimensions_moves_in_place():
+    base = torch.zeros(4, 4, 3)
+    weight = nn.Parameter(base[:, :2])  # strides (12, 3, 1): cannot be made contiguous without a copy
+    with torch.no_grad():
+        weight.copy_(point(4, 6, dtype=torch.float32).view(4, 2, 3))
+    start = weight.detach().clone()
+    mark_orthogonal(weight)
+    weight.grad = gaussian(4, 2, 3, dtype=torch.float32)
+    make("SGD", [weight], lr=0.1).step()
+    assert not torch.equal(weight, start)
+    assert torch.equal(base[:, :2], weight)
+    assert orthogonality_error(weight) < 1e-5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_block_without_a_gradient_keeps_its_bits(name):
     weight = mark_orthogonal(nn.Parameter(gaussian(12, 4, dtype=torch.float32)), blocks=3)
@@ -262,30 +292,53 @@ def test_one_block_without_a_gradient_keeps_its_bits(name):
     assert not torch.equal(weight[:4], start[:4])
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_a_poisoned_block_stays_and_its_neighbours_do_not_notice(retraction, name, poison):
-    def run(poisoned: bool):
-        weight = mark_orthogonal(nn.Parameter(gaussian(12, 4, dtype=torch.float32)), blocks=3)
-        opt = make(name, [weight], lr=0.1, retraction=retraction, **({"momentum": 0.9} if name == "SGD" else {}))
-        for k in range(3):
-            weight.grad = gaussian(12, 4, dtype=torch.float32, seed=k)
-            if poisoned:
-                weight.grad[5, 2] = poison
-            opt.step()
-        return weight.detach(), opt.state[weight]
+POISONED = [
+    ("SGD", {"momentum": 0.9}),
+    ("SGD", {"momentum": 0.9, "nesterov": True}),
+    ("Adam", {"amsgrad": True}),
+    ("Adam", {"second_moment": "block"}),
+    ("AdamW", {}),
+]
 
-    clean, clean_state = run(False)
-    weight, state = run(True)
-    assert torch.equal(weight[:4], clean[:4])
-    assert torch.equal(weight[8:], clean[8:])
-    assert weight.isfinite().all()
-    assert orthogonality_error(weight[4:8]) < 1e-5 or not RETRACTIONS[retraction].exact
-    for key, value in state.items():
-        assert value.isfinite().all()
-        if value.shape == weight.shape:
-            assert torch.equal(value[:4], clean_state[key][:4])
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize(("name", "options"), POISONED)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize(("shape", "gathered"), [((12, 4), False), ((4, 7), True), ((4, 4), True)])
+def test_a_poisoned_block_stays_and_its_neighbours_do_not_notice(retraction, name, options, poison, shape, gathered):
+    """From the third step on, when there is momentum; one block of a parameter, or one parameter of a bucket."""
+
+    def run(poisoned: bool):
+        if gathered:
+            weights = [mark_orthogonal(nn.Parameter(gaussian(*shape, dtype=torch.float32, seed=k))) for k in range(3)]
+        else:
+            weights = [mark_orthogonal(nn.Parameter(gaussian(*shape, dtype=torch.float32)), blocks=3)]
+        opt = make(name, weights, lr=0.1, retraction=retraction, **options)
+        held = None
+        for k in range(4):
+            for i, weight in enumerate(weights):
+                weight.grad = gaussian(*shape, dtype=torch.float32, seed=10 * k + i)
+            if poisoned and k >= 2:
+                (weights[1].grad[1] if gathered else weights[0].grad[5])[2] = poison
+            opt.step()
+            held = held if k > 1 else [x.clone() for x in picture(opt, weights)]
+        return picture(opt, weights), held
+
+    def picture(opt, weights):
+        moments = [
+            torch.stack([opt.state[w][key] for w in weights])
+            for key in opt.state[weights[0]]
+            if key != "step" and opt.state[weights[0]][key] is not None
+        ]
+        blocks = [torch.stack([w.detach() for w in weights]), *moments]
+        return blocks if gathered else [x[0].view(3, -1, x.shape[-1]) for x in blocks]
+
+    clean, _ = run(False)
+    dirty, before = run(True)
+    for now, then, expected in zip(dirty, before, clean, strict=True):
+        assert torch.equal(now[1], then[1])
+        assert torch.equal(now[0], expected[0])
+        assert torch.equal(now[2], expected[2])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_opt import stiefel
-from manifold_opt.polar_factor import _EDGES, _probed_norm, _table, polar_factor
+from manifold_opt import retract, stiefel
+from manifold_opt.polar_factor import _EDGES, TABLES, norm_bound, polar_factor
 
 from .helpers import DTYPES, SQUARE, TALL, WIDE, gaussian, point, rounding
 
@@ -50,7 +50,7 @@ def test_polar_factor_counts_its_products(length, dtype, products):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_of_the_table_leaves_rounding_only(dtype):
     """All singular values that a row is for, from one to the root of one plus its bound, end on one to rounding."""
-    counts, _, coefficients = _table(dtype)
+    counts, _, coefficients = TABLES[dtype]
     for row, largest in enumerate(_EDGES[_EDGES < 1e11].tolist()):
         s = (1 + largest * torch.linspace(0, 1, 500, dtype=torch.float64)).sqrt()
         for a, b, c, share in coefficients[row, : counts[row]].double().tolist():
@@ -59,13 +59,29 @@ def test_every_row_of_the_table_leaves_rounding_only(dtype):
         assert float((s * s - 1).abs().max()) < (4 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("p", [32, 100, 300])
-def test_the_probed_norm_is_from_above_and_tight(p):
-    """Of the semicircle's many eigenvalues and of one lone pair, where two probes may fall a little short."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1e-3, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(64, 128), (150, 150)])
+def test_steps_of_low_rank_are_exact(shape, rank, length, dtype):
+    """A few singular values far above the others, wherever they point: no estimate may miss them."""
+    p, n = shape
+    w = point(20, p, n, dtype=dtype)
+    left, right = gaussian(20, p, rank, dtype=dtype, seed=2), gaussian(20, rank, n, dtype=dtype, seed=3)
+    v = stiefel.project(w, left @ right)
+    v = length * v / torch.linalg.matrix_norm(v, 2, keepdim=True)
+    moved = retract(w, v, "polar")
+    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    u, _, vh = torch.linalg.svd((w + v).double(), full_matrices=False)
+    torch.testing.assert_close(moved.double(), u @ vh, rtol=0, atol=40 * torch.finfo(dtype).eps * (1 + length))
+
+
+@pytest.mark.parametrize("p", [5, 40, 300])
+def test_the_norm_bound_is_one(p):
+    """Of the semicircle's many eigenvalues and of one lone pair."""
     a = gaussian(8, p, p)
-    full = (a - a.mT) @ (a - a.mT).mT
     u = point(8, 2, p)
-    for matrix, low in ((full, 0.85), (u.mT @ u, 0.7)):
-        ratio = _probed_norm(matrix) / torch.linalg.matrix_norm(matrix, 2)
-        assert low <= float(ratio.min())
-        assert float(ratio.max()) < 2.5
+    for matrix in ((a - a.mT) @ (a - a.mT).mT, u.mT @ u):
+        ratio = norm_bound(matrix, torch.empty_like(matrix)) / torch.linalg.matrix_norm(matrix, 2)
+        assert float(ratio.min()) >= 1 - 1e-12
+        assert float(ratio.max()) < 1 + 0.25 * p**0.5
