@@ -17,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from manifold_opt import orthogonality_error
 
+WARM = 32  # steps before any is timed, where they take half the budget at most: past the bias correction of Adam
+
 
 @dataclass
 class Plan:
@@ -185,8 +187,9 @@ class Runner:
             self.result.times, self.result.steps = [second], 1
             return
         self.count = max(1, round(self.plan.turn / min(second, self.run(1))))
-        if self.count > 1:
-            self.run(self.count)
+        spent = self.spent
+        self.run(max(self.count, min(WARM, int(self.plan.budget / 2 / second))))
+        self.spent = spent
 
     def goes_on(self) -> bool:
         """Whether it has another turn."""
