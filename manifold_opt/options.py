@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .constraint import DTYPES, Orthogonal, constraint_of
+from .constraint import DTYPES, constraint_of
 from .direction import ADAM
 from .retractions import check_retraction
 
@@ -42,10 +42,10 @@ def check_group(name: str, group: Group) -> None:
     """Raise a ValueError that names the remedy, unless the options are in range and its members can honour them."""
     members = group["params"]
     parameters = [member[1] if isinstance(member, tuple) else member for member in _listed(members)]
-    marked = [(p, c) for p in parameters if isinstance(p, Tensor) and (c := constraint_of(p)) is not None]
+    marked = [p for p in parameters if isinstance(p, Tensor) and constraint_of(p) is not None]
     check_options(name, group, marked=bool(marked))
-    for parameter, constraint in marked:
-        check_marked(name, parameter, constraint)
+    for parameter in marked:
+        check_marked(name, parameter)
 
 
 def _listed(members: Any) -> Any:
@@ -70,7 +70,7 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
             )
 
 
-def check_marked(name: str, parameter: Tensor, constraint: Orthogonal) -> None:
+def check_marked(name: str, parameter: Tensor) -> None:
     """Raise a ValueError unless the dtype and the memory format let a marked parameter step."""
     shape = tuple(parameter.shape)
     if parameter.dtype not in DTYPES:
@@ -78,8 +78,9 @@ def check_marked(name: str, parameter: Tensor, constraint: Orthogonal) -> None:
             f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32 and float64 "
             "can be kept orthogonal. Keep it in float32 and compute under torch.autocast."
         )
+    constraint = constraint_of(parameter)
     try:
-        constraint.view(parameter.detach())
+        _ = constraint is None or constraint.view(parameter.detach())
     except RuntimeError:
         raise ValueError(
             f"{name}: the blocks of a marked parameter of shape {shape} and strides {parameter.stride()} cannot be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,8 @@ from .moments import convert, hold, leave, recorded, still_shown
 from .options import Group, check_gradients, check_marked, check_options
 from .room import Room
 
-Live = list[tuple[Tensor, Orthogonal]]
 Keys = tuple[list[str], list[str]]
+Facts = tuple[list[Any], ...]
 
 
 @dataclass
@@ -23,17 +24,19 @@ class Plan:
     """The buckets of one parameter group, and what they were made for.
 
     Attributes:
-        members: all parameters of the group, and their constraints.
+        members: all parameters of the group.
+        marks: their constraints.
         parameters: those that are marked and have gradients.
-        facts: what of each a bucket depends on.
+        facts: what of these a bucket depends on.
         keys: the moments that the group's options ask for, and which of them are one number a block.
         buckets: of these parameters.
         versions: of the members that are in none, when they last were.
     """
 
-    members: list[tuple[Tensor, Orthogonal | None]] = field(default_factory=list)
+    members: list[Tensor] = field(default_factory=list)
+    marks: list[Orthogonal | None] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
-    facts: list[tuple[Any, ...]] = field(default_factory=list)
+    facts: Facts = ()
     keys: Keys = field(default_factory=lambda: ([], []))
     buckets: list[Bucket] = field(default_factory=list)
     versions: dict[int, int | None] = field(default_factory=dict)
@@ -58,55 +61,57 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     position = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
     name = type(optimizer).__name__
 
-    members = group["params"]
-    constraints = [constraint_of(p) for p in members]
+    # No tuple a parameter: ten thousand of them a step would keep Python's garbage collector busy.
+    members = list(group["params"])
+    marks = [constraint_of(p) for p in members]
     plan = plans[position]
-    if not plan.buckets and not group["constraints"] and not any(constraints):
+    if not plan.buckets and not group["constraints"] and not any(marks):
         return group
-    if any(constraints):
+    if any(marks):
         check_options(name, group)
-    everyone = list(zip(members, constraints, strict=True))
-    live = [(p, c) for p, c in zip(members, constraints, strict=True) if c is not None and p.grad is not None]
-    check_gradients(name, [p for p, _ in live])
-    facts = [(c, p.dtype, p.device, p.is_contiguous()) for p, c in live]
-    if not (_same(plan.members, everyone) and _holds(optimizer, plan, live, facts, (keys, scalars))):
-        for p, c in live:
-            check_marked(name, p, c)
+    live = [p for p, mark in zip(members, marks, strict=True) if mark is not None and p.grad is not None]
+    check_gradients(name, live)
+    facts: Facts = (
+        [constraint_of(p) for p in live],
+        [p.dtype for p in live],
+        [p.device for p in live],
+        [p.is_contiguous() for p in live],
+    )
+    same = _are(plan.members, members) and plan.marks == marks and _are(plan.parameters, live) and plan.facts == facts
+    if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
+        for parameter in live:
+            check_marked(name, parameter)
         convert(optimizer, group)
-        plans[position] = _planned(optimizer, group, plan, live, facts, (keys, scalars))
-        plans[position].members = everyone
-    return {**group, "params": [p for p, c in zip(members, constraints, strict=True) if c is None]}
+        plans[position] = _planned(optimizer, group, plan, Plan(members, marks, live, facts, (keys, scalars)))
+    return {**group, "params": [p for p, mark in zip(members, marks, strict=True) if mark is None]}
 
 
-def _same(before: list[tuple[Tensor, Any]], now: list[tuple[Tensor, Any]]) -> bool:
-    """Whether these are the same parameters with the same constraints."""
-    return len(before) == len(now) and all(a is b and c == d for (a, c), (b, d) in zip(before, now, strict=True))
+def _are(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Whether these are the same parameters."""
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
-def _holds(optimizer: Any, plan: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys) -> bool:
-    """Whether a plan is still what these parameters would get."""
-    return (
-        plan.keys == keys
-        and plan.facts == facts
-        and all(p is q for p, (q, _) in zip(plan.parameters, live, strict=True))
-        and not any(bucket.fresh for bucket in plan.buckets)
-        and all(still_shown(optimizer, bucket) for bucket in plan.buckets)
+def _works(optimizer: Any, plan: Plan) -> bool:
+    """Whether the buckets of a plan are still good for another step."""
+    return not any(bucket.fresh for bucket in plan.buckets) and all(
+        still_shown(optimizer, bucket) for bucket in plan.buckets
     )
 
 
-def _planned(optimizer: Any, group: Group, old: Plan, live: Live, facts: list[tuple[Any, ...]], keys: Keys) -> Plan:
-    parameters, constraints = [p for p, _ in live], [c for _, c in live]
-    damped = "momentum_buffer" in keys[0] and group["dampening"] != 0
-    buckets = fill(
-        parameters, constraints, [damped and "momentum_buffer" not in optimizer.state.get(p, {}) for p in parameters]
-    )
+def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
+    """Give a plan its buckets, and those their moments and versions, of which the old plan has some."""
+    damped = "momentum_buffer" in new.keys[0] and group["dampening"] != 0
+    parameters = new.parameters
+    fresh = [damped and "momentum_buffer" not in optimizer.state.get(p, {}) for p in parameters]
+    new.buckets = fill(parameters, new.facts[0], fresh)
     versions = dict(old.versions)
     for bucket in old.buckets:
         versions.update(zip(map(id, bucket.parameters), bucket.versions, strict=True))
         leave(optimizer, bucket, set(map(id, parameters)))
     with torch.no_grad():
-        for bucket in buckets:
+        for bucket in new.buckets:
             bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
-            hold(optimizer, group, bucket, *keys)
-    known = {id(p) for p in group["params"]}
-    return Plan([], parameters, facts, keys, buckets, {key: value for key, value in versions.items() if key in known})
+            hold(optimizer, group, bucket, *new.keys)
+    known = {id(p) for p in new.members}
+    new.versions = {key: version for key, version in versions.items() if key in known}
+    return new
