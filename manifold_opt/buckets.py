@@ -1,7 +1,7 @@
 """Which blocks move as one batch, and where their values, gradients and moments lie.
 
-A marked parameter that is large is a bucket of its own: its blocks are viewed, nothing is copied. Small ones of one
-block shape, dtype, device and gain share buckets: their values and gradients are gathered into workspaces and the
+A marked parameter that is large is a bucket of its own: its blocks are viewed, nothing is copied. Small ones alike in
+shape, dtype, device and constraint share buckets: their values and gradients are gathered into workspaces and the
 values written back, and each moment is one tensor ``(B, p, n)``, which the optimizer's state shows in pieces, a view
 a parameter, under torch's keys.
 """
@@ -50,7 +50,6 @@ class Bucket:
         self.gathered = len(self.parameters) > 1
         self.blocks = self.constraint.blocks * len(self.parameters)
         self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
-        self.square = self.p == self.n
         self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
         self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
         self.stacked = (first.shape[0] * len(self.parameters), first.numel() // first.shape[0])
@@ -70,10 +69,7 @@ class Bucket:
         return self.wide(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
 
     def write_back(self, values: Tensor) -> None:
-        """Write wide blocks ``(B, p, n)`` to the members."""
-        if not self.gathered:
-            self.constraint.view(self.parameters[0]).copy_(values)
-            return
+        """Write wide blocks ``(B, p, n)`` to the members that they were gathered from."""
         stacked = (values.mT if self.tall else values).reshape(self.stacked)
         if torch.compiler.is_compiling():
             torch._foreach_copy_(self.parameters, self.split(stacked))

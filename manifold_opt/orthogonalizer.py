@@ -22,6 +22,7 @@ from torch import Tensor
 from .products import gram
 from .stiefel import float64, wide
 
+_MANY = 32  # rows from which on row sums are worth their price
 _REMEDY = "Initialize it first, with manifold_opt.init.orthogonal_ for one."
 
 
@@ -87,9 +88,15 @@ def nearest_orthogonal(x: Tensor) -> Tensor:
     return orthogonalizer(u @ vh).to(x)
 
 
-def spectral_bound(a: Tensor) -> Tensor:
-    """Upper bound on the spectral norm of symmetric ``a``: the smaller of two cheap norms, ``(...)``."""
-    return torch.minimum(torch.linalg.matrix_norm(a), a.abs().sum(-1).amax(-1))
+def spectral_bound(a: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Upper bound on the spectral norm of symmetric ``a``, ``(...)``: the smaller of two cheap norms.
+
+    The Frobenius norm and, from some rows on, the largest row sum of magnitudes, which go to ``spare`` if given.
+    """
+    frobenius = torch.linalg.vector_norm(a, dim=(-2, -1))
+    if a.shape[-1] < _MANY:
+        return frobenius
+    return torch.minimum(frobenius, torch.abs(a, out=spare).sum(-1).amax(-1))
 
 
 def _identity(x: Tensor) -> Tensor:

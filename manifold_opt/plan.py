@@ -76,6 +76,7 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         [p.dtype for p in live],
         [p.device for p in live],
         [p.is_contiguous() for p in live],
+        [group.get("capturable")],  # where the steps are counted
     )
     same = _are(plan.members, members) and plan.marks == marks and _are(plan.parameters, live) and plan.facts == facts
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):

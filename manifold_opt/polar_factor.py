@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .orthogonalizer import spectral_bound
 from .products import gram, matmul_add, may_read
 from .room import Room
 from .stiefel import wide
@@ -57,7 +58,7 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     """
     spare = out if x.shape[-2] == x.shape[-1] else room("third", (*x.shape[:-1], x.shape[-2]), like=x)
     defect = _defect(x, room)
-    size = norm_bound(defect, spare)
+    size = spectral_bound(defect, spare)
     polynomials: Iterable[Polynomial]
     square: Tensor | None = None
     if may_read(x):
@@ -83,14 +84,6 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
         result = out if x is not out else room("second", x.shape, like=x)
         x = _apply(x, defect, polynomial, square=square if step == 0 else None, out=result)
     return out if x is out else out.copy_(x)
-
-
-def norm_bound(a: Tensor, spare: Tensor) -> Tensor:
-    """Upper bound on the spectral norm of symmetric ``a``, ``(B, p, p)``: the smaller of two cheap norms, ``(B,)``."""
-    frobenius = torch.linalg.vector_norm(a, dim=(-2, -1))
-    if a.shape[-1] < _MANY:
-        return frobenius
-    return torch.minimum(frobenius, torch.abs(a, out=spare).sum(-1).amax(-1))
 
 
 def _probed(defect: Tensor, bound: Tensor) -> Tensor:
@@ -200,7 +193,7 @@ _FIXED_COUNT = {torch.float32: 3, torch.float64: 4}
 _LONGEST_FIXED = {torch.float32: 0.9, torch.float64: 0.81}  # spectral norm of a step that so many steps cover
 _EASY = {torch.float32: 1.5e-3, torch.float64: 6e-8}  # norms of D that a polynomial of degree 1 is enough for
 _TOLERANCE = 2  # machine epsilons that a defect may be left with: rounding leaves as much
-_MANY, _LARGE = 32, 128  # rows from which on row sums, and probes, are worth their price
+_LARGE = 128  # rows from which on probes are worth their price
 _OCTAVE, _OFFSET = 8, 480  # how the table divides bounds on D: rows an octave, the row of one
 _EDGES = 2.0 ** ((torch.arange(801, dtype=torch.float64, device="cpu") - _OFFSET) / _OCTAVE)  # up to steps of 10^6
 _MOST = 24  # more than any of them needs

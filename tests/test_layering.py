@@ -14,7 +14,7 @@ ALLOWED = {
     "room": set(),
     "products": set(),
     "orthogonalizer": {"products", "stiefel"},
-    "polar_factor": {"products", "room", "stiefel"},
+    "polar_factor": {"orthogonalizer", "products", "room", "stiefel"},
     "retractions": {"orthogonalizer", "polar_factor", "products", "room", "stiefel"},
     "direction": {"products", "room", "stiefel"},
     "blocks": set(),
