@@ -47,6 +47,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         first = self.parameters[0]
+        self.dtype = first.dtype
         self.gathered = len(self.parameters) > 1
         self.blocks = self.constraint.blocks * len(self.parameters)
         self.p, self.n = self.constraint.view(first.detach()).shape[-2:]

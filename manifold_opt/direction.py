@@ -1,15 +1,15 @@
 r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 
 Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns
-``length`` times a tangent direction at ``w`` (``-lr`` is the length of a step) and writes to nothing else but
-``room``. Hyperparameters and the keys of the state are torch.optim's own.
+``length`` times a tangent direction V at ``w`` (``-lr`` is the length of a step), on square blocks its skew
+:math:`\Omega`, and writes to nothing else but ``room``. Hyperparameters and the keys of the state are torch.optim's own.
 
 On square blocks the moments are those of the gradient in the *frame* of W,
 
 .. math:: A = G W^\top, \qquad \text{the gradient of } Z \mapsto f((I + Z) W) \text{ at } Z = 0,
 
-and the direction is :math:`\Omega W` with :math:`\Omega` skew. The frame moves with W, so nothing has to be
-transported: 2 T in all, T one p x n by n x p product. On rectangular blocks, where a frame would need the other
+and the direction is :math:`V = \Omega W` with :math:`\Omega` skew. The frame moves with W, so nothing has to be
+transported: 1 T in all, T one p x n by n x p product. On rectangular blocks, where a frame would need the other
 n - p rows, moments are held as the gradient comes.
 """
 
@@ -60,7 +60,7 @@ def sgd(
     nesterov: bool,
     sound: Tensor | None = None,
 ) -> Tensor:
-    r"""Riemannian gradient, with momentum if asked: 2 T, 4 T with Nesterov on rectangular blocks.
+    r"""Riemannian gradient, with momentum if asked: 1 T square; 2 T rectangular, 4 T with Nesterov.
 
     Square, with the buffer in the frame:
     :math:`B \leftarrow \mu B + (1-\tau) A`, :math:`\Omega = \operatorname{skew} B`, or of :math:`A + \mu B` for
@@ -76,7 +76,7 @@ def sgd(
         if buffer is not None:
             _accumulate(buffer, new, momentum, 1 - dampening, sound)
             new = new.add_(buffer, alpha=momentum) if nesterov else new.copy_(buffer)
-        return _rotate(w, _skew_(new, room), length, metric, room)
+        return _skew_(new, room).mul_(_in_frame(length, metric))
     if buffer is None:
         return _in_metric(w, _project(w, g, room, "second"), metric, room).mul_(length)
     both = torch.mul(g, 1 - dampening, out=room("third", w.shape, like=w)).add_(buffer, alpha=momentum)
@@ -99,7 +99,7 @@ def adam_element(
     eps: float,
     sound: Tensor | None = None,
 ) -> Tensor:
-    r"""Adam with a second moment for every entry: 2 T square, 4 T rectangular.
+    r"""Adam with a second moment for every entry: 1 T square, 4 T rectangular.
 
     Square: torch's moments M and V of A in the frame, and what they say of :math:`\Omega_{ij} = -\Omega_{ji}`, whose
     derivative is :math:`A_{ij} - A_{ji}`:
@@ -134,8 +134,8 @@ def adam_element(
     if square:
         other = transpose(v, out=room("second", w.shape, like=w))
         size = torch.minimum(v, other, out=other).sqrt_().add_(offset)
-        omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).mul_(scale).clamp_(-1, 1)
-        return _rotate(w, omega, length, metric, room)
+        omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).clamp_(-1 / scale, 1 / scale)
+        return omega.mul_(_in_frame(length, metric) * scale)
 
     # Numbers are taken into the products, tensors cannot be.
     number = scale if isinstance(scale, float) else 1.0
@@ -167,7 +167,7 @@ def adam_block(
     eps: float,
     sound: Tensor | None = None,
 ) -> Tensor:
-    r"""Adam with one second moment a block, the mean square of its Riemannian gradient: 2 T square, 4 T rectangular.
+    r"""Adam with one second moment a block, the mean square of its Riemannian gradient: 1 T square, 4 T rectangular.
 
     Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)``. A mean, not a sum, so that
     the step has the length of torch.optim.Adam's at the same learning rate. On rectangular blocks the first moment
@@ -191,7 +191,7 @@ def adam_block(
         v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
     d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
     if square:
-        return _rotate(w, _skew_(d, room), length, metric, room)  # again: m may come from an element-wise run
+        return _skew_(d, room).mul_(_in_frame(length, metric))  # again: m may come from an element-wise run
     return _in_metric(w, d, metric, room).mul_(length)
 
 
@@ -222,13 +222,9 @@ def _skew_(a: Tensor, room: Room) -> Tensor:
     return a.sub_(other).mul_(0.5)
 
 
-def _rotate(w: Tensor, omega: Tensor, length: Number, metric: Metric, room: Room) -> Tensor:
-    """``length`` Omega W, and twice that for the canonical metric."""
-    length = 2 * length if metric == "canonical" else length
-    out = room("second", w.shape, like=w)
-    if isinstance(length, Tensor):
-        return matmul(omega.mul_(length), w, out=out)
-    return matmul(omega, w, out=out, alpha=length)
+def _in_frame(length: Number, metric: Metric) -> Number:
+    """The length of Omega for one of a step: the gradient in the canonical metric is twice as long."""
+    return 2 * length if metric == "canonical" else length
 
 
 def _project(w: Tensor, g: Tensor, room: Room, role: str) -> Tensor:

@@ -76,7 +76,7 @@ class SGD(torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        retraction: str = "polar",
+        retraction: str = "orthographic",
         metric: Metric = "euclidean",
         orthogonal_lr_scale: float = 1.0,
         beta: float = 0.5,
@@ -89,6 +89,7 @@ class SGD(torch.optim.SGD):
             "beta": beta,
             "correction_steps": correction_steps,
             "constraints": (),
+            "orthogonal_steps": 0,
         }
         super().__init__(
             with_options(params, options),
@@ -175,7 +176,7 @@ class Adam(torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        retraction: str = "polar",
+        retraction: str = "orthographic",
         metric: Metric = "euclidean",
         orthogonal_lr_scale: float = 1.0,
         second_moment: SecondMoment = "element",
@@ -190,6 +191,7 @@ class Adam(torch.optim.Adam):
             "beta": beta,
             "correction_steps": correction_steps,
             "constraints": (),
+            "orthogonal_steps": 0,
         }
         # torch 2.6 does not have it yet.
         newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
@@ -266,7 +268,7 @@ class AdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        retraction: str = "polar",
+        retraction: str = "orthographic",
         metric: Metric = "euclidean",
         orthogonal_lr_scale: float = 1.0,
         second_moment: SecondMoment = "element",
@@ -281,6 +283,7 @@ class AdamW(torch.optim.AdamW):
             "beta": beta,
             "correction_steps": correction_steps,
             "constraints": (),
+            "orthogonal_steps": 0,
         }
         super().__init__(
             with_options(params, options),

@@ -107,7 +107,8 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     new.buckets = fill(parameters, new.facts[0], fresh)
     versions = dict(old.versions)
     for bucket in old.buckets:
-        versions.update(zip(map(id, bucket.parameters), bucket.versions, strict=True))
+        if bucket.parameters[0].dtype == bucket.dtype:  # rounded to another one, they are to be looked at
+            versions.update(zip(map(id, bucket.parameters), bucket.versions, strict=True))
         leave(optimizer, bucket, set(map(id, parameters)))
     with torch.no_grad():
         for bucket in new.buckets:

@@ -63,8 +63,8 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     square: Tensor | None = None
     if may_read(x):
         easy = _EASY[x.dtype]
-        if x.shape[-2] >= _LARGE and bool(((size > easy) & (size <= 4 * easy)).any()):
-            size = _probed(defect, size)
+        if x.shape[-2] >= LARGE and bool(((size > easy) & (size <= 4 * easy)).any()):
+            size = probed(defect, size, easy)
         if not bool((size <= easy).all()):
             # The norm of D^2 is a tighter bound, and a polynomial of degree 2 needs D^2 anyway.
             square = gram(defect, out=spare)
@@ -86,15 +86,14 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
     return out if x is out else out.copy_(x)
 
 
-def _probed(defect: Tensor, bound: Tensor) -> Tensor:
-    r"""A tighter size for defects whose bound is just too large for degree 1, where that can do no harm.
+def probed(defect: Tensor, bound: Tensor, easy: float) -> Tensor:
+    r"""A tighter size where the bound is just above ``easy``, too large for degree 1, and that can do no harm.
 
     :math:`\|D\|_2 \le (\operatorname{tr} D^6)^{1/6}`, the trace estimated with random rows z as
     :math:`p \|z D^3\|^2 / \|z\|^2` (Hutchinson): 1.4 times the norm where many eigenvalues are of like size, as the
     rank :math:`(\operatorname{tr} D)^2 / \|D\|_F^2` says they are. An estimate: should one eigenvalue far above the
     others hide from it, the step leaves at most 3/4 bound^2, below 3e-5 in float32, and the next one squares that.
     """
-    easy = _EASY[defect.dtype]
     z = _probes(defect.shape[-1]).to(defect).expand(len(defect), -1, -1)
     scale = torch.linalg.vector_norm(defect, dim=(-2, -1))
     rank = (defect.diagonal(dim1=-2, dim2=-1).sum(-1) / scale).square()
@@ -193,7 +192,7 @@ _FIXED_COUNT = {torch.float32: 3, torch.float64: 4}
 _LONGEST_FIXED = {torch.float32: 0.9, torch.float64: 0.81}  # spectral norm of a step that so many steps cover
 _EASY = {torch.float32: 1.5e-3, torch.float64: 6e-8}  # norms of D that a polynomial of degree 1 is enough for
 _TOLERANCE = 2  # machine epsilons that a defect may be left with: rounding leaves as much
-_LARGE = 128  # rows from which on probes are worth their price
+LARGE = 128  # rows from which on probes are worth their price
 _OCTAVE, _OFFSET = 8, 480  # how the table divides bounds on D: rows an octave, the row of one
 _EDGES = 2.0 ** ((torch.arange(801, dtype=torch.float64, device="cpu") - _OFFSET) / _OCTAVE)  # up to steps of 10^6
 _MOST = 24  # more than any of them needs

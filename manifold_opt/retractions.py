@@ -1,206 +1,22 @@
 r"""Retractions on the Stiefel manifold: from a point and a tangent to the next point.
 
-Each is one function on wide matrices ``(..., p, n)`` and one line in :data:`RETRACTIONS`, which states
+Each is one function of schemes.py and one line in :data:`RETRACTIONS`, which states
 what it claims; the tests run over that dict and measure every claim. All satisfy
 :math:`R_W(0) = W` and :math:`DR_W(0)[V] = V`, so a learning rate means the same in each.
-
-In the wide convention :math:`V = \Omega W + N` with :math:`\Omega = V W^\top` skew (p x p) and
-:math:`N W^\top = 0`; on square matrices N is zero.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .orthogonalizer import orthogonalizer, spectral_bound
-from .polar_factor import polar_factor, polar_factor_
-from .products import gram, may_read
-from .room import Room
-from .stiefel import Metric, check_metric, check_pair, coordinates, is_tall, skew, transport
-
-Scheme = Callable[..., Tensor]
-
-LONG = 32.0  # Frobenius norm of a step beyond which rounding in W and V is felt in I + V V^T
-
-
-def _with_care_where_long(scheme: Scheme) -> Scheme:
-    """Redo the blocks with a step beyond ``LONG`` in float64, from a point and a tangent that are so in float64.
-
-    Rounding in the input is magnified by the length of the step: what makes W W^T differ from I, and V from a
-    tangent, has to go first, and what is left in the result is taken back by the polar factor. Where the host may
-    not look, a step that long is shortened instead.
-    """
-
-    @functools.wraps(scheme)
-    def careful(w: Tensor, v: Tensor, **options: object) -> Tensor:
-        length = torch.linalg.matrix_norm(v, keepdim=True)
-        if not may_read(w):
-            return scheme(w, v * (LONG / length).clamp_max(1), **options)
-        result = scheme(w, v, **options)
-        long = length[..., 0, 0] > LONG
-        if not bool(long.any()):
-            return result
-        point = orthogonalizer(w[long].double())
-        tangent = transport(point, transport(point, v[long].double()))
-        # In place, so that the memory layout, and with it the bits of the other blocks' products, stay.
-        result[long] = polar_factor(scheme(point, tangent, **options)).to(w.dtype)
-        return result
-
-    return careful
-
-
-_NEAR = {torch.float32: 5e-4, torch.float64: 2e-8}  # norms of V V^T/4 up to which cayley is a polynomial
-
-
-@_with_care_where_long
-def qr(w: Tensor, v: Tensor) -> Tensor:
-    r"""QR retraction: :math:`(W+V)^\top = Q R` with positive diagonal of R; the result is :math:`Q^\top`.
-
-    Computed as :math:`Q^\top = L^{-1}(W+V)` with :math:`L L^\top = (W+V)(W+V)^\top` (CholeskyQR). The Gram matrix
-    of a point plus a tangent is :math:`I + V V^\top`, so its Cholesky factor exists for every step; the rounding
-    error that it squares is left to a Newton-Schulz step, which is cheaper than a second factorization.
-
-    Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
-    """
-    x = w + v
-    # cholesky_ex neither raises nor waits for the device where an entry is not finite.
-    lower, _ = torch.linalg.cholesky_ex(gram(x))
-    return torch.linalg.solve_triangular(lower, x, upper=False)
-
-
-@_with_care_where_long
-def polar(w: Tensor, v: Tensor) -> Tensor:
-    r"""Polar retraction: the orthogonal factor of ``w + v``.
-
-    .. math:: R_W(V) = \big((W+V)(W+V)^\top\big)^{-1/2}(W+V)
-
-    As :math:`(W+V)(W+V)^\top = I + V V^\top`, every singular value is at least one, which is what
-    :func:`~manifold_opt.polar_factor.polar_factor_` needs to do without a factorization.
-
-    Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
-    """
-    start, end = w.reshape(-1, *w.shape[-2:]), v.reshape(-1, *v.shape[-2:]).clone()
-    return polar_(start, end, out=torch.empty_like(end), room=Room()).view(w.shape)
-
-
-def polar_(w: Tensor, v: Tensor, *, out: Tensor, room: Room) -> Tensor:
-    """:func:`polar` of ``(B, p, n)`` written to ``out``, which may be ``w``; ``v`` is overwritten. For short steps."""
-    return polar_factor_(v.add_(w), out=out, room=room, start=w)
-
-
-@_with_care_where_long
-def cayley(w: Tensor, v: Tensor) -> Tensor:
-    r"""Cayley retraction: :math:`W' = W (I - A/2)^{-1}(I + A/2)`, A the n x n skew matrix with W A = V.
-
-    A, :math:`W^\top \Omega W + W^\top N - N^\top W`, is never formed. On square matrices the transform
-    moves to the left, to :math:`\Omega`. Since :math:`I + \Omega/2` is normal, its polar factor U
-    satisfies :math:`U^2 = (I - \Omega/2)^{-1}(I + \Omega/2)`, and U W is the polar retraction of half
-    the step:
-
-    .. math:: R_W(V) = H W^\top H, \qquad H = U W = R^{\text{polar}}_W(V/2).
-
-    Where W + V/2 is so near W that :math:`D = V V^\top/4` needs no inverse, this is
-
-    .. math:: R_W(V) = W + V - D (I + D)^{-1} (2W + V)
-
-    with a polynomial of degree 1 for :math:`D (I + D)^{-1}`, and the error of :math:`W W^\top = I` taken back in
-    the same product: three products in place of six.
-
-    On rectangular matrices, Woodbury's identity and elimination leave one p x p system, whose symmetric part has no
-    eigenvalue below one:
-
-    .. math:: R_W(V) = \big(I + \tfrac14 N N^\top - \tfrac12 \Omega\big)^{-1}(2W + N) - W.
-
-    Reference: Wen & Yin (2013), lemma 4, A with the half-projector that makes :math:`DR_W(0)[V] = V`.
-    """
-    if w.shape[-2] != w.shape[-1]:
-        omega, normal = coordinates(w, v)
-        return orthogonalizer(_solve_shifted_skew(normal @ normal.mT / 4, omega / 2, 2 * w + normal) - w)
-    defect = gram(v) / 4
-    size = spectral_bound(defect)[..., None, None]
-    near = size <= _NEAR[w.dtype]
-    all_near = may_read(w) and bool(near.all())
-    half = w if all_near else polar(w, v / 2)
-    far = w if all_near else orthogonalizer(half @ w.mT @ half)
-    if may_read(w) and not bool(near.any()):
-        return far
-    # s/(1+s) on [0, size], to size^2/6; and a quarter of W W^T - I, which 2W + V turns into half of it.
-    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    factor = (1 - 0.83 * size) * defect + (gram(w) - identity) / 4
-    moved = w + v - factor @ (2 * w + v)
-    return moved if all_near else torch.where(near, moved, far)
-
-
-def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:
-    r"""Cayley retraction by two fixed-point iterations :math:`Y \leftarrow W + \tfrac12 (W + Y) A`.
-
-    From :math:`Y = W + V`, each iteration adds one correct term of the series of :func:`cayley`: what is
-    missing after two, and so the distance from the manifold, is :math:`\|V\|^4/8`. The series converges
-    for :math:`\|A\|_2 < 2`.
-
-    Reference: Li, Li & Todorovic (ICLR 2020), algorithm 1.
-    """
-    omega, *normal = coordinates(w, v)
-    y = w + v
-    for _ in range(2):
-        mean = (w + y) / 2
-        y = w + ((mean @ w.mT) @ v - (mean @ normal[0].mT) @ w if normal else omega @ mean)
-    return y
-
-
-@_with_care_where_long
-def exp(w: Tensor, v: Tensor, *, metric: Metric = "euclidean") -> Tensor:
-    r"""Exponential map: the geodesic of the metric in use, followed for unit time.
-
-    .. math::
-        \text{square:} \quad & e^{\Omega} W \\
-        \text{canonical:} \quad & [I \; 0] \exp\begin{pmatrix} \Omega & I \\ -N N^\top & 0 \end{pmatrix}
-            \begin{pmatrix} W \\ N \end{pmatrix} \\
-        \text{euclidean:} \quad & e^{-\Omega} [I \; 0]
-            \exp\begin{pmatrix} \Omega & I \\ -V V^\top & \Omega \end{pmatrix}
-            \begin{pmatrix} W \\ V \end{pmatrix}
-
-    with the second block row scaled so that both off-diagonal blocks have the size of the step.
-
-    Reference: Edelman, Arias & Smith (1998), sections 2.2.2 and 2.3.1, transposed; the canonical one in
-    the basis (W, N), which needs no QR of N.
-    """
-    omega, *normal = coordinates(w, v)
-    if not normal:
-        return _matrix_exp(omega) @ w
-    across = v if metric == "euclidean" else normal[0]
-    gram = across @ across.mT
-    size = spectral_bound(gram).sqrt().clamp_min(torch.finfo(w.dtype).tiny)[..., None, None]
-    identity = torch.eye(w.shape[-2], dtype=w.dtype, device=w.device)
-    corner = omega if metric == "euclidean" else torch.zeros_like(omega)
-    generator = torch.cat([torch.cat([omega, size * identity], -1), torch.cat([-gram / size, corner], -1)], -2)
-    top = _matrix_exp(generator)[..., : w.shape[-2], :]
-    moved = top @ torch.cat([w, across / size], -2)
-    return _matrix_exp(-omega) @ moved if metric == "euclidean" else moved
-
-
-def _matrix_exp(a: Tensor) -> Tensor:
-    """Matrix exponential; torch 2.13 ends the series of a lone matrix too soon: off by 1e-11 at norm 0.03, float64."""
-    if a[..., 0, 0].numel() > 1:
-        return torch.linalg.matrix_exp(a)
-    lone = a.reshape(1, *a.shape[-2:])
-    return torch.linalg.matrix_exp(torch.cat([lone, lone]))[0].reshape(a.shape)
-
-
-def orthogonalized(w: Tensor, v: Tensor, *, beta: float = 0.5, correction_steps: int = 1) -> Tensor:
-    r"""Tangent step, then ``correction_steps`` of :math:`X \leftarrow (1+\beta) X - \beta X X^\top X`.
-
-    At :math:`\beta = 1/2` it follows :func:`polar` up to :math:`\tfrac38 \|V\|^4`; a small beta comes
-    back to the manifold over many steps, not in one.
-
-    References: POGO (2026) for beta = 1/2; Ablin & Peyre (AISTATS 2022) for small beta.
-    """
-    return orthogonalizer(w + v, beta=beta, steps=correction_steps)
+from .orthogonalizer import orthogonalizer
+from .orthographic import orthographic
+from .products import may_read
+from .schemes import Scheme, cayley, cayley_iterative, exp, orthogonalized, polar, qr
+from .stiefel import Metric, check_metric, check_pair, is_tall
 
 
 @dataclass(frozen=True)
@@ -233,6 +49,7 @@ RETRACTIONS: dict[str, Retraction] = {
     "cayley_iterative": Retraction(
         cayley_iterative, exact=False, second_order=("square", "canonical"), polished=True, longest=0.5
     ),
+    "orthographic": Retraction(orthographic, exact=True, second_order=("square", "euclidean"), polished=False),
     "polar": Retraction(polar, exact=True, second_order=("square", "euclidean"), polished=False),
     "exp": Retraction(
         exp, exact=True, second_order=("square", "euclidean", "canonical"), polished=True, options=("metric",)
@@ -345,20 +162,3 @@ def check_retraction(name: str, method: str, *, metric: str, beta: float, correc
             f"{name}: beta and correction_steps act with retraction='orthogonalizer' only, not with {method!r}. "
             "Leave them out, or set them in the parameter groups that use it."
         )
-
-
-def _solve_shifted_skew(s: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    r"""Solve :math:`(I + S - K) X = B` for positive semidefinite S and skew K, without an LU.
-
-    With :math:`I + S = L L^\top` and :math:`\tilde K = L^{-1} K L^{-\top}`, skew again,
-    :math:`(I - \tilde K)^{-1} = (I + \tilde K^\top \tilde K)^{-1}(I + \tilde K)`: two Cholesky
-    factorizations, both of matrices with no eigenvalue below one.
-    """
-    identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    lower, _ = torch.linalg.cholesky_ex(identity + s)
-    half = torch.linalg.solve_triangular(lower, k, upper=False)
-    k = skew(torch.linalg.solve_triangular(lower, half.mT, upper=False).mT)
-    y = torch.linalg.solve_triangular(lower, b, upper=False)
-    normal_equations, _ = torch.linalg.cholesky_ex(identity + k.mT @ k)
-    y = torch.cholesky_solve(y + k @ y, normal_equations)
-    return torch.linalg.solve_triangular(lower.mT, y, upper=True)

@@ -28,10 +28,12 @@ from .buckets import Bucket
 from .constraint import off_manifold
 from .direction import ADAM, Decay, Number
 from .options import Group
+from .orthographic import INTERVAL, SEAM, bend_of, rotate
 from .plan import Plan
-from .products import may_read
-from .retractions import LONG, RETRACTIONS, polar_, retract
+from .products import matmul, may_read
+from .retractions import RETRACTIONS, retract
 from .room import Room
+from .schemes import LONG, polar_
 
 Closure = Callable[[], Any]
 Lists = tuple[Any, ...]
@@ -74,6 +76,8 @@ def step(
         for bucket in plan.buckets:
             with torch.no_grad(), _full_precision(bucket.parameters[0].device.type):
                 _move(bucket, group, rule_of(group, bucket), optimizer._room)
+        if plan.buckets and not torch.compiler.is_compiling():
+            group["orthogonal_steps"] += 1
     return loss
 
 
@@ -155,26 +159,58 @@ def _sound(g: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> Tensor | None:
-    """Move ``w`` in place. A block without a step keeps its bits, and so does one whose result cannot be right.
+    """Move ``w`` in place along its direction: V, or on square blocks the skew Omega of V = Omega W.
+
+    A block without a step keeps its bits, and so does one whose result cannot be right.
 
     Returns which blocks have moved, ``(B, 1, 1)``; None if all have.
     """
     method = group["retraction"]
-    options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
+    if w.shape[-2] == w.shape[-1]:
+        if method == "orthographic":
+            return _rotate_(w, v, group, room)
+        v = matmul(v, w, out=room("second", w.shape, like=w))
+    elif method == "orthographic":
+        method = "polar"
     length = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
-    if may_read(w):
+    if may_read(w) and method == "polar":
         shortest, longest = (float(x) for x in length.aminmax())
-        if method == "polar" and shortest > 0 and longest <= LONG:
+        if shortest > 0 and longest <= LONG:
             polar_(w, v, out=w, room=room)
             return None
-        new = retract(w, v, method, **options)
-    elif method == "polar":
+    if method == "polar" and not may_read(w):
         new = polar_(w, v, out=room("result", w.shape, like=w), room=room)
     else:
+        options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
         new = retract(w, v, method, **options)
-    # No entry of an orthogonal matrix exceeds one.
+    return _write_back_(w, new, length > 0)
+
+
+def _rotate_(w: Tensor, omega: Tensor, group: Group, room: Room) -> Tensor | None:
+    """The orthographic retraction on square blocks: what is long for it moves by the polar one."""
+    due = slice(group["orthogonal_steps"] % INTERVAL, None, INTERVAL)
+    if not may_read(w):
+        length = torch.linalg.vector_norm(omega, dim=(-2, -1), keepdim=True)
+        omega = omega.mul_((LONG / length).clamp_max(1))
+        return _write_back_(w, rotate(w, omega, bend_of(omega, room), room=room, due=due), length > 0)
+    bent = bend_of(omega, room)
+    shortest, longest = (float(x) for x in bent.size.aminmax())
+    if longest <= SEAM:
+        new = rotate(w, omega, bent, room=room, due=due)
+        if shortest > 0:
+            w.copy_(new)
+            return None
+        return _write_back_(w, new, bent.size[:, None, None] > 0)
+    short = (bent.size <= SEAM)[:, None, None]
+    far = retract(w, omega @ w, "polar")
+    near = rotate(w, omega, bent, room=room, due=due)
+    return _write_back_(w, torch.where(short, near, far), bent.size[:, None, None] != 0)
+
+
+def _write_back_(w: Tensor, new: Tensor, stepped: Tensor) -> Tensor:
+    """Write the blocks that have made a step, and whose result can be right: no orthogonal entry exceeds one."""
     within = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
-    moved = within & (length > 0)
+    moved = within & stepped
     w.copy_(torch.where(moved, new, w))
     return moved
 

@@ -39,6 +39,15 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
     return u @ vh
 
 
+def orthographic(w: Tensor, v: Tensor) -> Tensor:
+    """(Omega + (I + Omega^2)^(1/2)) W of a short step on a square matrix of few rows; polar for all others."""
+    omega = 0.5 * (v @ w.T - w @ v.T)
+    if w.shape[0] != w.shape[1] or torch.linalg.matrix_norm(omega @ omega) / math.sqrt(2) > 2**-4.75:
+        return polar(w, v)
+    squares, basis = torch.linalg.eigh(omega @ omega)
+    return (omega + (basis * (1 + squares).sqrt()) @ basis.T) @ w
+
+
 def cayley(w: Tensor, v: Tensor) -> Tensor:
     a = generator(w, v)
     identity = torch.eye(len(a), dtype=w.dtype)
@@ -93,7 +102,8 @@ def retract(w: Tensor, v: Tensor, method: str, metric: str = "euclidean") -> Ten
         return exp(w, v, metric)
     if method == "orthogonalizer":
         return orthogonalizer(w + v, 0.5)
-    return {"qr": qr, "polar": polar, "cayley": cayley, "cayley_iterative": cayley_iterative}[method](w, v)
+    schemes = {"qr": qr, "polar": polar, "orthographic": orthographic}
+    return {**schemes, "cayley": cayley, "cayley_iterative": cayley_iterative}[method](w, v)
 
 
 class Momentum:

@@ -15,7 +15,9 @@ ALLOWED = {
     "products": set(),
     "orthogonalizer": {"products", "stiefel"},
     "polar_factor": {"orthogonalizer", "products", "room", "stiefel"},
-    "retractions": {"orthogonalizer", "polar_factor", "products", "room", "stiefel"},
+    "schemes": {"orthogonalizer", "polar_factor", "products", "room", "stiefel"},
+    "orthographic": {"orthogonalizer", "polar_factor", "products", "room", "schemes", "stiefel"},
+    "retractions": {"orthogonalizer", "orthographic", "products", "schemes", "stiefel"},
     "direction": {"products", "room", "stiefel"},
     "blocks": set(),
     "constraint": {"blocks", "orthogonalizer", "stiefel"},
@@ -26,7 +28,10 @@ ALLOWED = {
     "buckets": {"blocks", "constraint", "room"},
     "moments": {"buckets", "constraint", "direction"},
     "plan": {"buckets", "constraint", "moments", "options", "room"},
-    "step": {"buckets", "constraint", "direction", "options", "plan", "products", "retractions", "room"},
+    "step": {
+        *("buckets", "constraint", "direction", "options", "orthographic"),
+        *("plan", "products", "retractions", "room", "schemes"),
+    },
     "optim": {"direction", "options", "plan", "step", "stiefel"},
 }
 
@@ -51,7 +56,11 @@ def test_imports_go_down_only(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["stiefel", "room", "products", "orthogonalizer", "polar_factor", "retractions", "direction"]
+    "module",
+    [
+        *("stiefel", "room", "products", "orthogonalizer", "polar_factor"),
+        *("schemes", "orthographic", "retractions", "direction"),
+    ],
 )
 def test_the_mathematics_needs_torch_only(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())

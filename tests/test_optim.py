@@ -376,13 +376,13 @@ def test_groups_have_their_own_retraction_and_rate(name):
     starts = [w.detach().clone() for w in weights]
     opt = make(name, [{"params": [weights[0]], "retraction": "qr"}, {"params": [weights[1]], "lr": 0.0}], lr=0.2)
     opt.add_param_group({"params": weights[2], "retraction": "cayley", "orthogonal_lr_scale": 0.5})
-    assert [g["retraction"] for g in opt.param_groups] == ["qr", "polar", "cayley"]
+    assert [g["retraction"] for g in opt.param_groups] == ["qr", "orthographic", "cayley"]
     assert [g["orthogonal_lr_scale"] for g in opt.param_groups] == [1.0, 1.0, 0.5]
     for weight in weights:
         weight.grad = gaussian(5, 5, seed=9)
     opt.step()
     options = {"lr": 0.2}
-    for k, (retraction, lr) in enumerate([("qr", 0.2), ("polar", 0.0), ("cayley", 0.1)]):
+    for k, (retraction, lr) in enumerate([("qr", 0.2), ("orthographic", 0.0), ("cayley", 0.1)]):
         expected = expected_step(
             name, starts[k], [gaussian(5, 5, seed=9)], 1, retraction, "euclidean", {**options, "lr": lr}
         )

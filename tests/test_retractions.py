@@ -306,7 +306,7 @@ def test_products_of_a_small_step(method, square, wide):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"method": "caley"}, "qr, cayley, cayley_iterative, polar, exp, orthogonalizer"),
+        ({"method": "caley"}, "qr, cayley, cayley_iterative, orthographic, polar, exp, orthogonalizer"),
         ({"metric": "flat"}, "euclidean, canonical"),
         ({"beta": 1.0}, r"beta must lie in \(0, 1\)"),
         ({"beta": float("nan")}, "beta"),
