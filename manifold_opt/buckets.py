@@ -19,6 +19,8 @@ from .constraint import Orthogonal
 from .room import Room
 
 SMALL = 2**16  # bytes of a block up to which parameters are gathered
+TINY, MANY = 6, 256  # rows and columns up to which, and blocks from which on, matrices are better copied to lie across
+COPIED = 3 * 2**18  # bytes of tiny blocks that are copied at a time
 BATCH = 2**21  # bytes of blocks that a step works on at a time, one large block at least
 
 
@@ -51,6 +53,7 @@ class Bucket:
         self.gathered = len(self.parameters) > 1
         self.blocks = self.constraint.blocks * len(self.parameters)
         self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
+        self.tiny = self.p <= TINY and self.n <= TINY and self.blocks >= MANY
         self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
         self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
         self.stacked = (first.shape[0] * len(self.parameters), first.numel() // first.shape[0])
@@ -84,10 +87,12 @@ class Bucket:
         parts = stacked.split(self.parameters[0].shape[0])  # type: ignore[no-untyped-call]
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
-    def pieces(self) -> Iterator[slice]:
-        """Blocks that are worked on at a time: memory is needed for these only."""
+    def pieces(self, copied: bool = False) -> Iterator[slice]:
+        """Blocks that are worked on at a time: memory is needed for these only, for more of it if they are copied."""
         block = self.p * self.n * self.parameters[0].element_size()
         size = max(1, BATCH // block)
+        if copied:
+            size = min(size, max(COPIED // block, self.blocks // 3))
         for start in range(0, self.blocks, size):
             yield slice(start, min(start + size, self.blocks))
 

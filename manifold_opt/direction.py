@@ -2,7 +2,8 @@ r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 
 Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns
 ``length`` times a tangent direction V at ``w`` (``-lr`` is the length of a step), on square blocks its skew
-:math:`\Omega`, and writes to nothing else but ``room``. Hyperparameters and the keys of the state are torch.optim's own.
+:math:`\Omega`, and writes to nothing else but ``room``. Hyperparameters and the keys of the state are those of
+torch.optim.
 
 On square blocks the moments are those of the gradient in the *frame* of W,
 
@@ -21,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .products import matmul, matmul_add, transpose
+from .products import matmul, matmul_add, norm, transpose
 from .room import Room
 from .stiefel import Metric
 
@@ -147,9 +148,10 @@ def adam_element(
     size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(offset)
     normal.div_(size).clamp_(-1, 1)
     other = transpose(along, out=room("third", along.shape, like=w))
+    omega = along.sub_(other)
     rows = rows.sqrt().add_(offset)
-    omega = (along - other).div_(torch.minimum(rows, rows.mT, out=other)).clamp_(-1, 1)
-    omega -= matmul(normal, w.mT, out=along)
+    omega.div_(torch.minimum(rows, rows.mT, out=other)).clamp_(-1, 1)
+    omega -= matmul(normal, w.mT, out=other)
     if isinstance(length, Tensor) or metric == "canonical":
         return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
     return matmul_add(normal, omega, w, out=normal, beta=length, alpha=length)
@@ -185,7 +187,7 @@ def adam_block(
     m, v = state["exp_avg"], state["exp_avg_sq"]
     _average(m, new, decay.beta1, sound)
     # |Omega W| = |Omega|: an orthogonal factor keeps every mean square.
-    square_norm = torch.linalg.vector_norm(new, dim=(-2, -1), keepdim=True).square_()
+    square_norm = norm(new, keepdim=True).square_()
     _average(v, square_norm / (w.shape[-2] * w.shape[-1]), decay.beta2, sound)
     if "max_exp_avg_sq" in state:
         v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])

@@ -8,6 +8,7 @@ unmarked since, is converted when it is met.
 
 from __future__ import annotations
 
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -59,11 +60,10 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
 def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
     """Whether the members' state is what the bucket works on: load_state_dict and users may have replaced it."""
     states = [optimizer.state[p] for p in bucket.parameters]
-    return all(
-        state.get(key) is moment
-        for key, shown in bucket.shown.items()
-        for state, moment in zip(states, shown, strict=True)
-    )
+    try:
+        return all(all(map(is_, map(itemgetter(key), states), shown)) for key, shown in bucket.shown.items())
+    except KeyError:
+        return False
 
 
 @torch.no_grad()

@@ -89,11 +89,11 @@ def check_marked(name: str, parameter: Tensor) -> None:
 
 
 def check_gradients(name: str, parameters: list[Tensor]) -> None:
-    """Raise a RuntimeError unless all gradients of marked parameters are dense."""
-    for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-            shape = tuple(parameter.shape)
-            raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+    """Raise a RuntimeError unless the gradients of all these marked parameters are dense."""
+    if all(p.grad.layout is torch.strided for p in parameters):  # type: ignore[union-attr]
+        return
+    shape = next(tuple(p.shape) for p in parameters if p.grad.layout is not torch.strided)  # type: ignore[union-attr]
+    raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
 
 
 def fill_options(optimizer: Optimizer) -> None:

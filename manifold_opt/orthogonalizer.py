@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import gram
+from .products import gram, norm
 from .stiefel import float64, wide
 
 _MANY = 32  # rows from which on row sums are worth their price
@@ -94,7 +94,7 @@ def spectral_bound(a: Tensor, spare: Tensor | None = None) -> Tensor:
     The Frobenius norm and, from some rows on, the largest row sum of magnitudes, which go to ``spare`` if given, and
     are taken a few rows at a time if not.
     """
-    frobenius = torch.linalg.vector_norm(a, dim=(-2, -1))
+    frobenius = norm(a)
     if a.shape[-1] < _MANY:
         return frobenius
     if spare is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, spectral_bound
 from .polar_factor import LARGE, probed
-from .products import gram, matmul, matmul_add, may_read
+from .products import gram, matmul, matmul_add, may_read, norm
 from .room import Room
 from .schemes import polar
 from .stiefel import skew
@@ -32,7 +32,7 @@ SEAM = 2.0**-4.75  # norm of the bend up to which this retraction is for: steps 
 
 
 def orthographic(w: Tensor, v: Tensor) -> Tensor:
-    r"""Orthographic retraction on square matrices, for steps up to a spectral norm of 0.19; polar beyond, and elsewhere.
+    r"""Orthographic retraction for short steps on square matrices, up to a spectral norm of 0.19; polar elsewhere.
 
     .. math:: R_W(V) = \big(\Omega + (I + \Omega^2)^{1/2}\big) W
 
@@ -66,7 +66,7 @@ def bend_of(omega: Tensor, room: Room) -> Bend:
     r""":math:`B = \Omega\Omega^\top` of skew ``(batch, p, p)``, and how large it is: 1 T."""
     bend = gram(omega, out=room("second", omega.shape, like=omega))
     # The eigenvalues of Omega come in pairs, +-i t: those of B, t^2, are double.
-    size = torch.linalg.vector_norm(bend, dim=(-2, -1)).mul_(0.5**0.5)
+    size = norm(bend).mul_(0.5**0.5)
     # With many eigenvalues of like size that is far more than the largest. Closer looks while they can matter.
     if not may_read(omega) or not bool((size <= _TAYLOR[omega.dtype]).all()):
         size = torch.minimum(size, spectral_bound(bend))
@@ -127,7 +127,7 @@ def _add_polynomial_(omega: Tensor, bend: Tensor, c: list[Tensor], degree: int) 
 
 def _bring_back_(points: Tensor, error: Tensor) -> None:
     """Put points back on the manifold whose error, overwritten, is not of rounding: something has written to them."""
-    size = torch.linalg.vector_norm(error, dim=(-2, -1), keepdim=True)
+    size = norm(error, keepdim=True)
     limit = 2 * torch.finfo(error.dtype).eps ** 0.5  # half of it off leaves less than 4 eps
     if bool((size <= limit).all()):
         return
@@ -138,7 +138,7 @@ def _bring_back_(points: Tensor, error: Tensor) -> None:
 
 
 def _fixed_turn_(omega: Tensor, bent: Bend) -> Tensor:
-    """Q - I, written to ``omega``, by one polynomial for steps of any length up to the longest, to which it shortens."""
+    """Q - I, written to ``omega``, by one polynomial for all steps up to the longest, to which it shortens."""
     bend, size = bent
     share = (_LONGEST_FIXED / size).clamp_max(1)[:, None, None]
     c = [omega.new_full((1, 1, 1), x) for x in _FIXED[omega.dtype]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,10 +70,11 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         return group
     if any(marks):
         check_options(name, group)
-    live = [p for p, mark in zip(members, marks, strict=True) if mark is not None and p.grad is not None]
+    present = [mark is not None and p.grad is not None for p, mark in zip(members, marks, strict=True)]
+    live = list(itertools.compress(members, present))
     check_gradients(name, live)
     facts: Facts = (
-        [constraint_of(p) for p in live],
+        list(itertools.compress(marks, present)),
         [p.dtype for p in live],
         [p.device for p in live],
         [p.is_contiguous() for p in live],

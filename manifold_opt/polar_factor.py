@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .orthogonalizer import spectral_bound
-from .products import gram, matmul_add, may_read
+from .products import gram, matmul_add, may_read, norm
 from .room import Room
 from .stiefel import wide
 
@@ -68,7 +68,7 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
         if not bool((size <= easy).all()):
             # The norm of D^2 is a tighter bound, and a polynomial of degree 2 needs D^2 anyway.
             square = gram(defect, out=spare)
-            refined = torch.linalg.vector_norm(square, dim=(-2, -1)).sqrt()
+            refined = norm(square).sqrt()
             size = torch.where(size <= easy, size, torch.minimum(size, refined))
         polynomials = _tabulated(size)
     else:
@@ -95,11 +95,11 @@ def probed(defect: Tensor, bound: Tensor, easy: float) -> Tensor:
     others hide from it, the step leaves at most 3/4 bound^2, below 3e-5 in float32, and the next one squares that.
     """
     z = _probes(defect.shape[-1]).to(defect).expand(len(defect), -1, -1)
-    scale = torch.linalg.vector_norm(defect, dim=(-2, -1))
+    scale = norm(defect)
     rank = (defect.diagonal(dim1=-2, dim2=-1).sum(-1) / scale).square()
     for _ in range(3):
         z = (z @ defect) / scale[:, None, None]
-    estimate = 1.2 * torch.linalg.vector_norm(z, dim=(-2, -1)) ** (1 / 3) * scale
+    estimate = 1.2 * norm(z) ** (1 / 3) * scale
     harmless = (bound > easy) & (bound <= 4 * easy) & (rank >= 16)
     return torch.where(harmless, torch.minimum(bound, estimate), bound)
 

@@ -1,7 +1,9 @@
 """Matrix products of a batch: nearly all of a step's time is spent here, and nowhere else is a product chosen.
 
 On a CPU a few large matrices are multiplied one by one, each with every thread, instead of as a batch with a
-thread a matrix; and of a Gram matrix only one triangle is computed, the other mirrored.
+thread a matrix; of a Gram matrix only one triangle is computed, the other mirrored; and where tiny matrices lie
+*across*, entry (i, j) of all of them side by side, a product is a few element-wise ones of vectors as long as the
+batch.
 """
 
 from __future__ import annotations
@@ -22,8 +24,25 @@ def may_read(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def across(x: Tensor) -> bool:
+    """Whether the matrices of a batch lie across one another, ``(B, p, n)`` with strides (1, n B, B)."""
+    return x.stride(0) == 1 and x.shape[0] > 1 and x.numel() > x.shape[0]
+
+
+def norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
+    """Frobenius norm of every matrix, ``(B,)`` or ``(B, 1, 1)``."""
+    if x.ndim == 3 and across(x):
+        return (x * x).sum((-2, -1), keepdim=keepdim).sqrt_()
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=keepdim)
+
+
 def matmul(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
     """``alpha * a @ b`` for batches ``(B, ., .)``, written to ``out``: 1 product."""
+    if across(out):
+        torch.mul(a[..., :1], b[:, :1], out=out)
+        for k in range(1, a.shape[-1]):
+            out.addcmul_(a[..., k : k + 1], b[:, k : k + 1])
+        return out if alpha == 1 else out.mul_(alpha)
     if _one_by_one(a):
         for a_i, b_i, out_i in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
             torch.addmm(out_i, a_i, b_i, beta=0, alpha=alpha, out=out_i)
@@ -33,6 +52,11 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
 
 def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """``beta * x + alpha * a @ b``, written to ``out``, which may be ``x``: 1 product."""
+    if across(out):
+        torch.mul(x, beta, out=out)
+        for k in range(a.shape[-1]):
+            out.addcmul_(a[..., k : k + 1], b[:, k : k + 1], value=alpha)
+        return out
     if _one_by_one(a):
         for x_i, a_i, b_i, out_i in zip(x.unbind(), a.unbind(), b.unbind(), out.unbind(), strict=True):
             torch.addmm(x_i, a_i, b_i, beta=beta, alpha=alpha, out=out_i)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .products import across
+
 Shape = tuple[int, ...] | torch.Size
 
 
@@ -23,7 +25,10 @@ class Room:
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, role: str, shape: Shape, *, like: Tensor) -> Tensor:
-        """An uninitialized tensor of a shape; what was in the last one of this role is lost."""
+        """An uninitialized tensor of a shape; what was in the last one of this role is lost.
+
+        A batch of matrices lies as those of ``like`` do, one after the other or across.
+        """
         if torch.compiler.is_compiling():
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         key = (role, like.dtype, like.device)
@@ -33,8 +38,19 @@ class Room:
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
             flat = self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        if like.ndim == 3 and across(like):
+            return _lying_across(flat[:size], shape)
         return flat[:size].view(shape)
+
+    def across(self, role: str, x: Tensor) -> Tensor:
+        """A copy of a batch whose matrices lie across one another."""
+        return _lying_across(self(role, (x.numel(),), like=x.new_empty(0)), x.shape).copy_(x)
 
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(flat.nbytes for flat in self._flat.values())
+
+
+def _lying_across(flat: Tensor, shape: Shape) -> Tensor:
+    """Memory as matrices ``(B, p, n)`` that lie across one another."""
+    return flat.view(*shape[1:], shape[0]).permute(2, 0, 1)

@@ -30,7 +30,7 @@ from .direction import ADAM, Decay, Number
 from .options import Group
 from .orthographic import INTERVAL, SEAM, bend_of, rotate
 from .plan import Plan
-from .products import matmul, may_read
+from .products import matmul, may_read, norm
 from .retractions import RETRACTIONS, retract
 from .room import Room
 from .schemes import LONG, polar_
@@ -123,27 +123,32 @@ def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
     gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", room)  # type: ignore[misc]
     lr = group["lr"] * (group["orthogonal_lr_scale"] / bucket.constraint.gain)
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    for piece in bucket.pieces():
-        point = points[piece]
-        w = _unscaled(point, bucket, room)
-        g, sound = _sound(gradients[piece])
+    gain = bucket.constraint.gain
+    # Other retractions have no products for matrices that lie across.
+    across = bucket.tiny and may_read(points) and group["retraction"] in ("orthographic", "polar")
+    for piece in bucket.pieces(across):
+        point, g = points[piece], gradients[piece]
+        moments = held = {key: moment[piece] for key, moment in bucket.moments.items()}
+        w = point
+        if across:
+            w, g = room.across("w", point), room.across("g", g)
+            moments = {key: room.across(key, moment) for key, moment in held.items()}
+        if gain != 1:
+            w = torch.div(point, gain, out=w if across else room("unscaled", point.shape, like=point))
+        g, sound = _sound(g)
         g = -g if group["maximize"] else g
-        moments = {key: moment[piece] for key, moment in bucket.moments.items()}
         v = rule(w, g, moments, room, length=-lr, sound=sound)
         moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, room)
-        if bucket.constraint.gain != 1:
-            scaled = w * bucket.constraint.gain
+        if w is not point:
+            scaled = w if gain == 1 else w * gain
             point.copy_(scaled if moved is None else torch.where(moved, scaled, point))
+        for key, moment in moments.items():
+            if moment is not held[key]:
+                held[key].copy_(moment)
     if bucket.gathered:
         bucket.write_back(points)
     if not torch.compiler.is_compiling():
         bucket.versions = [p._version for p in bucket.parameters]
-
-
-def _unscaled(point: Tensor, bucket: Bucket, room: Room) -> Tensor:
-    """The point without its gain: itself if that is one."""
-    gain = bucket.constraint.gain
-    return point if gain == 1 else torch.div(point, gain, out=room("unscaled", point.shape, like=point))
 
 
 def _sound(g: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -154,7 +159,7 @@ def _sound(g: Tensor) -> tuple[Tensor, Tensor | None]:
     limit = math.sqrt(torch.finfo(g.dtype).max) / 16
     if may_read(g) and float(torch.linalg.vector_norm(g)) <= limit:
         return g, None
-    sound = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) <= limit  # a NaN is not
+    sound = norm(g, keepdim=True) <= limit  # a NaN is not
     return torch.where(sound, g, 0), sound
 
 
@@ -172,7 +177,7 @@ def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> Tensor | None:
         v = matmul(v, w, out=room("second", w.shape, like=w))
     elif method == "orthographic":
         method = "polar"
-    length = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+    length = norm(v, keepdim=True)
     if may_read(w) and method == "polar":
         shortest, longest = (float(x) for x in length.aminmax())
         if shortest > 0 and longest <= LONG:
@@ -190,7 +195,7 @@ def _rotate_(w: Tensor, omega: Tensor, group: Group, room: Room) -> Tensor | Non
     """The orthographic retraction on square blocks: what is long for it moves by the polar one."""
     due = slice(group["orthogonal_steps"] % INTERVAL, None, INTERVAL)
     if not may_read(w):
-        length = torch.linalg.vector_norm(omega, dim=(-2, -1), keepdim=True)
+        length = norm(omega, keepdim=True)
         omega = omega.mul_((LONG / length).clamp_max(1))
         return _write_back_(w, rotate(w, omega, bend_of(omega, room), room=room, due=due), length > 0)
     bent = bend_of(omega, room)

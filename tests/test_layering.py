@@ -11,8 +11,8 @@ PACKAGE = Path(manifold_opt.__file__).parent
 
 ALLOWED = {
     "stiefel": set(),
-    "room": set(),
     "products": set(),
+    "room": {"products"},
     "orthogonalizer": {"products", "stiefel"},
     "polar_factor": {"orthogonalizer", "products", "room", "stiefel"},
     "schemes": {"orthogonalizer", "polar_factor", "products", "room", "stiefel"},

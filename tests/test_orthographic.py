@@ -1,0 +1,150 @@
+"""The orthographic retraction: its polynomials, its price, its seam, and what it does about errors of the point."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retract, stiefel
+from manifold_opt.orthographic import _FIRST, _FIXED, _LONGEST_FIXED, _OCTAVE, INTERVAL, SEAM, TABLES
+
+from . import reference
+from .helpers import DTYPES, gaussian, point, rounding
+
+
+def rotation(*shape, t, dtype=torch.float64, rank=None, seed=1):
+    """Skew matrices of spectral norm t, of full rank or of a given even one."""
+    a = gaussian(*shape, seed=seed)
+    if rank is not None:
+        a = gaussian(*shape[:-1], rank // 2, seed=seed) @ gaussian(*shape[:-2], rank // 2, shape[-1], seed=seed + 1)
+    a = a - a.mT
+    return (t * a / torch.linalg.matrix_norm(a, 2, keepdim=True)).to(dtype)
+
+
+def left_by(coefficients, largest):
+    """How far |Q|^2 is from one at most, for bends from zero to the largest: (1 + S)^2 + x - 1 = 2 S + S^2 + x."""
+    x = torch.linspace(0, largest, 500, dtype=torch.float64)
+    s = sum(float(c) * x**k for k, c in enumerate(coefficients))
+    return float((2 * s + s * s + x).abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_of_the_table_leaves_rounding_only(dtype):
+    eps = torch.finfo(dtype).eps
+    for row, coefficients in enumerate(TABLES[dtype]):
+        largest = 2.0 ** ((_FIRST + row) / _OCTAVE)
+        # The tolerance while errors may add up step after step; 2 eps for the longest steps.
+        assert left_by(coefficients, largest) < (0.7 if largest < 0.02 else 2.1) * eps
+    assert largest == SEAM
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_polynomial_of_a_fixed_degree_leaves_rounding_only(dtype):
+    assert left_by(_FIXED[dtype], _LONGEST_FIXED) < torch.finfo(dtype).eps
+
+
+def test_rotation_by_hand():
+    """At W = I in two dimensions a step t turns by arc sine t: what projects onto the tangent line at t."""
+    t = 0.1
+    w, v = torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, t], [-t, 0.0]], dtype=torch.float64)
+    c = math.cos(math.asin(t))
+    torch.testing.assert_close(retract(w, v, "orthographic"), torch.tensor([[c, t], [-t, c]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "rank"), [(2, None), (3, None), (8, 2), (40, None), (150, None), (150, 2), (150, 4)])
+@pytest.mark.parametrize("t", [1e-6, 1e-3, 0.01, 0.03, 0.06, 0.1])
+def test_short_steps(p, rank, t, dtype):
+    """The reference by its eigenvalues; on the manifold; and what is left of the step is the step."""
+    w = point(2, p, p, dtype=dtype)
+    omega = rotation(2, p, p, t=t, rank=rank)
+    moved = retract(w, (omega @ w.double()).to(dtype), "orthographic")
+    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    if p < 100:
+        expected = torch.stack([reference.orthographic(a, b @ a) for a, b in zip(w.double(), omega, strict=True)])
+        torch.testing.assert_close(moved.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    turn = moved.double() @ w.double().mT
+    torch.testing.assert_close(stiefel.skew(turn), omega, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (5, 9)])
+def test_what_is_too_long_or_rectangular_moves_by_the_polar_retraction(shape):
+    w = point(2, *shape)
+    v = stiefel.project(w, gaussian(2, *shape))
+    torch.testing.assert_close(retract(w, v, "orthographic"), retract(w, v, "polar"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("t", "dtype", "products"),
+    [(0.01, DTYPES[0], 3), (0.08, DTYPES[0], 4), (0.003, DTYPES[1], 4), (0.08, DTYPES[1], 6)],
+)
+def test_products(t, dtype, products):
+    """As many as the length of the step calls for; here with the error of every block, and without the direction."""
+    w = point(2, 16, 16, dtype=dtype)
+    v = rotation(2, 16, 16, t=t, dtype=dtype) @ w
+    with FlopCounterMode(display=False) as counter:
+        retract(w, v, "orthographic")
+    assert counter.get_total_flops() == (1 + products) * 2 * 2 * 16**3  # one for Omega = V W^T
+
+
+# In an optimizer.
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+@pytest.mark.parametrize(("shape", "blocks"), [((6, 6), 1), ((15, 5), 3), ((900, 3), 300), ((160, 160), 1)])
+@pytest.mark.parametrize("distance", [1e-6, 1e-3, 0.1, 0.9])
+def test_a_point_off_the_manifold_is_back_within_ten_steps(optimizer, shape, blocks, distance):
+    """Even where nobody has been told: a write through ``.data`` is not counted."""
+    p = shape[1]
+    weight = mark_orthogonal(nn.Parameter(point(blocks, p, p, dtype=torch.float32).reshape(shape)), blocks=blocks)
+    opt = optimizer([weight], lr=1e-5)
+    for step in range(11):
+        if step == 1:
+            off = gaussian(blocks, p, p, dtype=torch.float32)
+            off = distance * off / torch.linalg.matrix_norm(off, 2, keepdim=True)
+            weight.data += off.reshape(shape)
+            assert orthogonality_error(weight) > 0.1 * distance
+        weight.grad = gaussian(*shape, dtype=torch.float32, seed=step)
+        opt.step()
+    error = stiefel.error(weight.detach().view(blocks, p, p))
+    assert float(error.max()) < stiefel.error_at_rounding(p, p, torch.float32)
+
+
+def test_every_block_is_looked_at_once_in_an_interval(monkeypatch):
+    from manifold_opt import orthographic
+
+    looked = []
+    weight = mark_orthogonal(nn.Parameter(point(10, 4, 4).reshape(40, 4)), blocks=10)
+    whole = weight.detach().view(10, 4, 4).data_ptr()
+    size = 16 * weight.element_size()
+
+    def bring_back(points, _):
+        looked.extend((points[k].data_ptr() - whole) // size for k in range(len(points)))
+
+    monkeypatch.setattr(orthographic, "_bring_back_", bring_back)
+    opt = Adam([weight])
+    for step in range(INTERVAL):
+        weight.grad = gaussian(40, 4, seed=step)
+        opt.step()
+    assert sorted(looked) == list(range(10))
+    assert opt.state_dict()["param_groups"][0]["orthogonal_steps"] == INTERVAL
+
+
+def test_a_long_step_of_one_block_leaves_the_bits_of_the_others():
+    def run(scale):
+        weight = mark_orthogonal(nn.Parameter(point(5, 8, 8, dtype=torch.float32).reshape(40, 8)), blocks=5)
+        opt = SGD([weight], lr=0.01)
+        for step in range(6):
+            weight.grad = gaussian(40, 8, dtype=torch.float32, seed=step)
+            weight.grad[16:24] *= scale
+            opt.step()
+        return weight.detach().view(5, 8, 8)
+
+    quiet = run(0.1)
+    for scale in (1.0, 10.0, 1e3, 1e9):
+        loud = run(scale)
+        assert float(stiefel.error(loud).max()) < rounding(loud)
+        assert torch.equal(loud[[0, 1, 3, 4]], quiet[[0, 1, 3, 4]])
+        assert not torch.equal(loud[2], quiet[2])
