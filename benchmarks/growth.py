@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from rounds import Plan, side_by_side
-from rows import FLOOR, POLAR, POOL, Problem, Work, builds
+from rows import DEFAULT, FLOOR, POOL, Problem, Work, builds
 
-NAMES = (POLAR, FLOOR, "pogo", "geoopt, euclidean")
+NAMES = (DEFAULT, FLOOR, "pogo", "geoopt, euclidean")
 SIZES, COUNTS, SMALL = (32, 64, 128, 256, 512, 1024, 2048), (1, 10, 100, 1000, 10_000), 16
 TOY_SIZES, TOY_COUNTS, TOY_SMALL = (2, 4, 8), (1, 2, 4), 3
 MARKS = ("o", "s", "^", "D")

@@ -233,11 +233,11 @@ def floor(one_by_one: bool) -> Build:
     return build
 
 
-FLOOR, POLAR = "floor", "Adam, polar"
+FLOOR, DEFAULT = "floor", "Adam, orthographic"
 ROWS: dict[str, Build] = {
     **{f"Adam, {name}": ours(Adam, retraction=name) for name in RETRACTIONS},
-    "Adam block, polar": ours(Adam, second_moment="block"),
-    "SGD momentum, polar": ours(SGD, momentum=0.9),
+    "Adam block": ours(Adam, second_moment="block"),
+    "SGD momentum": ours(SGD, momentum=0.9),
     "torch Adam, unconstrained": unconstrained,
     "geoopt, euclidean": geoopt_adam(canonical=False),
     "geoopt, canonical": geoopt_adam(canonical=True),

@@ -1,6 +1,6 @@
 """What one step costs: this package's optimizers, their peers, and the bare matrix products, side by side.
 
-    python benchmarks/step.py --works gru256 params1000 --rows polar geoopt floor
+    python benchmarks/step.py --works gru256 params1000 --rows orthographic geoopt floor
 
 In every round every row has a turn of about 50 ms, one step at least, with new gradients for every step; a figure is
 the median over the rounds. A parametrization is timed for its forward, its backward and the Adam step underneath. Peers
@@ -26,7 +26,7 @@ import growth
 import torch
 import training
 from rounds import Plan, Result, side_by_side
-from rows import FLOOR, POLAR, POOL, ROWS, TOYS, WORKS, Problem, builds
+from rows import DEFAULT, FLOOR, POOL, ROWS, TOYS, WORKS, Problem, builds
 
 PEERS = ("geoopt", "geotorch", "pogo-torch")
 LR, TURN, TOY_TURN = 1e-3, 0.05, 0.001
@@ -34,7 +34,7 @@ WIDTH = 120
 LEGEND = """\
 ms, spread     median and interquartile range of the rounds, a step
 x floor        multiple of the floor: the four p x n by n x p products that a step needs at least, with torch.bmm
-polar / this   part of this row's time that "Adam, polar" takes: below 1 it is the faster one
+default / this part of this row's time that "Adam, orthographic" takes: below 1 it is the faster one
 held, peak     what stays between steps (weights, moments, workspaces; no gradients), and what one step takes beyond
                that at its worst moment; multiples of the bytes of the weights; by {counter}
 error          largest ||I - W W^T|| over all blocks at the end, Frobenius
@@ -190,7 +190,7 @@ def print_environment(env: dict[str, Any]) -> None:
 def figures(work: str, results: dict[str, Result], weight_bytes: int) -> list[dict[str, Any]]:
     """One dict a row; None where there is no figure."""
     floor = results[FLOOR].median if FLOOR in results else None
-    polar = results[POLAR].median if POLAR in results else None
+    default = results[DEFAULT].median if DEFAULT in results else None
 
     def over(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None else a / b
@@ -202,7 +202,7 @@ def figures(work: str, results: dict[str, Result], weight_bytes: int) -> list[di
             "ms": over(result.median, 1e-3),
             "spread_ms": over(result.spread, 1e-3),
             "times_floor": over(result.median, floor),
-            "polar_over_this": over(polar, result.median),
+            "default_over_this": over(default, result.median),
             "held": over(result.held, weight_bytes),
             "peak": over(result.peak, weight_bytes),
             "error": result.error,
@@ -218,7 +218,7 @@ COLUMNS = (  # title, width, format, key
     ("ms", 11, ".4f", "ms"),
     ("spread", 9, ".4f", "spread_ms"),
     ("x floor", 11, ".2f", "times_floor"),
-    ("polar / this", 14, ".3g", "polar_over_this"),
+    ("default / this", 15, ".3g", "default_over_this"),
     ("held", 9, ".2f", "held"),
     ("peak", 8, ".2f", "peak"),
     ("error", 9, ".1e", "error"),

@@ -17,7 +17,7 @@ from manifold_opt import Adam, mark_orthogonal
 
 HIDDEN, LENGTH, BATCH, INPUT = (256, 512), 100, 64, 32
 TOY_HIDDEN, TOY_LENGTH, TOY_BATCH = (8,), 5, 4
-UNCONSTRAINED, OURS, CAYLEY = "torch Adam, unconstrained", "Adam, polar", "torch Adam, a Cayley map a gate"
+UNCONSTRAINED, OURS, CAYLEY = "torch Adam, unconstrained", "Adam, orthographic", "torch Adam, a Cayley map a gate"
 
 
 class CayleyGates(nn.Module):

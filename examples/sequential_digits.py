@@ -58,7 +58,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[examples]"') from None
 
-DEFAULT_RETRACTIONS = "cayley,qr,polar,orthogonalizer"
+DEFAULT_RETRACTIONS = "orthographic,cayley,qr,polar,orthogonalizer"
 DEFAULT_PLOT = Path(__file__).with_suffix(".png")
 SPLIT_SEED = 0  # not --seed: every run of this script is judged on the same images
 TEST_FRACTION = 0.25
@@ -69,9 +69,10 @@ STYLES: dict[str | None, dict[str, Any]] = {
     None: {"color": "#000000", "linestyle": "-", "linewidth": 1.2},
     "cayley": {"color": "#56B4E9", "linestyle": "-", "linewidth": 7.5},
     "qr": {"color": "#F0E442", "linestyle": "-", "linewidth": 4.8},
+    "orthographic": {"color": "#009E73", "linestyle": "-", "linewidth": 10.0},
     "polar": {"color": "#0072B2", "linestyle": (0, (3, 3)), "linewidth": 2.8},
     "orthogonalizer": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.0},
-    "exp": {"color": "#009E73", "linestyle": (0, (3, 12)), "linewidth": 2.0},
+    "exp": {"color": "#999999", "linestyle": (0, (3, 12)), "linewidth": 2.0},
     "cayley_iterative": {"color": "#CC79A7", "linestyle": (10, (3, 17)), "linewidth": 2.0},
 }
 

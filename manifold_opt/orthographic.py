@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, spectral_bound
 from .polar_factor import LARGE, probed
-from .products import gram, matmul, matmul_add, may_read, norm
+from .products import add_gram_, gram, matmul, matmul_add, may_read, norm
 from .room import Room
 from .schemes import polar
 from .stiefel import skew
@@ -120,8 +120,7 @@ def _add_polynomial_(omega: Tensor, bend: Tensor, c: list[Tensor], degree: int) 
     omega.addcmul_(bend, c[1])
     omega.diagonal(dim1=-2, dim2=-1).add_(c[0][..., 0])
     if degree == 2:
-        bend.mul_((-c[2]).sqrt())  # c_2 is negative, and B symmetric
-        omega = matmul_add(omega, bend, bend, out=omega, alpha=-1)
+        add_gram_(omega, bend.mul_((-c[2]).sqrt()), alpha=-1)  # c_2 is negative, and B symmetric
     return omega
 
 

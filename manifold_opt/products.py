@@ -8,7 +8,7 @@ batch.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -72,12 +72,28 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return gram(batch, out=batch.new_empty(len(batch), p, p)).view(*x.shape[:-2], p, p)
     if not may_read(x) or p < _SPLIT:
         return matmul(x, x.mT, out=out)
-    cuts = [p * i // _SLABS for i in range(_SLABS + 1)]
-    for start, stop in itertools.pairwise(cuts):
-        rows, before = slice(start, stop), slice(0, start)
-        torch.bmm(x[:, rows], x[:, :stop].mT, out=out[:, rows, :stop])
+    for rows, before, upto in _slabs(p):
+        torch.bmm(x[:, rows], x[:, upto].mT, out=out[:, rows, upto])
         out[:, before, rows] = out[:, rows, before].mT
     return out
+
+
+def add_gram_(out: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    """``out + alpha * x @ x.mT`` in place, for batches ``(B, p, n)``: 1 product, 5/8 where split."""
+    if not may_read(x) or x.shape[-2] < _SPLIT:
+        return matmul_add(out, x, x.mT, out=out, alpha=alpha)
+    for rows, before, upto in _slabs(x.shape[-2]):
+        slab = torch.bmm(x[:, rows], x[:, upto].mT)
+        out[:, rows, upto].add_(slab, alpha=alpha)
+        out[:, before, rows].add_(slab[..., before].mT, alpha=alpha)
+    return out
+
+
+def _slabs(p: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of a slab, those before it, and those up to its end."""
+    for i in range(_SLABS):
+        start, stop = p * i // _SLABS, p * (i + 1) // _SLABS
+        yield slice(start, stop), slice(0, start), slice(0, stop)
 
 
 def transpose(a: Tensor, *, out: Tensor) -> Tensor:

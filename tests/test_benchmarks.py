@@ -71,7 +71,7 @@ def test_every_row_has_its_figures_or_says_why_not(step, tmp_path, capsys):
         assert row["ms"] > 0
         assert row["steps"] >= row["rounds"] == 2
         assert len(table[name].split()) == len(titles)
-        assert row["polar_over_this"] == pytest.approx(rows["Adam, polar"]["ms"] / row["ms"])
+        assert row["default_over_this"] == pytest.approx(rows["Adam, orthographic"]["ms"] / row["ms"])
         assert (row["error"] is None) == (name in ("torch Adam, unconstrained", "floor", "floor, one by one"))
         assert row["error"] is None or row["error"] < 1e-3
     # The weights, and what torch's Adam keeps: two moments, and a count of steps.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from manifold_opt import SGD, Adam, mark_orthogonal, stiefel
-from manifold_opt.products import across, gram, matmul, matmul_add, norm, transpose
+from manifold_opt.products import across, add_gram_, gram, matmul, matmul_add, norm, transpose
 from manifold_opt.room import Room
 
 from .helpers import gaussian, point, rounding
@@ -26,9 +26,19 @@ def test_products_of_matrices_that_lie_across(p, k, n, how):
     torch.testing.assert_close(matmul_add(three, one, two, out=out, alpha=0.3, beta=2.0), 2 * x + 0.3 * a @ b)
     torch.testing.assert_close(matmul_add(three, one, two, out=three), x + a @ b)
     torch.testing.assert_close(gram(one, out=lying(gaussian(30, p, p), how)), a @ a.mT)
+    torch.testing.assert_close(
+        add_gram_(lying(gaussian(30, p, p), how), one, alpha=-0.3), gaussian(30, p, p) - 0.3 * a @ a.mT
+    )
     torch.testing.assert_close(norm(one), torch.linalg.matrix_norm(a))
     square = lying(gaussian(30, p, p), how)
     assert torch.equal(transpose(square, out=torch.empty_like(square)), square.mT)
+
+
+def test_symmetric_products_of_many_rows():
+    """Of which one triangle is computed, and mirrored."""
+    x, start = gaussian(2, 390, 7), gaussian(2, 390, 390, seed=2)
+    torch.testing.assert_close(gram(x), x @ x.mT)
+    torch.testing.assert_close(add_gram_(start.clone(), x, alpha=0.7), start + 0.7 * x @ x.mT)
 
 
 def test_room_lays_matrices_as_those_they_are_like():
