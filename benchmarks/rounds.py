@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from manifold_opt import orthogonality_error
 
-WARM = 32  # steps before any is timed, where they take half the budget at most: past the bias correction of Adam
+WARM = 200  # steps before any is timed, where they take half the budget at most: past the long first ones of Adam
 
 
 @dataclass
