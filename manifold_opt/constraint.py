@@ -50,10 +50,15 @@ def off_manifold(parameter: Tensor, constraint: Orthogonal, slack: float = 0.0) 
     Raises:
         ValueError: one of them is not finite or rank-deficient.
     """
-    w = constraint.view(parameter.detach()) / constraint.gain
+    return off_blocks(constraint.view(parameter.detach()), constraint.gain, slack)
+
+
+def off_blocks(blocks: Tensor, gain: float, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+    """:func:`off_manifold` of wide blocks ``(B, p, n)``."""
+    w = blocks / gain
     p, n = w.shape[-2:]
     off = ~(error(w) <= max(error_at_rounding(p, n, w.dtype), slack * p**0.5))  # a NaN is off
-    return off, constraint.gain * nearest_orthogonal(w[off])
+    return off, gain * nearest_orthogonal(w[off])
 
 
 def attach(parameter: Tensor, constraint: Orthogonal) -> None:

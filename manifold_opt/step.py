@@ -25,7 +25,7 @@ from torch.optim.sgd import sgd
 
 from . import direction
 from .buckets import Bucket
-from .constraint import off_manifold
+from .constraint import off_blocks
 from .direction import ADAM, Decay, Number
 from .options import Group
 from .orthographic import INTERVAL, SEAM, bend_of, rotate
@@ -96,25 +96,32 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
     for plan, group in zip(plans, groups, strict=True):
         slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
         for bucket in plan.buckets:
+            constraint = bucket.constraint
             versions = [p._version for p in bucket.parameters]
             if versions == bucket.versions:
                 continue
-            for parameter, before, now in zip(bucket.parameters, bucket.versions, versions, strict=True):
-                if before != now:
-                    constraint = bucket.constraint
-                    found.append((parameter, constraint, *off_manifold(parameter, constraint, slack)))
-    for parameter, constraint, off, values in found:
-        if bool(off.any()):
-            blocks = constraint.view(parameter)
-            distance = float(torch.linalg.matrix_norm(blocks[off] - values).max())
-            blocks[off] = values
-            if distance > _FAR:
-                warnings.warn(
-                    f"A marked parameter of shape {tuple(parameter.shape)} was {distance:.2g} away from its manifold, "
-                    "changed outside the optimizer since it was marked or last stepped (load_state_dict?). Its blocks "
-                    "were put back to the nearest orthogonal values.",
-                    stacklevel=6,  # the caller of opt.step(), past its hooks and decorators
-                )
+            pairs = zip(bucket.parameters, bucket.versions, versions, strict=True)
+            views = [constraint.view(p.detach()) for p, before, now in pairs if before != now]
+            blocks = torch.cat(views) if len(views) > 1 else views[0]
+            found.append((views, blocks, *off_blocks(blocks, constraint.gain, slack)))
+    for views, blocks, off, values in found:
+        if not bool(off.any()):
+            continue
+        distances = torch.linalg.matrix_norm(blocks[off] - values)
+        blocks[off] = values
+        if len(views) > 1:
+            for k, view in enumerate(views):
+                rows = slice(k * len(view), (k + 1) * len(view))
+                view[off[rows]] = blocks[rows][off[rows]]
+        distance = float(distances.max())
+        if distance > _FAR:
+            shape = tuple(blocks.shape[1:])
+            warnings.warn(
+                f"A block of shape {shape} of a marked parameter was {distance:.2g} away from its manifold, changed "
+                "outside the optimizer since it was marked or last stepped (load_state_dict?). It was put back to "
+                "the nearest orthogonal value.",
+                stacklevel=6,  # the caller of opt.step(), past its hooks and decorators
+            )
 
 
 def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:

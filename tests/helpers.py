@@ -27,7 +27,7 @@ def point(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=seeded(seed)).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=seeded(seed)).to(dtype)
 
 
 def tangent(w: Tensor, length: float, seed: int = 1) -> Tensor:

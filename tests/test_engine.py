@@ -309,7 +309,7 @@ def test_gradients_that_come_and_go_leave_nothing_behind(monkeypatch):
     opt = Adam(weights, lr=1e-3)
     run(weights, opt, 1)
     looked = []
-    monkeypatch.setattr(step_module, "off_manifold", lambda *_: looked.append(1))
+    monkeypatch.setattr(step_module, "off_blocks", lambda *_: looked.append(1))
     for step in range(10):
         set_gradients(weights, step)
         for k, weight in enumerate(weights):
