@@ -87,6 +87,15 @@ class Bucket:
         parts = stacked.split(self.parameters[0].shape[0])  # type: ignore[no-untyped-call]
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    def reserve(self, room: Room) -> None:
+        """Take the workspaces of a step now: if there is no memory for them, nothing has been written yet."""
+        first = self.parameters[0]
+        count = max(piece.stop - piece.start for piece in self.pieces(self.tiny))
+        for role, columns in (("first", self.p), ("second", self.n)):
+            room(role, (count, self.p, columns), like=first)
+        for role in ("point", "gradient") if self.gathered else ():
+            room(role, self.stacked, like=first)
+
     def pieces(self, copied: bool = False) -> Iterator[slice]:
         """Blocks that are worked on at a time: memory is needed for these only, for more of it if they are copied."""
         block = self.p * self.n * self.parameters[0].element_size()
@@ -115,7 +124,8 @@ def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bo
 def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
     """Members in portions of at most ``BATCH`` bytes and, but for small change, at most a third of all."""
     size = parameters[members[0]].nbytes
-    limit = min(BATCH, max(size * len(members) // 3, SMALL))
+    tiny = parameters[members[0]].numel() // parameters[members[0]].shape[0] <= TINY
+    limit = min(COPIED if tiny else BATCH, max(size * len(members) // 3, SMALL))
     count = max(1, limit // size)
     for start in range(0, len(members), count):
         yield members[start : start + count]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
-from .options import add_param_group, fill_options, with_options
+from .metrics import metrics
+from .options import OnFault, add_param_group, fill_options, with_options
 from .plan import forget_plans, prepare
 from .step import (
     Closure,
@@ -46,6 +47,10 @@ class SGD(torch.optim.SGD):
         orthogonal_lr_scale: learning rate of marked blocks as a multiple of their group's.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
+        on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
+            the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
+            FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
+            accelerator it waits, and in a compiled step it is ``"skip"``.)
 
     All keyword-only options can also be set in a parameter group.
 
@@ -81,6 +86,7 @@ class SGD(torch.optim.SGD):
         orthogonal_lr_scale: float = 1.0,
         beta: float = 0.5,
         correction_steps: int = 1,
+        on_fault: OnFault = "skip",
     ) -> None:
         options = {
             "retraction": retraction,
@@ -89,6 +95,7 @@ class SGD(torch.optim.SGD):
             "beta": beta,
             "correction_steps": correction_steps,
             "constraints": (),
+            "on_fault": on_fault,
             "orthogonal_steps": 0,
         }
         super().__init__(
@@ -124,6 +131,8 @@ class SGD(torch.optim.SGD):
         """
         return step(self, closure, lists_of_sgd, step_unmarked_sgd, rule_of_sgd)
 
+    metrics = metrics
+
 
 class Adam(torch.optim.Adam):
     r"""torch.optim.Adam that keeps marked parameters orthogonal.
@@ -144,6 +153,10 @@ class Adam(torch.optim.Adam):
             ``"block"`` holds one mean square a block, equivariant under rotations.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
+        on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
+            the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
+            FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
+            accelerator it waits, and in a compiled step it is ``"skip"``.)
 
     All keyword-only options can also be set in a parameter group.
 
@@ -182,6 +195,7 @@ class Adam(torch.optim.Adam):
         second_moment: SecondMoment = "element",
         beta: float = 0.5,
         correction_steps: int = 1,
+        on_fault: OnFault = "skip",
     ) -> None:
         options = {
             "retraction": retraction,
@@ -191,6 +205,7 @@ class Adam(torch.optim.Adam):
             "beta": beta,
             "correction_steps": correction_steps,
             "constraints": (),
+            "on_fault": on_fault,
             "orthogonal_steps": 0,
         }
         # torch 2.6 does not have it yet.
@@ -231,6 +246,8 @@ class Adam(torch.optim.Adam):
         check_capture(self)
         return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)
 
+    metrics = metrics
+
 
 class AdamW(torch.optim.AdamW):
     r"""torch.optim.AdamW that keeps marked parameters orthogonal.
@@ -241,7 +258,7 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
             as in torch.optim.AdamW.
-        retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps: as in :class:`Adam`.
+        retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps, on_fault: as in :class:`Adam`.
 
     Raises:
         ValueError: an option out of range, or one that a marked parameter cannot honour.
@@ -274,6 +291,7 @@ class AdamW(torch.optim.AdamW):
         second_moment: SecondMoment = "element",
         beta: float = 0.5,
         correction_steps: int = 1,
+        on_fault: OnFault = "skip",
     ) -> None:
         options = {
             "retraction": retraction,
@@ -283,6 +301,7 @@ class AdamW(torch.optim.AdamW):
             "beta": beta,
             "correction_steps": correction_steps,
             "constraints": (),
+            "on_fault": on_fault,
             "orthogonal_steps": 0,
         }
         super().__init__(
@@ -319,3 +338,5 @@ class AdamW(torch.optim.AdamW):
         """
         check_capture(self)
         return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)
+
+    metrics = metrics

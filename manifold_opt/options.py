@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .direction import ADAM
 from .retractions import check_retraction
 
 Group = dict[str, Any]
+OnFault = Literal["skip", "raise"]
+ON_FAULT: tuple[str, ...] = get_args(OnFault)
 
 
 def with_options(params: ParamsT, options: Group) -> ParamsT:
@@ -62,12 +64,19 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
         )
     if group.get("second_moment", "element") not in ADAM:
         raise ValueError(f"{name}: second_moment must be one of {', '.join(ADAM)}, got {group['second_moment']!r}.")
+    if group["on_fault"] not in ON_FAULT:
+        raise ValueError(f"{name}: on_fault must be one of {', '.join(ON_FAULT)}, got {group['on_fault']!r}.")
     for option in ("differentiable", "fused"):
         if marked and group.get(option):
             raise ValueError(
                 f"{name}: {option}=True cannot be honoured for a marked parameter. "
                 f"Give the marked parameters a group of their own with {option}=False."
             )
+
+
+def largest_gradient(dtype: torch.dtype) -> float:
+    """Frobenius norm of a block's gradient up to which the squares that a step takes are finite."""
+    return math.sqrt(torch.finfo(dtype).max) / 16
 
 
 def check_marked(name: str, parameter: Tensor) -> None:
@@ -88,12 +97,36 @@ def check_marked(name: str, parameter: Tensor) -> None:
         ) from None
 
 
-def check_gradients(name: str, parameters: list[Tensor]) -> None:
-    """Raise a RuntimeError unless the gradients of all these marked parameters are dense."""
-    if all(p.grad.layout is torch.strided for p in parameters):  # type: ignore[union-attr]
-        return
-    shape = next(tuple(p.shape) for p in parameters if p.grad.layout is not torch.strided)  # type: ignore[union-attr]
-    raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+def check_gradients(name: str, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """Raise a RuntimeError unless the gradients of marked parameters are dense, and of their dtype and device."""
+    if not all(g.layout is torch.strided for g in gradients):
+        shape = next(tuple(g.shape) for g in gradients if g.layout is not torch.strided)
+        raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+    if not all(g.dtype == p.dtype and g.device == p.device for p, g in zip(parameters, gradients, strict=True)):
+        p, g = next(
+            (p, g) for p, g in zip(parameters, gradients, strict=True) if (g.dtype, g.device) != (p.dtype, p.device)
+        )
+        raise RuntimeError(
+            f"{name}: a marked parameter of shape {tuple(p.shape)} is {p.dtype} on {p.device}, its gradient {g.dtype} "
+            f"on {g.device}. Call zero_grad() after converting a model."
+        )
+
+
+@torch.no_grad()
+def check_finite(name: str, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device."""
+    for p, g in zip(parameters, gradients, strict=True):
+        limit = largest_gradient(g.dtype)
+        if float(torch.linalg.vector_norm(g)) <= limit:
+            continue
+        constraint = constraint_of(p)
+        assert constraint is not None
+        sound = torch.linalg.vector_norm(constraint.view(g.contiguous()), dim=(-2, -1)) <= limit
+        if not bool(sound.all()):
+            raise FloatingPointError(
+                f"{name}: the gradient of block {int((~sound).nonzero()[0])} of a marked parameter of shape "
+                f"{tuple(p.shape)} is not finite, or its squares are not, and on_fault='raise'. Nothing was changed."
+            )
 
 
 def fill_options(optimizer: Optimizer) -> None:

@@ -7,7 +7,7 @@ is the point straight above W + V, as normals run at W: the skew part of Q is th
 :math:`(I - B)^{1/2} - I`, a polynomial in B while B is small, and its norm says which.
 
 A rotation keeps :math:`E = W W^\top - I` as it is, and rounding adds a little in every step, less than measuring E
-does. So in turn one block in :data:`INTERVAL` has E measured, and half of it taken off in the same product with W.
+does. So in turn one block in four (float64: two) has E measured, and half of it taken off in the same product with W.
 
 Reference: Absil & Malick (2012), *Projection-like retractions on matrix manifolds*, SIAM J. Optim. 22.
 """
@@ -27,7 +27,7 @@ from .room import Room
 from .schemes import polar
 from .stiefel import skew
 
-INTERVAL = 4  # steps from one look at the orthogonality of a block to the next
+INTERVAL = {torch.float32: 4, torch.float64: 2}  # steps from one look at the orthogonality of a block to the next
 SEAM = 2.0**-4.75  # norm of the bend up to which this retraction is for: steps of spectral norm 0.19
 
 
@@ -139,7 +139,7 @@ def _bring_back_(points: Tensor, error: Tensor) -> None:
 def _fixed_turn_(omega: Tensor, bent: Bend) -> Tensor:
     """Q - I, written to ``omega``, by one polynomial for all steps up to the longest, to which it shortens."""
     bend, size = bent
-    share = (_LONGEST_FIXED / size).clamp_max(1)[:, None, None]
+    share = (LONGEST_FIXED / size).clamp_max(1)[:, None, None]
     c = [omega.new_full((1, 1, 1), x) for x in _FIXED[omega.dtype]]
     return _add_polynomial_(omega.mul_(share.sqrt()), bend.mul_(share), c, len(c) - 1)
 
@@ -170,9 +170,9 @@ _TAYLOR = {dtype: 2 * (_TOLERANCE * torch.finfo(dtype).eps) ** 0.5 for dtype in 
 _EASY = {dtype: (32 * _TOLERANCE * torch.finfo(dtype).eps) ** 0.5 for dtype in (torch.float32, torch.float64)}
 _OCTAVE, _FIRST = 8, -240  # rows of the table an octave of sizes, and the exponent of its first
 _MOST = {torch.float32: 2, torch.float64: 6}  # degrees: at SEAM they leave 2 machine epsilons
-_LONGEST_FIXED = 0.2  # the bend that the polynomials of _FIXED are for: steps of spectral norm 0.44
+LONGEST_FIXED = 0.2  # the bend that the polynomials of _FIXED are for: steps of spectral norm 0.44
 _FIXED = {
-    dtype: _fit(torch.tensor([_LONGEST_FIXED], dtype=torch.float64, device="cpu"), degree)[0].tolist()
+    dtype: _fit(torch.tensor([LONGEST_FIXED], dtype=torch.float64, device="cpu"), degree)[0].tolist()
     for dtype, degree in ((torch.float32, 4), (torch.float64, 12))
 }
 

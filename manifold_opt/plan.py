@@ -13,8 +13,9 @@ from torch import Tensor
 from .buckets import Bucket, fill
 from .constraint import Orthogonal, constraint_of
 from .moments import convert, hold, leave, recorded, still_shown
-from .options import Group, check_gradients, check_marked, check_options
+from .options import Group, check_finite, check_gradients, check_marked, check_options
 from .room import Room
+from .tally import Tally
 
 Keys = tuple[list[str], list[str]]
 Facts = tuple[list[Any], ...]
@@ -48,6 +49,9 @@ def forget_plans(optimizer: Any) -> None:
     optimizer._plans = []
     optimizer._held = recorded(optimizer.param_groups)
     optimizer._room = Room()
+    optimizer._before = ()
+    if not hasattr(optimizer, "_tally"):
+        optimizer._tally = Tally()
 
 
 def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -> Group:
@@ -62,19 +66,12 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     position = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
     name = type(optimizer).__name__
 
-    # No tuple a parameter: ten thousand of them a step would keep Python's garbage collector busy.
-    members = list(group["params"])
-    marks = [constraint_of(p) for p in members]
+    members, marks, live = _survey(optimizer, group)
     plan = plans[position]
     if not plan.buckets and not group["constraints"] and not any(marks):
         return group
-    if any(marks):
-        check_options(name, group)
-    present = [mark is not None and p.grad is not None for p, mark in zip(members, marks, strict=True)]
-    live = list(itertools.compress(members, present))
-    check_gradients(name, live)
     facts: Facts = (
-        list(itertools.compress(marks, present)),
+        [constraint_of(p) for p in live],
         [p.dtype for p in live],
         [p.device for p in live],
         [p.is_contiguous() for p in live],
@@ -84,9 +81,56 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
         for parameter in live:
             check_marked(name, parameter)
+        _remember(optimizer)
         convert(optimizer, group)
         plans[position] = _planned(optimizer, group, plan, Plan(members, marks, live, facts, (keys, scalars)))
     return {**group, "params": [p for p, mark in zip(members, marks, strict=True) if mark is None]}
+
+
+def refuse(optimizer: Any) -> None:
+    """Raise what a step of these groups would, before anything has been written."""
+    careful = any(group["on_fault"] == "raise" for group in optimizer.param_groups)
+    if len(optimizer.param_groups) == 1 and not careful:
+        return  # prepare looks before it leaps
+    for group in optimizer.param_groups:
+        _, marks, live = _survey(optimizer, group)
+        if any(marks) and group["on_fault"] == "raise":
+            check_finite(type(optimizer).__name__, live, [p.grad for p in live])  # type: ignore[misc]
+
+
+def _remember(optimizer: Any) -> None:
+    """Before a plan is made anew: what undo needs, once a step, if anybody may ask for it."""
+    if optimizer._before is None:
+        state = {p: dict(entries) for p, entries in optimizer.state.items()}
+        optimizer._before = (state, [group["constraints"] for group in optimizer.param_groups])
+
+
+def undo(optimizer: Any, known: list[Tensor]) -> None:
+    """Getting ready for a step has failed: state and records as they were, where only ``known`` had any."""
+    state, constraints = optimizer._before or ({p: optimizer.state[p] for p in known}, None)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for group, record in zip(optimizer.param_groups, constraints or (), strict=False):
+        group["constraints"] = record
+    forget_plans(optimizer)
+
+
+def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Orthogonal | None], list[Tensor]]:
+    """The members of a group, their marks, and those that are marked and have gradients, which are checked.
+
+    No tuple a parameter: ten thousand of them a step would keep Python's garbage collector busy.
+    """
+    name = type(optimizer).__name__
+    members = list(group["params"])
+    marks = [constraint_of(p) for p in members]
+    if not any(marks):
+        return members, marks, []
+    check_options(name, group)
+    gradients = [p.grad for p in members]
+    present = [mark is not None and g is not None for mark, g in zip(marks, gradients, strict=True)]
+    live = list(itertools.compress(members, present))
+    check_gradients(name, live, list(itertools.compress(gradients, present)))
+    return members, marks, live
 
 
 def _are(before: list[Tensor], now: list[Tensor]) -> bool:
@@ -115,6 +159,8 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     with torch.no_grad():
         for bucket in new.buckets:
             bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
+            optimizer._tally.prepare(bucket.parameters[0].device)
+            bucket.reserve(optimizer._room)
             hold(optimizer, group, bucket, *new.keys)
     known = {id(p) for p in new.members}
     new.versions = {key: version for key, version in versions.items() if key in known}

@@ -21,6 +21,7 @@ from .orthogonalizer import spectral_bound
 from .products import gram, matmul_add, may_read, norm
 from .room import Room
 from .stiefel import wide
+from .tally import Tally
 
 
 @wide
@@ -34,7 +35,9 @@ def polar_factor(x: Tensor) -> Tensor:
     return polar_factor_(batch, out=torch.empty_like(batch), room=Room()).view(x.shape)
 
 
-def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = None) -> Tensor:
+def polar_factor_(
+    x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = None, tally: Tally | None = None
+) -> Tensor:
     r"""Orthogonal factor :math:`(X X^\top)^{-1/2} X` where :math:`X X^\top = I + D` with D positive semidefinite.
 
     D bounds the singular values from above, one bounds them from below, and between known ends it is known which
@@ -52,6 +55,7 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
         room: workspaces.
         start: the point. Where the count is fixed, a step too long for it is shortened towards the point, which
             ``out`` may alias.
+        tally: where that is counted.
 
     Returns:
         ``out``.
@@ -75,6 +79,8 @@ def polar_factor_(x: Tensor, *, out: Tensor, room: Room, start: Tensor | None = 
         if start is not None:
             longest = _LONGEST_FIXED[x.dtype] ** 2
             share = (longest / size).clamp_max(1)[..., None, None]
+            if tally is not None:
+                tally.add("clamped_steps", share < 1)
             x, defect, size = torch.lerp(start, x, share.sqrt()), defect.mul_(share), size.clamp_max(longest)
         polynomials = _newton_schulz(size, _FIXED_COUNT[x.dtype])[0]
     for step, polynomial in enumerate(polynomials):

@@ -8,6 +8,7 @@ what it claims; the tests run over that dict and measure every claim. All satisf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from .orthogonalizer import orthogonalizer
 from .orthographic import orthographic
 from .products import may_read
-from .schemes import Scheme, cayley, cayley_iterative, exp, orthogonalized, polar, qr
+from .schemes import LONG, Scheme, cayley, cayley_iterative, exp, orthogonalized, polar, qr
 from .stiefel import Metric, check_metric, check_pair, is_tall
+from .tally import Tally
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,21 @@ def retract(
     check_pair("retract", w, v)
     if is_tall(w):
         return retract(w.mT, v.mT, method, metric=metric, beta=beta, correction_steps=correction_steps).mT
+    return advance(w, v, method, metric=metric, beta=beta, correction_steps=correction_steps)
+
+
+def advance(w: Tensor, v: Tensor, method: str, *, tally: Tally | None = None, **given: Any) -> Tensor:
+    """:func:`retract` of wide matrices, unchecked; steps that are shortened are counted in ``tally``."""
     scheme = RETRACTIONS[method]
-    given = {"metric": metric, "beta": beta, "correction_steps": correction_steps}
     options = {name: given[name] for name in scheme.options}
-    if may_read(w) or not scheme.exact:  # elsewhere exact schemes shorten steps by themselves
-        v = _shorten(v, longest_step(method, beta))
+    if may_read(w) or not scheme.exact:
+        shorter = _shorten(v, longest_step(method, given["beta"]))
+        shortened = None if shorter is v else (shorter != v).any(-1).any(-1)
+        v = shorter
+    else:  # by themselves, to a length that needs no care
+        shortened = torch.linalg.vector_norm(v, dim=(-2, -1)) > LONG
+    if tally is not None and shortened is not None:
+        tally.add("clamped_steps", shortened)
     moved = scheme.function(w, v, **options)
     return orthogonalizer(moved) if scheme.polished else moved
 

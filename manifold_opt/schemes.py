@@ -17,6 +17,7 @@ from .polar_factor import polar_factor, polar_factor_
 from .products import gram, may_read
 from .room import Room
 from .stiefel import Metric, coordinates, skew, transport
+from .tally import Tally
 
 Scheme = Callable[..., Tensor]
 
@@ -83,9 +84,9 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
     return polar_(start, end, out=torch.empty_like(end), room=Room()).view(w.shape)
 
 
-def polar_(w: Tensor, v: Tensor, *, out: Tensor, room: Room) -> Tensor:
+def polar_(w: Tensor, v: Tensor, *, out: Tensor, room: Room, tally: Tally | None = None) -> Tensor:
     """:func:`polar` of ``(B, p, n)`` written to ``out``, which may be ``w``; ``v`` is overwritten. For short steps."""
-    return polar_factor_(v.add_(w), out=out, room=room, start=w)
+    return polar_factor_(v.add_(w), out=out, room=room, start=w, tally=tally)
 
 
 @_with_care_where_long

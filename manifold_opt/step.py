@@ -10,12 +10,12 @@ host wait: on an accelerator, or in a graph that torch.compile traces or CUDA ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +27,26 @@ from . import direction
 from .buckets import Bucket
 from .constraint import off_blocks
 from .direction import ADAM, Decay, Number
-from .options import Group
-from .orthographic import INTERVAL, SEAM, bend_of, rotate
-from .plan import Plan
+from .options import Group, largest_gradient
+from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, bend_of, rotate
+from .plan import Plan, refuse, undo
 from .products import matmul, may_read, norm
-from .retractions import RETRACTIONS, retract
+from .retractions import RETRACTIONS, advance
 from .room import Room
 from .schemes import LONG, polar_
+from .tally import Tally
 
+
+class Desk(NamedTuple):
+    """What a step works with: workspaces, counts, and what a GradScaler has left for a fused step to do."""
+
+    room: Room
+    tally: Tally
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+_SCALED = ("grad_scale", "found_inf")
 Closure = Callable[[], Any]
 Lists = tuple[Any, ...]
 Rule = Callable[..., Tensor]
@@ -47,7 +59,7 @@ def step(
     closure: Closure | None,
     lists_of: Callable[[Any, Group], Lists],
     step_unmarked: Callable[[Any, Group, Lists, bool], None],
-    rule_of: Callable[[Group, Bucket], Rule],
+    rule_of: Callable[[Group, Bucket, Tensor | None], Rule],
 ) -> Any:
     """One step of every group: the closure, then the unmarked parameters, then the marked ones.
 
@@ -59,12 +71,14 @@ def step(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    # Whatever may be refused is refused before anything is written. torch.compile knows _init_group by its name, and
-    # runs it outside of the graph.
+    if not torch.compiler.is_compiling():
+        refuse(optimizer)
+    # torch.compile knows _init_group by its name, and runs it outside of the graph.
     prepared = []
-    for group in optimizer.param_groups:
-        lists = lists_of(optimizer, group)
-        prepared.append((group, lists, optimizer._init_group(group, *lists)))
+    with _or_as_before(optimizer):
+        for group in optimizer.param_groups:
+            lists = lists_of(optimizer, group)
+            prepared.append((group, lists, optimizer._init_group(group, *lists)))
     plans: list[Plan] = optimizer._plans
     if not torch.compiler.is_compiling():
         _restore(plans, optimizer.param_groups)
@@ -72,13 +86,33 @@ def step(
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         for group, lists, flag in prepared:
             step_unmarked(optimizer, group, lists, flag)
+    desk = Desk(optimizer._room, optimizer._tally, *(getattr(optimizer, key, None) for key in _SCALED))
+    if desk.found_inf is not None and may_read(desk.found_inf) and float(desk.found_inf) != 0:
+        return loss
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
         for bucket in plan.buckets:
             with torch.no_grad(), _full_precision(bucket.parameters[0].device.type):
-                _move(bucket, group, rule_of(group, bucket), optimizer._room)
+                _move(bucket, group, rule_of(group, bucket, desk.found_inf), desk)
         if plan.buckets and not torch.compiler.is_compiling():
             group["orthogonal_steps"] += 1
     return loss
+
+
+@contextlib.contextmanager
+def _or_as_before(optimizer: Any) -> Iterator[None]:
+    """Where getting ready fails, take back the state that it has created."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    known = list(optimizer.state)
+    optimizer._before = None
+    try:
+        yield
+    except BaseException:
+        undo(optimizer, known)
+        raise
+    finally:
+        optimizer._before = ()
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:
@@ -124,13 +158,13 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
             )
 
 
-def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
+def _move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     """View or gather, gradient, direction, retraction, and back in place: the walk of one bucket."""
+    room, gain = desk.room, bucket.constraint.gain
     points = bucket.view(bucket.parameters, "point", room)
     gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", room)  # type: ignore[misc]
-    lr = group["lr"] * (group["orthogonal_lr_scale"] / bucket.constraint.gain)
+    lr = group["lr"] * (group["orthogonal_lr_scale"] / gain)
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    gain = bucket.constraint.gain
     # Other retractions have no products for matrices that lie across.
     across = bucket.tiny and may_read(points) and group["retraction"] in ("orthographic", "polar")
     for piece in bucket.pieces(across):
@@ -142,10 +176,10 @@ def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
             moments = {key: room.across(key, moment) for key, moment in held.items()}
         if gain != 1:
             w = torch.div(point, gain, out=w if across else room("unscaled", point.shape, like=point))
-        g, sound = _sound(g)
+        g, sound = _sound(g if desk.grad_scale is None else g / desk.grad_scale.to(g), desk)
         g = -g if group["maximize"] else g
         v = rule(w, g, moments, room, length=-lr, sound=sound)
-        moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, room)
+        moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, desk)
         if w is not point:
             scaled = w if gain == 1 else w * gain
             point.copy_(scaled if moved is None else torch.where(moved, scaled, point))
@@ -158,29 +192,32 @@ def _move(bucket: Bucket, group: Group, rule: Rule, room: Room) -> None:
         bucket.versions = [p._version for p in bucket.parameters]
 
 
-def _sound(g: Tensor) -> tuple[Tensor, Tensor | None]:
+def _sound(g: Tensor, desk: Desk) -> tuple[Tensor, Tensor | None]:
     """The gradient, and which blocks of it, ``(B, 1, 1)``, are finite and have squares that are; others set to zero.
 
     None where the host can see that all are.
     """
-    limit = math.sqrt(torch.finfo(g.dtype).max) / 16
+    limit = largest_gradient(g.dtype)
     if may_read(g) and float(torch.linalg.vector_norm(g)) <= limit:
         return g, None
     sound = norm(g, keepdim=True) <= limit  # a NaN is not
+    desk.tally.add("skipped_blocks", ~sound)
+    if desk.found_inf is not None:  # seen above where it can be read: then there is nothing to do here
+        sound = sound & (desk.found_inf.to(g.device) == 0)
     return torch.where(sound, g, 0), sound
 
 
-def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> Tensor | None:
+def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk) -> Tensor | None:
     """Move ``w`` in place along its direction: V, or on square blocks the skew Omega of V = Omega W.
 
     A block without a step keeps its bits, and so does one whose result cannot be right.
 
     Returns which blocks have moved, ``(B, 1, 1)``; None if all have.
     """
-    method = group["retraction"]
+    method, room, tally = group["retraction"], desk.room, desk.tally
     if w.shape[-2] == w.shape[-1]:
         if method == "orthographic":
-            return _rotate_(w, v, group, room)
+            return _rotate_(w, v, group, desk)
         v = matmul(v, w, out=room("second", w.shape, like=w))
     elif method == "orthographic":
         method = "polar"
@@ -191,20 +228,23 @@ def _retract_(w: Tensor, v: Tensor, group: Group, room: Room) -> Tensor | None:
             polar_(w, v, out=w, room=room)
             return None
     if method == "polar" and not may_read(w):
-        new = polar_(w, v, out=room("result", w.shape, like=w), room=room)
+        new = polar_(w, v, out=room("result", w.shape, like=w), room=room, tally=tally)
     else:
         options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
-        new = retract(w, v, method, **options)
-    return _write_back_(w, new, length > 0)
+        new = advance(w, v, method, tally=tally, **options)
+    return _write_back_(w, new, length != 0, tally)
 
 
-def _rotate_(w: Tensor, omega: Tensor, group: Group, room: Room) -> Tensor | None:
+def _rotate_(w: Tensor, omega: Tensor, group: Group, desk: Desk) -> Tensor | None:
     """The orthographic retraction on square blocks: what is long for it moves by the polar one."""
-    due = slice(group["orthogonal_steps"] % INTERVAL, None, INTERVAL)
+    room, tally = desk.room, desk.tally
+    interval = INTERVAL[w.dtype]
+    due = slice(group["orthogonal_steps"] % interval, None, interval)
     if not may_read(w):
         length = norm(omega, keepdim=True)
-        omega = omega.mul_((LONG / length).clamp_max(1))
-        return _write_back_(w, rotate(w, omega, bend_of(omega, room), room=room, due=due), length > 0)
+        bent = bend_of(omega.mul_((LONG / length).clamp_max(1)), room)
+        tally.add("clamped_steps", bent.size > LONGEST_FIXED)
+        return _write_back_(w, rotate(w, omega, bent, room=room, due=due), length != 0, tally)
     bent = bend_of(omega, room)
     shortest, longest = (float(x) for x in bent.size.aminmax())
     if longest <= SEAM:
@@ -212,17 +252,18 @@ def _rotate_(w: Tensor, omega: Tensor, group: Group, room: Room) -> Tensor | Non
         if shortest > 0:
             w.copy_(new)
             return None
-        return _write_back_(w, new, bent.size[:, None, None] > 0)
+        return _write_back_(w, new, bent.size[:, None, None] != 0, tally)
     short = (bent.size <= SEAM)[:, None, None]
-    far = retract(w, omega @ w, "polar")
+    far = advance(w, torch.where(short, 0, omega @ w), "polar", tally=tally, beta=0.5)
     near = rotate(w, omega, bent, room=room, due=due)
-    return _write_back_(w, torch.where(short, near, far), bent.size[:, None, None] != 0)
+    return _write_back_(w, torch.where(short, near, far), bent.size[:, None, None] != 0, tally)
 
 
-def _write_back_(w: Tensor, new: Tensor, stepped: Tensor) -> Tensor:
+def _write_back_(w: Tensor, new: Tensor, stepped: Tensor, tally: Tally) -> Tensor:
     """Write the blocks that have made a step, and whose result can be right: no orthogonal entry exceeds one."""
     within = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
     moved = within & stepped
+    tally.add("skipped_blocks", stepped & ~within)
     w.copy_(torch.where(moved, new, w))
     return moved
 
@@ -244,7 +285,7 @@ def adam_moments(group: Group) -> tuple[list[str], list[str]]:
     return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
 
 
-def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
+def rule_of_sgd(group: Group, bucket: Bucket, _: Tensor | None) -> Rule:
     """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
     options = {key: group[key] for key in ("metric", "momentum", "nesterov")}
     dampening = 0.0 if bucket.fresh else group["dampening"]
@@ -252,10 +293,10 @@ def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
     return functools.partial(direction.sgd, dampening=dampening, **options)
 
 
-def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
-    """Direction of torch.optim.Adam's options; counts the step."""
+def rule_of_adam(group: Group, bucket: Bucket, found_inf: Tensor | None) -> Rule:
+    """Direction of torch.optim.Adam's options; counts the step, but for one that a GradScaler calls off."""
     assert bucket.steps is not None
-    bucket.steps += 1
+    bucket.steps += 1 if found_inf is None else 1 - found_inf.to(bucket.steps)
     beta1, beta2 = (_number(beta) for beta in group["betas"])
     steps: Number | Tensor = bucket.steps
     if may_read(bucket.steps):

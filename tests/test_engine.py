@@ -64,10 +64,10 @@ def products(opt, weight, scale=1.0):
     set_gradients([weight], 1, 0.0)
     opt.step()  # the first looks at the weights too, whether they are on their manifold
     with FlopCounterMode(display=False) as counter:
-        for step in range(INTERVAL):
+        for step in range(INTERVAL[torch.float32]):
             set_gradients([weight], step, scale)
             opt.step()
-    return counter.get_total_flops() / (INTERVAL * 2 * p * weight.numel())
+    return counter.get_total_flops() / (INTERVAL[torch.float32] * 2 * p * weight.numel())
 
 
 @pytest.mark.parametrize("retraction", PRODUCTS)

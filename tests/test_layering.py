@@ -12,12 +12,13 @@ PACKAGE = Path(manifold_opt.__file__).parent
 ALLOWED = {
     "stiefel": set(),
     "products": set(),
+    "tally": {"products"},
     "room": {"products"},
     "orthogonalizer": {"products", "stiefel"},
-    "polar_factor": {"orthogonalizer", "products", "room", "stiefel"},
-    "schemes": {"orthogonalizer", "polar_factor", "products", "room", "stiefel"},
+    "polar_factor": {"orthogonalizer", "products", "room", "stiefel", "tally"},
+    "schemes": {"orthogonalizer", "polar_factor", "products", "room", "stiefel", "tally"},
     "orthographic": {"orthogonalizer", "polar_factor", "products", "room", "schemes", "stiefel"},
-    "retractions": {"orthogonalizer", "orthographic", "products", "schemes", "stiefel"},
+    "retractions": {"orthogonalizer", "orthographic", "products", "schemes", "stiefel", "tally"},
     "direction": {"products", "room", "stiefel"},
     "blocks": set(),
     "constraint": {"blocks", "orthogonalizer", "stiefel"},
@@ -27,12 +28,13 @@ ALLOWED = {
     "options": {"constraint", "direction", "retractions"},
     "buckets": {"blocks", "constraint", "room"},
     "moments": {"buckets", "constraint", "direction"},
-    "plan": {"buckets", "constraint", "moments", "options", "room"},
+    "plan": {"buckets", "constraint", "moments", "options", "room", "tally"},
     "step": {
         *("buckets", "constraint", "direction", "options", "orthographic"),
-        *("plan", "products", "retractions", "room", "schemes"),
+        *("plan", "products", "retractions", "room", "schemes", "tally"),
     },
-    "optim": {"direction", "options", "plan", "step", "stiefel"},
+    "metrics": {"constraint", "diagnostics", "stiefel", "tally"},
+    "optim": {"direction", "metrics", "options", "plan", "step", "stiefel"},
 }
 
 
@@ -58,7 +60,7 @@ def test_imports_go_down_only(module):
 @pytest.mark.parametrize(
     "module",
     [
-        *("stiefel", "room", "products", "orthogonalizer", "polar_factor"),
+        *("stiefel", "tally", "room", "products", "orthogonalizer", "polar_factor"),
         *("schemes", "orthographic", "retractions", "direction"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retract, stiefel
-from manifold_opt.orthographic import _FIRST, _FIXED, _LONGEST_FIXED, _OCTAVE, INTERVAL, SEAM, TABLES
+from manifold_opt.orthographic import _FIRST, _FIXED, _OCTAVE, INTERVAL, LONGEST_FIXED, SEAM, TABLES
 
 from . import reference
 from .helpers import DTYPES, gaussian, point, rounding
@@ -42,7 +42,7 @@ def test_every_row_of_the_table_leaves_rounding_only(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_polynomial_of_a_fixed_degree_leaves_rounding_only(dtype):
-    assert left_by(_FIXED[dtype], _LONGEST_FIXED) < torch.finfo(dtype).eps
+    assert left_by(_FIXED[dtype], LONGEST_FIXED) < torch.finfo(dtype).eps
 
 
 def test_rotation_by_hand():
@@ -112,11 +112,12 @@ def test_a_point_off_the_manifold_is_back_within_ten_steps(optimizer, shape, blo
     assert float(error.max()) < stiefel.error_at_rounding(p, p, torch.float32)
 
 
-def test_every_block_is_looked_at_once_in_an_interval(monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_block_is_looked_at_once_in_an_interval(dtype, monkeypatch):
     from manifold_opt import orthographic
 
     looked = []
-    weight = mark_orthogonal(nn.Parameter(point(10, 4, 4).reshape(40, 4)), blocks=10)
+    weight = mark_orthogonal(nn.Parameter(point(10, 4, 4, dtype=dtype).reshape(40, 4)), blocks=10)
     whole = weight.detach().view(10, 4, 4).data_ptr()
     size = 16 * weight.element_size()
 
@@ -125,11 +126,11 @@ def test_every_block_is_looked_at_once_in_an_interval(monkeypatch):
 
     monkeypatch.setattr(orthographic, "_bring_back_", bring_back)
     opt = Adam([weight])
-    for step in range(INTERVAL):
-        weight.grad = gaussian(40, 4, seed=step)
+    for step in range(INTERVAL[dtype]):
+        weight.grad = gaussian(40, 4, seed=step, dtype=dtype)
         opt.step()
     assert sorted(looked) == list(range(10))
-    assert opt.state_dict()["param_groups"][0]["orthogonal_steps"] == INTERVAL
+    assert opt.state_dict()["param_groups"][0]["orthogonal_steps"] == INTERVAL[dtype]
 
 
 def test_a_long_step_of_one_block_leaves_the_bits_of_the_others():
