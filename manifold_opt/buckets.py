@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .blocks import block_view
 from .constraint import Orthogonal
+from .products import may_read
 from .room import Room
 
+Number = float | Tensor
 SMALL = 2**16  # bytes of a block up to which parameters are gathered
 TINY, MANY = 6, 256  # rows and columns up to which, and blocks from which on, matrices are better copied to lie across
 COPIED = 3 * 2**18  # bytes of tiny blocks that are copied at a time
@@ -35,7 +37,9 @@ class Bucket:
         versions: of each member when it was last stepped: another one says that it has been written to since.
         moments: what the rule holds, ``(B, p, n)`` or ``(B, 1, 1)`` each: views of the members' state, or the
             storage that their state is a view of.
+        ranks: place of each member among all marked parameters of its group.
         steps: ``(members,)`` step counts, as the moments.
+        lockstep: the step count of all members where the host knows that it is the same.
         shown: what the members' state shows, by key.
     """
 
@@ -43,8 +47,10 @@ class Bucket:
     constraint: Orthogonal
     fresh: bool
     versions: list[int | None]
+    ranks: list[int]
     moments: dict[str, Tensor] = field(default_factory=dict)
     steps: Tensor | None = None
+    lockstep: int | None = None
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +59,9 @@ class Bucket:
         self.gathered = len(self.parameters) > 1
         self.blocks = self.constraint.blocks * len(self.parameters)
         self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
+        blocks = torch.arange(self.constraint.blocks, device="cpu")
+        self._turns = (torch.tensor(self.ranks, device="cpu")[:, None] * len(blocks) + blocks).flatten()
+        self._in_turn = int(self._turns[-1] - self._turns[0]) == len(self._turns) - 1
         self.tiny = self.p <= TINY and self.n <= TINY and self.blocks >= MANY
         self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
         self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
@@ -87,6 +96,27 @@ class Bucket:
         parts = stacked.split(self.parameters[0].shape[0])  # type: ignore[no-untyped-call]
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    def count(self, steps: Number) -> None:
+        """Count a step, or as much of one as a GradScaler lets happen."""
+        assert self.steps is not None
+        self.steps += steps
+        if may_read(self.steps):
+            first, last = (int(x) for x in self.steps.aminmax())
+            self.lockstep = first if first == last else None
+
+    def due(self, interval: int, piece: slice) -> slice | Tensor:
+        """Which blocks of a piece have their turn: each once in ``interval`` steps that its own parameter makes.
+
+        Whatever other parameters do, and wherever it stands among them: a parameter keeps its rank.
+        """
+        assert self.steps is not None
+        if not may_read(self.steps):
+            return slice(None)
+        if self.lockstep is not None and self._in_turn:
+            return slice(-(self.lockstep + int(self._turns[piece.start])) % interval, None, interval)
+        counts = self.steps.long().repeat_interleave(self.constraint.blocks)
+        return ((counts + self._turns)[piece] % interval == 0).nonzero()[:, 0]
+
     def reserve(self, room: Room) -> None:
         """Take the workspaces of a step now: if there is no memory for them, nothing has been written yet."""
         first = self.parameters[0]
@@ -106,8 +136,8 @@ class Bucket:
             yield slice(start, min(start + size, self.blocks))
 
 
-def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bool]) -> list[Bucket]:
-    """Buckets of the marked parameters of one group, of each its constraint and whether it is fresh."""
+def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bool], ranks: list[int]) -> list[Bucket]:
+    """Buckets of the marked parameters of one group, of each its constraint, whether it is fresh, and its rank."""
     shared: dict[object, list[int]] = {}
     for index, (parameter, constraint) in enumerate(zip(parameters, constraints, strict=True)):
         block = parameter.numel() // constraint.blocks * parameter.element_size()
@@ -115,7 +145,13 @@ def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bo
         alone = block > SMALL or constraint.dim != 0 or (parameter.ndim > 2 and not parameter.is_contiguous())
         shared.setdefault(index if alone else key, []).append(index)
     return [
-        Bucket([parameters[i] for i in some], constraints[some[0]], fresh[some[0]], [None] * len(some))
+        Bucket(
+            [parameters[i] for i in some],
+            constraints[some[0]],
+            fresh[some[0]],
+            [None] * len(some),
+            [ranks[i] for i in some],
+        )
         for members in shared.values()
         for some in _portions(parameters, members)
     ]

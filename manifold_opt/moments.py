@@ -46,15 +46,15 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
         bucket.shown[key] = shown
         for parameter, moment in zip(bucket.parameters, shown, strict=True):
             optimizer.state[parameter][key] = moment
-    if "exp_avg" in keys:
-        device = first.device if group["capturable"] else torch.device("cpu")
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        zero = torch.zeros((), dtype=dtype, device=device)
-        counts = [torch.as_tensor(optimizer.state[p].get("step", zero)).to(zero) for p in bucket.parameters]
-        bucket.steps = torch.stack(counts)
-        bucket.shown["step"] = list(bucket.steps.unbind())
-        for parameter, count in zip(bucket.parameters, bucket.shown["step"], strict=True):
-            optimizer.state[parameter]["step"] = count
+    # torch's Adam counts on the host unless it is capturable; its SGD does not count.
+    device = first.device if group.get("capturable", True) else torch.device("cpu")
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=device)
+    counts = [torch.as_tensor(optimizer.state[p].get("step", zero)).to(zero) for p in bucket.parameters]
+    bucket.steps = torch.stack(counts)
+    bucket.shown["step"] = list(bucket.steps.unbind())
+    for parameter, count in zip(bucket.parameters, bucket.shown["step"], strict=True):
+        optimizer.state[parameter]["step"] = count
 
 
 def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:

@@ -96,7 +96,6 @@ class SGD(torch.optim.SGD):
             "correction_steps": correction_steps,
             "constraints": (),
             "on_fault": on_fault,
-            "orthogonal_steps": 0,
         }
         super().__init__(
             with_options(params, options),
@@ -206,7 +205,6 @@ class Adam(torch.optim.Adam):
             "correction_steps": correction_steps,
             "constraints": (),
             "on_fault": on_fault,
-            "orthogonal_steps": 0,
         }
         # torch 2.6 does not have it yet.
         newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
@@ -302,7 +300,6 @@ class AdamW(torch.optim.AdamW):
             "correction_steps": correction_steps,
             "constraints": (),
             "on_fault": on_fault,
-            "orthogonal_steps": 0,
         }
         super().__init__(
             with_options(params, options),

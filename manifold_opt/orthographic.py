@@ -28,11 +28,11 @@ from .schemes import polar
 from .stiefel import skew
 
 INTERVAL = {torch.float32: 4, torch.float64: 2}  # steps from one look at the orthogonality of a block to the next
-SEAM = 2.0**-4.75  # norm of the bend up to which this retraction is for: steps of spectral norm 0.19
+SEAM = 2.0**-5.375  # norm of the bend up to which this retraction is for: steps of spectral norm 0.155
 
 
 def orthographic(w: Tensor, v: Tensor) -> Tensor:
-    r"""Orthographic retraction for short steps on square matrices, up to a spectral norm of 0.19; polar elsewhere.
+    r"""Orthographic retraction for short steps on square matrices, up to a spectral norm of 0.155; polar elsewhere.
 
     .. math:: R_W(V) = \big(\Omega + (I + \Omega^2)^{1/2}\big) W
 
@@ -76,20 +76,26 @@ def bend_of(omega: Tensor, room: Room) -> Bend:
     return Bend(bend, size)
 
 
-def rotate(w: Tensor, omega: Tensor, bend: Bend, *, room: Room, due: slice) -> Tensor:
+def rotate(w: Tensor, omega: Tensor, bend: Bend, *, room: Room, due: slice | Tensor) -> Tensor:
     r"""Q W for square ``w``, ``(batch, p, p)``: 1 T, and of the blocks that are ``due`` the Gram matrix.
 
     ``omega`` and ``bend`` are overwritten. What comes back is in ``room``, and not right for blocks whose bend is
     larger than :data:`SEAM`. (Where the host may not look, all blocks are due, and longer steps are shortened.)
     """
+    if not may_read(w):
+        due = slice(None)
     turn = _turn_(omega, bend) if may_read(w) else _fixed_turn_(omega, bend)
-    points, turns = (w[due], turn[due]) if may_read(w) else (w, turn)
+    points = w[due]
     if len(points):
+        # The workspace "second" has held B, holds E now, and then the result.
         error = gram(points, out=room("second", points.shape, like=w))
         error.diagonal(dim1=-2, dim2=-1).sub_(1)
         if may_read(w):
-            _bring_back_(points, error)
-        turns.add_(error, alpha=-0.5)
+            w = _brought_back(w, due, points, error)
+        if isinstance(due, slice):
+            turn[due].add_(error, alpha=-0.5)
+        else:
+            turn.index_add_(0, due, error, alpha=-0.5)
     return matmul_add(w, turn, w, out=room("second", w.shape, like=w))
 
 
@@ -108,9 +114,11 @@ def _turn_(omega: Tensor, bent: Bend) -> Tensor:
 def _add_polynomial_(omega: Tensor, bend: Tensor, c: list[Tensor], degree: int) -> Tensor:
     """Add c_0 I + c_1 B + c_2 B^2 + ... to ``omega``: 0 T up to degree 1, 1 T for degree 2, one more for two more.
 
-    Up to degree 2 without memory, for B is overwritten; beyond, for float64, by Horner's rule in B^2.
+    Where there are higher ones, for float64, by Horner's rule in B^2, whose bits do not depend on the degree.
+    Elsewhere without memory, for B is overwritten.
     """
-    if degree > 2:
+    horner = _MOST[omega.dtype] > 2 or degree > 2
+    if horner and degree > 1:
         square = matmul(bend, bend, out=torch.empty_like(bend))
         total = square * c[degree]
         for k in range(degree - 2, 1, -2):
@@ -119,21 +127,25 @@ def _add_polynomial_(omega: Tensor, bend: Tensor, c: list[Tensor], degree: int) 
         omega.add_(total)
     omega.addcmul_(bend, c[1])
     omega.diagonal(dim1=-2, dim2=-1).add_(c[0][..., 0])
-    if degree == 2:
+    if degree == 2 and not horner:
         add_gram_(omega, bend.mul_((-c[2]).sqrt()), alpha=-1)  # c_2 is negative, and B symmetric
     return omega
 
 
-def _bring_back_(points: Tensor, error: Tensor) -> None:
-    """Put points back on the manifold whose error, overwritten, is not of rounding: something has written to them."""
+def _brought_back(w: Tensor, due: slice | Tensor, points: Tensor, error: Tensor) -> Tensor:
+    """``w``, but for blocks whose error is not of rounding, because something has written to them: back where it is.
+
+    A block has to be off by more than twice the root of eps for that; half of less, taken off, leaves 4 eps at most.
+    """
     size = norm(error, keepdim=True)
-    limit = 2 * torch.finfo(error.dtype).eps ** 0.5  # half of it off leaves less than 4 eps
-    if bool((size <= limit).all()):
-        return
-    far = size > limit  # a NaN is not
-    shrunk = points / (1 + size).sqrt()  # whose singular values are at most one
-    points.copy_(torch.where(far, orthogonalizer(torch.where(size > 1, shrunk, points), steps=8), points))
+    far = size > 2 * torch.finfo(error.dtype).eps ** 0.5  # a NaN is not
+    if not bool(far.any()):
+        return w
+    shrunk = torch.where(size > 1, points / (1 + size).sqrt(), points)  # singular values of at most sqrt 2
     error.masked_fill_(far, 0)
+    w = w.clone()
+    w[due] = torch.where(far, orthogonalizer(shrunk, steps=8), points)
+    return w
 
 
 def _fixed_turn_(omega: Tensor, bent: Bend) -> Tensor:
@@ -169,7 +181,7 @@ _TOLERANCE = 0.5  # machine epsilons that Q Q^T may be away from I: errors add u
 _TAYLOR = {dtype: 2 * (_TOLERANCE * torch.finfo(dtype).eps) ** 0.5 for dtype in (torch.float32, torch.float64)}
 _EASY = {dtype: (32 * _TOLERANCE * torch.finfo(dtype).eps) ** 0.5 for dtype in (torch.float32, torch.float64)}
 _OCTAVE, _FIRST = 8, -240  # rows of the table an octave of sizes, and the exponent of its first
-_MOST = {torch.float32: 2, torch.float64: 6}  # degrees: at SEAM they leave 2 machine epsilons
+_MOST = {torch.float32: 2, torch.float64: 6}  # degrees, of which float64 has the higher
 LONGEST_FIXED = 0.2  # the bend that the polynomials of _FIXED are for: steps of spectral norm 0.44
 _FIXED = {
     dtype: _fit(torch.tensor([LONGEST_FIXED], dtype=torch.float64, device="cpu"), degree)[0].tolist()

@@ -150,7 +150,9 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     damped = "momentum_buffer" in new.keys[0] and group["dampening"] != 0
     parameters = new.parameters
     fresh = [damped and "momentum_buffer" not in optimizer.state.get(p, {}) for p in parameters]
-    new.buckets = fill(parameters, new.facts[0], fresh)
+    marked = itertools.count()
+    rank = {id(p): next(marked) for p, mark in zip(new.members, new.marks, strict=True) if mark is not None}
+    new.buckets = fill(parameters, new.facts[0], fresh, [rank[id(p)] for p in parameters])
     versions = dict(old.versions)
     for bucket in old.buckets:
         if bucket.parameters[0].dtype == bucket.dtype:  # rounded to another one, they are to be looked at

@@ -98,7 +98,8 @@ def probed(defect: Tensor, bound: Tensor, easy: float) -> Tensor:
     :math:`\|D\|_2 \le (\operatorname{tr} D^6)^{1/6}`, the trace estimated with random rows z as
     :math:`p \|z D^3\|^2 / \|z\|^2` (Hutchinson): 1.4 times the norm where many eigenvalues are of like size, as the
     rank :math:`(\operatorname{tr} D)^2 / \|D\|_F^2` says they are. An estimate: should one eigenvalue far above the
-    others hide from it, the step leaves at most 3/4 bound^2, below 3e-5 in float32, and the next one squares that.
+    others hide from it, a polar factor leaves at most 3/4 bound^2, below 3e-5 in float32, and the next step squares
+    that; a rotation (orthographic.py) at most bound^2/4, below 8e-6, until the next look.
     """
     z = _probes(defect.shape[-1]).to(defect).expand(len(defect), -1, -1)
     scale = norm(defect)

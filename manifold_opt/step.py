@@ -28,7 +28,7 @@ from .buckets import Bucket
 from .constraint import off_blocks
 from .direction import ADAM, Decay, Number
 from .options import Group, largest_gradient
-from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, bend_of, rotate
+from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, Bend, bend_of, rotate
 from .plan import Plan, refuse, undo
 from .products import matmul, may_read, norm
 from .retractions import RETRACTIONS, advance
@@ -59,7 +59,7 @@ def step(
     closure: Closure | None,
     lists_of: Callable[[Any, Group], Lists],
     step_unmarked: Callable[[Any, Group, Lists, bool], None],
-    rule_of: Callable[[Group, Bucket, Tensor | None], Rule],
+    rule_of: Callable[[Group, Bucket], Rule],
 ) -> Any:
     """One step of every group: the closure, then the unmarked parameters, then the marked ones.
 
@@ -92,9 +92,9 @@ def step(
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
         for bucket in plan.buckets:
             with torch.no_grad(), _full_precision(bucket.parameters[0].device.type):
-                _move(bucket, group, rule_of(group, bucket, desk.found_inf), desk)
-        if plan.buckets and not torch.compiler.is_compiling():
-            group["orthogonal_steps"] += 1
+                assert bucket.steps is not None
+                bucket.count(1 if desk.found_inf is None else 1 - desk.found_inf.to(bucket.steps))
+                _move(bucket, group, rule_of(group, bucket), desk)
     return loss
 
 
@@ -179,7 +179,8 @@ def _move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
         g, sound = _sound(g if desk.grad_scale is None else g / desk.grad_scale.to(g), desk)
         g = -g if group["maximize"] else g
         v = rule(w, g, moments, room, length=-lr, sound=sound)
-        moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, desk)
+        due = bucket.due(INTERVAL[w.dtype], piece)
+        moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, desk, due)
         if w is not point:
             scaled = w if gain == 1 else w * gain
             point.copy_(scaled if moved is None else torch.where(moved, scaled, point))
@@ -207,19 +208,22 @@ def _sound(g: Tensor, desk: Desk) -> tuple[Tensor, Tensor | None]:
     return torch.where(sound, g, 0), sound
 
 
-def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk) -> Tensor | None:
+def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk, due: slice | Tensor) -> Tensor | None:
     """Move ``w`` in place along its direction: V, or on square blocks the skew Omega of V = Omega W.
 
-    A block without a step keeps its bits, and so does one whose result cannot be right.
+    A block without a step keeps its bits, and so does one whose result cannot be right. The orthographic retraction
+    looks at the orthogonality of the blocks that are ``due``, the others at that of all.
 
     Returns which blocks have moved, ``(B, 1, 1)``; None if all have.
     """
     method, room, tally = group["retraction"], desk.room, desk.tally
     if w.shape[-2] == w.shape[-1]:
         if method == "orthographic":
-            return _rotate_(w, v, group, desk)
+            bent = bend_of(v, room)
+            if not may_read(w) or bool((bent.size <= SEAM).any()):
+                return _rotate_(w, v, bent, desk, due)
         v = matmul(v, w, out=room("second", w.shape, like=w))
-    elif method == "orthographic":
+    if method == "orthographic":
         method = "polar"
     length = norm(v, keepdim=True)
     if may_read(w) and method == "polar":
@@ -235,28 +239,24 @@ def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk) -> Tensor | None:
     return _write_back_(w, new, length != 0, tally)
 
 
-def _rotate_(w: Tensor, omega: Tensor, group: Group, desk: Desk) -> Tensor | None:
-    """The orthographic retraction on square blocks: what is long for it moves by the polar one."""
+def _rotate_(w: Tensor, omega: Tensor, bent: Bend, desk: Desk, due: slice | Tensor) -> Tensor | None:
+    """The orthographic retraction on square blocks, some of which at least are short enough; polar for the others."""
     room, tally = desk.room, desk.tally
-    interval = INTERVAL[w.dtype]
-    due = slice(group["orthogonal_steps"] % interval, None, interval)
+    stepped = bent.size[:, None, None] != 0  # of a NaN nobody knows
     if not may_read(w):
-        length = norm(omega, keepdim=True)
-        bent = bend_of(omega.mul_((LONG / length).clamp_max(1)), room)
         tally.add("clamped_steps", bent.size > LONGEST_FIXED)
-        return _write_back_(w, rotate(w, omega, bent, room=room, due=due), length != 0, tally)
-    bent = bend_of(omega, room)
-    shortest, longest = (float(x) for x in bent.size.aminmax())
-    if longest <= SEAM:
+        return _write_back_(w, rotate(w, omega, bent, room=room, due=due), stepped, tally)
+    short = (bent.size <= SEAM)[:, None, None]
+    if bool(short.all()):
         new = rotate(w, omega, bent, room=room, due=due)
-        if shortest > 0:
+        if bool(stepped.all()):
             w.copy_(new)
             return None
-        return _write_back_(w, new, bent.size[:, None, None] != 0, tally)
-    short = (bent.size <= SEAM)[:, None, None]
-    far = advance(w, torch.where(short, 0, omega @ w), "polar", tally=tally, beta=0.5)
+        return _write_back_(w, new, stepped, tally)
+    v = matmul(omega, w, out=torch.empty_like(w)).masked_fill_(short, 0)
+    far = advance(w, v, "polar", tally=tally, beta=0.5)
     near = rotate(w, omega, bent, room=room, due=due)
-    return _write_back_(w, torch.where(short, near, far), bent.size[:, None, None] != 0, tally)
+    return _write_back_(w, torch.where(short, near, far), stepped, tally)
 
 
 def _write_back_(w: Tensor, new: Tensor, stepped: Tensor, tally: Tally) -> Tensor:
@@ -285,7 +285,7 @@ def adam_moments(group: Group) -> tuple[list[str], list[str]]:
     return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
 
 
-def rule_of_sgd(group: Group, bucket: Bucket, _: Tensor | None) -> Rule:
+def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
     """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
     options = {key: group[key] for key in ("metric", "momentum", "nesterov")}
     dampening = 0.0 if bucket.fresh else group["dampening"]
@@ -293,17 +293,12 @@ def rule_of_sgd(group: Group, bucket: Bucket, _: Tensor | None) -> Rule:
     return functools.partial(direction.sgd, dampening=dampening, **options)
 
 
-def rule_of_adam(group: Group, bucket: Bucket, found_inf: Tensor | None) -> Rule:
-    """Direction of torch.optim.Adam's options; counts the step, but for one that a GradScaler calls off."""
+def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
+    """Direction of torch.optim.Adam's options."""
     assert bucket.steps is not None
-    bucket.steps += 1 if found_inf is None else 1 - found_inf.to(bucket.steps)
     beta1, beta2 = (_number(beta) for beta in group["betas"])
-    steps: Number | Tensor = bucket.steps
-    if may_read(bucket.steps):
-        first, last = (float(x) for x in bucket.steps.aminmax())
-        steps = first if first == last else _per_block(bucket)
-    else:
-        steps = _per_block(bucket)
+    readable = may_read(bucket.steps) and bucket.lockstep is not None
+    steps: Number = float(bucket.lockstep or 0) if readable else _per_block(bucket)
     decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
     return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"])
 

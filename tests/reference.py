@@ -42,7 +42,7 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
 def orthographic(w: Tensor, v: Tensor) -> Tensor:
     """(Omega + (I + Omega^2)^(1/2)) W of a short step on a square matrix of few rows; polar for all others."""
     omega = 0.5 * (v @ w.T - w @ v.T)
-    if w.shape[0] != w.shape[1] or torch.linalg.matrix_norm(omega @ omega) / math.sqrt(2) > 2**-4.75:
+    if w.shape[0] != w.shape[1] or torch.linalg.matrix_norm(omega @ omega) / math.sqrt(2) > 2**-5.375:
         return polar(w, v)
     squares, basis = torch.linalg.eigh(omega @ omega)
     return (omega + (basis * (1 + squares).sqrt()) @ basis.T) @ w

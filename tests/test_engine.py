@@ -350,13 +350,15 @@ def transient_bytes(opt, weights, scale=1.0):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("retraction", ["orthographic", "polar"])
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
 @pytest.mark.parametrize(
     ("shape", "blocks", "count"), [((3 * 160, 160), 3, 1), ((300, 300), 1, 1), ((24, 960), 1, 1), ((16, 32), 1, 400)]
 )
-def test_transient_memory(rule, retraction, shape, blocks, count):
+def test_transient_memory(rule, retraction, lr, shape, blocks, count):
     """At most 2.5 times the bytes of a bucket's weights, whatever is kept from step to step included."""
     weights = [parameter(*shape, blocks=blocks, seed=k % 5) for k in range(count)]
     opt = RULES[rule](weights, retraction=retraction)
+    opt.param_groups[0]["lr"] = lr
     assert transient_bytes(opt, weights) <= 2.5 * sum(w.nbytes for w in weights)
 
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "diagnostics": {"blocks", "constraint", "stiefel"},
     "init": {"blocks", "constraint", "stiefel"},
     "options": {"constraint", "direction", "retractions"},
-    "buckets": {"blocks", "constraint", "room"},
+    "buckets": {"blocks", "constraint", "products", "room"},
     "moments": {"buckets", "constraint", "direction"},
     "plan": {"buckets", "constraint", "moments", "options", "room", "tally"},
     "step": {

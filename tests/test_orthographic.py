@@ -35,8 +35,7 @@ def test_every_row_of_the_table_leaves_rounding_only(dtype):
     eps = torch.finfo(dtype).eps
     for row, coefficients in enumerate(TABLES[dtype]):
         largest = 2.0 ** ((_FIRST + row) / _OCTAVE)
-        # The tolerance while errors may add up step after step; 2 eps for the longest steps.
-        assert left_by(coefficients, largest) < (0.7 if largest < 0.02 else 2.1) * eps
+        assert left_by(coefficients, largest) < 0.7 * eps
     assert largest == SEAM
 
 
@@ -55,7 +54,7 @@ def test_rotation_by_hand():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("p", "rank"), [(2, None), (3, None), (8, 2), (40, None), (150, None), (150, 2), (150, 4)])
-@pytest.mark.parametrize("t", [1e-6, 1e-3, 0.01, 0.03, 0.06, 0.1])
+@pytest.mark.parametrize("t", [1e-6, 1e-3, 0.01, 0.03, 0.06, 0.08])
 def test_short_steps(p, rank, t, dtype):
     """The reference by its eigenvalues; on the manifold; and what is left of the step is the step."""
     w = point(2, p, p, dtype=dtype)
@@ -87,6 +86,16 @@ def test_products(t, dtype, products):
     with FlopCounterMode(display=False) as counter:
         retract(w, v, "orthographic")
     assert counter.get_total_flops() == (1 + products) * 2 * 2 * 16**3  # one for Omega = V W^T
+
+
+def test_each_matrix_of_a_batch_moves_by_its_own_length():
+    w = point(3, 6, 6)
+    v = rotation(3, 6, 6, t=torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)[:, None, None]) @ w
+    moved = retract(w, v, "orthographic")
+    for k in range(3):
+        torch.testing.assert_close(moved[k], retract(w[k], v[k], "orthographic"))
+    assert not torch.allclose(moved[1], retract(w[1], v[1], "polar"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(moved[2], retract(w[2], v[2], "polar"))
 
 
 # In an optimizer.
@@ -121,31 +130,107 @@ def test_every_block_is_looked_at_once_in_an_interval(dtype, monkeypatch):
     whole = weight.detach().view(10, 4, 4).data_ptr()
     size = 16 * weight.element_size()
 
-    def bring_back(points, _):
+    def brought_back(w, _, points, __):
         looked.extend((points[k].data_ptr() - whole) // size for k in range(len(points)))
+        return w
 
-    monkeypatch.setattr(orthographic, "_bring_back_", bring_back)
+    monkeypatch.setattr(orthographic, "_brought_back", brought_back)
     opt = Adam([weight])
     for step in range(INTERVAL[dtype]):
         weight.grad = gaussian(40, 4, seed=step, dtype=dtype)
         opt.step()
     assert sorted(looked) == list(range(10))
-    assert opt.state_dict()["param_groups"][0]["orthogonal_steps"] == INTERVAL[dtype]
 
 
-def test_a_long_step_of_one_block_leaves_the_bits_of_the_others():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "blocks"), [(8, 5), (40, 5), (150, 3), (3, 300)])
+@pytest.mark.parametrize("gain", [1.0, 1.7])
+def test_a_long_step_of_one_block_leaves_the_bits_of_the_others(p, blocks, dtype, gain):
+    """Whatever degrees the others need; one of them does not move at all."""
+
     def run(scale):
-        weight = mark_orthogonal(nn.Parameter(point(5, 8, 8, dtype=torch.float32).reshape(40, 8)), blocks=5)
-        opt = SGD([weight], lr=0.01)
+        start = gain * point(blocks, p, p, dtype=dtype).reshape(-1, p)
+        weight = mark_orthogonal(nn.Parameter(start.clone()), blocks=blocks, gain=gain)
+        opt = SGD([weight], lr=0.04 / p)
         for step in range(6):
-            weight.grad = gaussian(40, 8, dtype=torch.float32, seed=step)
-            weight.grad[16:24] *= scale
+            weight.grad = gaussian(blocks * p, p, dtype=dtype, seed=step)
+            weight.grad[2 * p : 3 * p] *= scale
+            weight.grad[p : 2 * p] = 0
             opt.step()
-        return weight.detach().view(5, 8, 8)
+        return weight.detach().view(blocks, p, p), start.view(blocks, p, p)
 
-    quiet = run(0.1)
+    quiet, start = run(0.01)
+    assert torch.equal(quiet[1], start[1])
+    others = [k for k in range(blocks) if k != 2]
     for scale in (1.0, 10.0, 1e3, 1e9):
-        loud = run(scale)
-        assert float(stiefel.error(loud).max()) < rounding(loud)
-        assert torch.equal(loud[[0, 1, 3, 4]], quiet[[0, 1, 3, 4]])
+        loud, _ = run(scale)
+        assert float(stiefel.error(loud / gain).max()) < 2 * rounding(loud)
+        assert torch.equal(loud[others], quiet[others])
         assert not torch.equal(loud[2], quiet[2])
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_every_block_is_looked_at_whenever_its_gradients_come(optimizer, dtype, every):
+    """Two parameters of one group, gradients now for the one and now for the other: the turns are each one's own."""
+    weights = [
+        mark_orthogonal(nn.Parameter(point(3, 4, 4, dtype=dtype, seed=k).reshape(12, 4)), blocks=3) for k in (1, 2)
+    ]
+    weights += [mark_orthogonal(nn.Parameter(point(160, 160, dtype=dtype)))]
+    opt = optimizer(weights, lr=1e-4)
+    for step in range(14 * every):
+        if step == 2 * every:
+            for weight in weights:
+                weight.data *= 1.01
+        for k, weight in enumerate(weights):
+            weight.grad = gaussian(*weight.shape, dtype=dtype, seed=step) if (step + k) % every == 0 else None
+        opt.step()
+    for weight, p in zip(weights, (4, 4, 160), strict=True):
+        assert orthogonality_error(weight) <= stiefel.error_at_rounding(p, p, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [2, 4, 24])
+@pytest.mark.parametrize("part", [0.999, 0.5, 0.1])
+def test_many_steps_as_long_as_they_may_be_stay_at_rounding(p, dtype, part):
+    """A constant rotation, so that what its polynomial leaves has always the same sign."""
+    weight = mark_orthogonal(nn.Parameter(point(p, p, dtype=dtype)))
+    omega = rotation(p, p, t=part * SEAM**0.5, dtype=dtype, rank=2)
+    opt = SGD([weight], lr=1.0)
+    for _ in range(200):
+        weight.grad = omega @ weight.detach()
+        opt.step()
+        assert orthogonality_error(weight) <= stiefel.error_at_rounding(p, p, dtype)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.7])
+@pytest.mark.parametrize("gradient", [0.0, float("nan")])
+def test_a_block_without_a_step_is_not_brought_back(gain, gradient):
+    weight = mark_orthogonal(nn.Parameter(gain * torch.eye(2)), gain=gain)
+    opt = SGD([weight], lr=0.1)
+    for step in range(6):
+        weight.grad = torch.full((2, 2), gradient)
+        if step == 1:
+            weight.data *= 1.01
+            before = weight.detach().clone()
+        opt.step()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_nothing_can_be_read_every_block_is_corrected_in_every_step(dtype, monkeypatch):
+    import manifold_opt
+    from manifold_opt import step as step_module
+
+    modules = (manifold_opt.orthographic, manifold_opt.products, manifold_opt.buckets, step_module)
+    for module in modules:
+        monkeypatch.setattr(module, "may_read", lambda _: False)
+    weight = mark_orthogonal(nn.Parameter(point(5, 4, 4, dtype=dtype).reshape(20, 4)), blocks=5)
+    opt = SGD([weight], lr=1e-5)
+    for step in range(8):
+        weight.grad = gaussian(20, 4, dtype=dtype, seed=step)
+        opt.step()
+        if step == 0:
+            weight.data *= 1.05
+    assert float(stiefel.error(weight.detach().view(5, 4, 4)).max()) <= stiefel.error_at_rounding(4, 4, dtype)
