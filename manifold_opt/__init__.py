@@ -11,6 +11,7 @@ Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam
 from . import init
 from .constraint import Orthogonal, constraint_of, orthogonalize_, unmark
 from .diagnostics import orthogonality_error
+from .health import check, orthogonal_average, project_
 from .marking import mark_orthogonal, mark_recurrent
 from .optim import SGD, Adam, AdamW
 from .orthogonalizer import nearest_orthogonal
@@ -26,14 +27,17 @@ __all__ = [
     "AdamW",
     "Orthogonal",
     "Retraction",
+    "check",
     "constraint_of",
     "init",
     "mark_orthogonal",
     "mark_recurrent",
     "nearest_orthogonal",
+    "orthogonal_average",
     "orthogonality_error",
     "orthogonalize_",
     "project",
+    "project_",
     "retract",
     "unmark",
 ]

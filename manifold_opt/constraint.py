@@ -75,9 +75,14 @@ def unmark(parameter: T) -> T:
     >>> constraint_of(unmark(weight)) is None
     True
     """
-    if hasattr(parameter, _ATTRIBUTE):
-        delattr(parameter, _ATTRIBUTE)
+    if constraint_of(parameter) is not None:
+        setattr(parameter, _ATTRIBUTE, None)
     return parameter
+
+
+def was_unmarked(parameter: Tensor) -> bool:
+    """Whether unmark has taken a constraint off it, so that it is not missed."""
+    return hasattr(parameter, _ATTRIBUTE) and constraint_of(parameter) is None
 
 
 def constraint_of(parameter: Tensor) -> Orthogonal | None:

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .constraint import DTYPES, Orthogonal, attach, constraint_of, off_manifold
+from .survival import record
 
 _GATES: dict[type[nn.Module], int] = {
     nn.RNN: 1,
@@ -122,6 +123,8 @@ def mark_orthogonal(
             stacklevel=2,
         )
     _mark([(parameter, constraint, label)])
+    if isinstance(target, nn.Module) and isinstance(name, str):
+        _remember(target, name, parameter, constraint)
     return parameter
 
 
@@ -162,7 +165,14 @@ def mark_recurrent(module: nn.Module) -> list[str]:
             "weights one by one with mark_orthogonal(module, name, blocks)."
         )
     _mark(found)
+    for parameter, constraint, label in found:
+        _remember(module, label, parameter, constraint)
     return [label for _, _, label in found]
+
+
+def _remember(module: nn.Module, name: str, parameter: Tensor, constraint: Orthogonal) -> None:
+    path, _, leaf = name.rpartition(".")
+    record(module.get_submodule(path), leaf, parameter, constraint)
 
 
 def _parameter_of(module: nn.Module, name: str) -> nn.Parameter:

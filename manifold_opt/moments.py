@@ -87,6 +87,21 @@ def convert(optimizer: Any, group: Group) -> None:
     group["constraints"] = tuple((i, c.blocks, c.dim, c.gain) for i, c in marked)
 
 
+def check_recorded(name: str, groups: list[Group]) -> None:
+    """Raise a ValueError unless the parameters are marked as those were whose state is recorded in the groups."""
+    for index, group in enumerate(groups):
+        for position, blocks, dim, gain in group.get("constraints", ()):
+            parameter, then = group["params"][position], Orthogonal(blocks, dim, gain)
+            now = constraint_of(parameter)
+            if now != then:
+                label = f" ({group['param_names'][position]})" if "param_names" in group else ""
+                raise ValueError(
+                    f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
+                    f"{tuple(parameter.shape)}, marked as {then}; here it is {'not marked' if now is None else now}. "
+                    "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
+                )
+
+
 def recorded(groups: list[Group]) -> dict[Tensor, Orthogonal]:
     """The constraints that state is held under, as the groups of a checkpoint record them."""
     return {

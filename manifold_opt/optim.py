@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
 from .metrics import metrics
+from .moments import check_recorded
 from .options import OnFault, add_param_group, fill_options, with_options
 from .plan import forget_plans, prepare
 from .step import (
@@ -115,6 +116,7 @@ class SGD(torch.optim.SGD):
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        check_recorded(type(self).__name__, state["param_groups"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)
@@ -228,6 +230,7 @@ class Adam(torch.optim.Adam):
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        check_recorded(type(self).__name__, state["param_groups"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)
@@ -320,6 +323,7 @@ class AdamW(torch.optim.AdamW):
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        check_recorded(type(self).__name__, state["param_groups"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)

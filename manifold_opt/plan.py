@@ -48,6 +48,7 @@ def forget_plans(optimizer: Any) -> None:
     """Start without plans and workspaces: the state may be another one now."""
     optimizer._plans = []
     optimizer._held = recorded(optimizer.param_groups)
+    optimizer._marks = {p: constraint_of(p) for group in optimizer.param_groups for p in group["params"]}
     optimizer._room = Room()
     optimizer._before = ()
     if not hasattr(optimizer, "_tally"):

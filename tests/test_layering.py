@@ -22,7 +22,9 @@ ALLOWED = {
     "direction": {"products", "room", "stiefel"},
     "blocks": set(),
     "constraint": {"blocks", "orthogonalizer", "stiefel"},
-    "marking": {"constraint"},
+    "survival": {"constraint"},
+    "marking": {"constraint", "survival"},
+    "health": {"constraint", "retractions", "survival"},
     "diagnostics": {"blocks", "constraint", "stiefel"},
     "init": {"blocks", "constraint", "stiefel"},
     "options": {"constraint", "direction", "retractions"},
@@ -34,7 +36,7 @@ ALLOWED = {
         *("plan", "products", "retractions", "room", "schemes", "tally"),
     },
     "metrics": {"constraint", "diagnostics", "stiefel", "tally"},
-    "optim": {"direction", "metrics", "options", "plan", "step", "stiefel"},
+    "optim": {"direction", "metrics", "moments", "options", "plan", "step", "stiefel"},
 }
 
 

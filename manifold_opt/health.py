@@ -1,0 +1,171 @@
+"""Whether a model and its optimizer still agree on what is constrained, and what to do after averaging weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from .constraint import Orthogonal, constraint_of, off_manifold, was_unmarked
+from .retractions import RETRACTIONS
+from .survival import records_of
+
+AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
+
+
+def check(model: nn.Module, opt: Optimizer) -> list[str]:
+    """What is wrong with the constraints of a model that an optimizer is to train; an empty list if all is well.
+
+    Says which parameters have lost their mark, are marked but not in the optimizer or not in one of this package, are off
+    their manifold by more than rounding, or have state of another dtype or device; and which marked parameters the
+    optimizer still moves though they are no longer the model's.
+
+    Args:
+        model: the module that is trained, or a wrapper of it.
+        opt: its optimizer.
+
+    >>> import torch
+    >>> from manifold_opt import Adam, check, mark_orthogonal
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> opt = Adam(layer.parameters())
+    >>> check(layer, opt)
+    []
+    >>> layer.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    >>> for problem in check(layer, opt):
+    ...     print(problem)
+    weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place. Mark it again and build the optimizer anew.
+    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's: build the optimizer anew.
+    """  # noqa: E501
+    ours = hasattr(opt, "_plans")
+    marks: dict[Tensor, Orthogonal | None] = getattr(opt, "_marks", {})
+    moved = {id(p): group for group in opt.param_groups for p in group["params"]}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    problems = list(_lost(model))
+    lost = {problem.split(" ")[0] for problem in problems}
+    for name, p in named.items():
+        constraint = constraint_of(p)
+        if constraint is None:
+            if marks.get(p) is not None and not was_unmarked(p) and name not in lost:
+                problems.append(f"{name} has lost its constraint {marks[p]}. Mark it again.")
+            continue
+        if id(p) not in moved:
+            if p.requires_grad:
+                problems.append(f"{name} is marked, but not in the optimizer: nothing moves it.")
+        elif not ours:
+            problems.append(
+                f"{name} is marked, but moved by {type(opt).__module__}.{type(opt).__name__}, which does not keep it "
+                "orthogonal: use the one of manifold_opt."
+            )
+        else:
+            problems.extend(_unwell(name, p, opt))
+    present = {id(p) for p in named.values()}
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if id(p) not in present and (constraint_of(p) or marks.get(p)) is not None:
+                problems.append(
+                    f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's: "
+                    "build the optimizer anew."
+                )
+    return problems
+
+
+def _lost(model: nn.Module) -> Iterator[str]:
+    """Parameters that have taken the place of marked ones and are not marked."""
+    for path, module in model.named_modules():
+        for leaf, (marked, constraint) in records_of(module).items():
+            now = getattr(module, leaf, None)
+            if was_unmarked(marked) or (isinstance(now, Tensor) and constraint_of(now) == constraint):
+                continue
+            yield (
+                f"{f'{path}.{leaf}' if path else leaf} has lost its constraint {constraint}: "
+                f"{'another parameter has taken its place' if now is not marked else 'it was converted'}. "
+                "Mark it again and build the optimizer anew."
+            )
+
+
+def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
+    """What is wrong with a marked parameter of an optimizer of this package."""
+    constraint = constraint_of(p)
+    group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
+    assert constraint is not None
+    if p.is_meta:
+        return
+    if not bool(p.isfinite().all()):
+        yield f"{name} has entries that are not finite."
+    elif RETRACTIONS[group["retraction"]].exact and bool(off_manifold(p, constraint)[0].any()):
+        yield f"{name} is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+    for key, value in opt.state.get(p, {}).items():
+        if isinstance(value, Tensor) and key != "step" and (value.dtype, value.device) != (p.dtype, p.device):
+            yield (
+                f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "
+                "it."
+            )
+
+
+@torch.no_grad()
+def project_(model: nn.Module) -> nn.Module:
+    """Put every marked parameter of a module back on its manifold, to the nearest point, in place.
+
+    The thing to do after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep
+    their bits.
+
+    Raises:
+        ValueError: one is not finite or rank-deficient; nothing has been written then.
+
+    >>> import torch
+    >>> from manifold_opt import mark_orthogonal, orthogonality_error, project_
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.mul_(1.1)
+    >>> orthogonality_error(project_(layer))["weight"] < 1e-5
+    True
+    """
+    found = []
+    for p in model.parameters():
+        constraint = constraint_of(p)
+        if constraint is not None:
+            found.append((p, constraint, *off_manifold(p, constraint)))
+    for p, constraint, off, values in found:
+        if bool(off.any()):
+            constraint.view(p.detach())[off] = values
+    return model
+
+
+def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageFn:
+    """An ``avg_fn`` for torch.optim.swa_utils.AveragedModel whose averages of marked parameters stay orthogonal.
+
+    The average in the surrounding space, then the nearest point: the induced arithmetic mean (Moakher 2002) of two.
+
+    Args:
+        model: the module whose parameters are averaged.
+        decay: of an exponential moving average; the mean of all, unless given.
+
+    >>> import torch
+    >>> from torch.optim.swa_utils import AveragedModel
+    >>> from manifold_opt import mark_orthogonal, orthogonal_average, orthogonality_error
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> averaged = AveragedModel(layer, avg_fn=orthogonal_average(layer, decay=0.9))
+    >>> averaged.update_parameters(layer)
+    >>> orthogonality_error(averaged)["module.weight"] < 1e-5
+    True
+    """
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(f"orthogonal_average: decay must lie in [0, 1), got {decay}.")
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        share = 1 - decay if decay is not None else 1 / (int(count) + 1)
+        mean = averaged.lerp(current, share)
+        # AveragedModel hands over detached tensors, on which no mark is to be seen: by the memory they share.
+        marks = {p.data_ptr(): constraint_of(p) for p in model.parameters()}
+        constraint = marks.get(current.data_ptr())
+        if constraint is not None:
+            off, values = off_manifold(mean, constraint)
+            constraint.view(mean)[off] = values
+        return mean
+
+    return average
