@@ -85,7 +85,8 @@ def step(
 
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         for group, lists, flag in prepared:
-            step_unmarked(optimizer, group, lists, flag)
+            if lists[0]:
+                step_unmarked(optimizer, group, lists, flag)
     desk = Desk(optimizer._room, optimizer._tally, *(getattr(optimizer, key, None) for key in _SCALED))
     if desk.found_inf is not None and may_read(desk.found_inf) and float(desk.found_inf) != 0:
         return loss
