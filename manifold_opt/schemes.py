@@ -169,7 +169,8 @@ def exp(w: Tensor, v: Tensor, *, metric: Metric = "euclidean") -> Tensor:
     omega, *normal = coordinates(w, v)
     if not normal:
         return _matrix_exp(omega) @ w
-    across = v if metric == "euclidean" else normal[0]
+    # Not v itself: what rounding has left in it that is no tangent would be followed for the whole length.
+    across = omega @ w + normal[0] if metric == "euclidean" else normal[0]
     gram = across @ across.mT
     size = spectral_bound(gram).sqrt().clamp_min(torch.finfo(w.dtype).tiny)[..., None, None]
     identity = torch.eye(w.shape[-2], dtype=w.dtype, device=w.device)

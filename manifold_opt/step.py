@@ -10,10 +10,9 @@ host wait: on an accelerator, or in a graph that torch.compile traces or CUDA ca
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -71,14 +70,8 @@ def step(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    if not torch.compiler.is_compiling():
-        refuse(optimizer)
-    # torch.compile knows _init_group by its name, and runs it outside of the graph.
-    prepared = []
-    with _or_as_before(optimizer):
-        for group in optimizer.param_groups:
-            lists = lists_of(optimizer, group)
-            prepared.append((group, lists, optimizer._init_group(group, *lists)))
+    ready = _ready if torch.compiler.is_compiling() else _ready_or_as_before
+    prepared = ready(optimizer, lists_of)
     plans: list[Plan] = optimizer._plans
     if not torch.compiler.is_compiling():
         _restore(plans, optimizer.param_groups)
@@ -99,16 +92,28 @@ def step(
     return loss
 
 
-@contextlib.contextmanager
-def _or_as_before(optimizer: Any) -> Iterator[None]:
-    """Where getting ready fails, take back the state that it has created."""
-    if torch.compiler.is_compiling():
-        yield
-        return
+Prepared = list[tuple[Group, Lists, bool]]
+
+
+def _ready(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
+    """Of every group what its unmarked parameters need, and its plan made.
+
+    torch.compile knows _init_group by its name, and runs it outside of the graph.
+    """
+    prepared = []
+    for group in optimizer.param_groups:
+        lists = lists_of(optimizer, group)
+        prepared.append((group, lists, optimizer._init_group(group, *lists)))
+    return prepared
+
+
+def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
+    """The same, after everything that can be refused; where it fails, the state that it has created is taken back."""
+    refuse(optimizer)
     known = list(optimizer.state)
     optimizer._before = None
     try:
-        yield
+        return _ready(optimizer, lists_of)
     except BaseException:
         undo(optimizer, known)
         raise

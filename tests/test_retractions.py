@@ -288,7 +288,7 @@ def test_no_lu_and_no_large_matrix_on_the_way(method, shape):
         ("orthogonalizer", 2, 2),
         ("cayley", 3, 6.125),
         ("cayley_iterative", 5, 12),
-        ("exp", 4, 8),
+        ("exp", 4, 9),
     ],
 )
 def test_products_of_a_small_step(method, square, wide):
