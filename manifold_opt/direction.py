@@ -30,7 +30,6 @@ Moments = dict[str, Tensor]
 SecondMoment = Literal["element", "block"]
 Number = float | Tensor
 
-_FELT = 1e-4  # part of a step along W up to which its square is rounding
 _FLOOR = 0.01  # of its row's mean square, what an entry's counts for at least
 
 
@@ -253,7 +252,8 @@ def _tangent_(w: Tensor, v: Tensor, size: Tensor, room: Room) -> Tensor:
     manifold but for a little, and that little is taken for a long step, it would be felt: 2 T more, seldom. (Always
     where the host may not look.)
     """
-    if may_read(w) and float(size.max()) * torch.finfo(w.dtype).eps <= _FELT:
+    eps = torch.finfo(w.dtype).eps
+    if may_read(w) and float(size.max()) * eps <= eps**0.5 / 4:  # the square of that is rounding
         return v
     return _project(w, v, room, "second")
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,7 +39,11 @@ def marked(draw):
         wide = torch.zeros(shape[0], 2 * shape[1], dtype=dtype)
         wide[:, : shape[1]] = value
         value = wide[:, : shape[1]]
-    return mark_orthogonal(nn.Parameter(value), blocks=blocks, dim=dim, gain=gain)
+    try:
+        return mark_orthogonal(nn.Parameter(value), blocks=blocks, dim=dim, gain=gain)
+    except ValueError as refusal:  # by chance, one block in many may be of deficient rank
+        assert "rank-deficient" in str(refusal)
+        return reject()
 
 
 @st.composite
