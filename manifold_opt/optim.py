@@ -16,20 +16,10 @@ from .metrics import metrics
 from .moments import check_recorded
 from .options import OnFault, add_param_group, fill_options, with_options
 from .plan import forget_plans, prepare
-from .step import (
-    Closure,
-    adam_moments,
-    check_capture,
-    lists_of_adam,
-    lists_of_sgd,
-    rule_of_adam,
-    rule_of_sgd,
-    sgd_moments,
-    step,
-    step_unmarked_adam,
-    step_unmarked_sgd,
-)
+from .rules import adam_moments, rule_of_adam, rule_of_sgd, sgd_moments
+from .step import Closure, check_capture, step
 from .stiefel import Metric
+from .unmarked import lists_of_adam, lists_of_sgd, step_unmarked_adam, step_unmarked_sgd
 
 
 class SGD(torch.optim.SGD):

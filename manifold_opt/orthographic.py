@@ -6,8 +6,9 @@ is the point straight above W + V, as normals run at W: the skew part of Q is th
 :math:`B = -\Omega^2 = \Omega\Omega^\top`, the *bend* of the rotation, what is missing is
 :math:`(I - B)^{1/2} - I`, a polynomial in B while B is small, and its norm says which.
 
-A rotation keeps :math:`E = W W^\top - I` as it is, and rounding adds a little in every step, less than measuring E
-does. So in turn one block in four (float64: two) has E measured, and half of it taken off in the same product with W.
+A rotation keeps :math:`E = W W^\top - I` as large as it is (it becomes :math:`Q E Q^\top`), and rounding adds a
+little in every step, less than measuring E does. So in turn one block in four (float64: two) has E measured, and half
+of it taken off in the same product with W.
 
 Reference: Absil & Malick (2012), *Projection-like retractions on matrix manifolds*, SIAM J. Optim. 22.
 """

@@ -10,7 +10,6 @@ host wait: on an accelerator, or in a graph that torch.compile traces or CUDA ca
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,22 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from . import direction
 from .buckets import Bucket
 from .constraint import off_blocks
-from .direction import ADAM, Decay, Number
 from .options import Group, largest_gradient
 from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, Bend, bend_of, rotate
 from .plan import Plan, refuse, undo
 from .products import matmul, may_read, norm
 from .retractions import RETRACTIONS, advance
 from .room import Room
+from .rules import Rule
 from .schemes import LONG, polar_
 from .tally import Tally
+from .unmarked import Lists
 
 
 class Desk(NamedTuple):
@@ -47,8 +43,7 @@ class Desk(NamedTuple):
 
 _SCALED = ("grad_scale", "found_inf")
 Closure = Callable[[], Any]
-Lists = tuple[Any, ...]
-Rule = Callable[..., Tensor]
+Prepared = list[tuple[Group, Lists, bool]]
 
 _FAR = 0.1  # distance from the manifold above which a value is no matter of rounding, and worth a warning
 
@@ -90,9 +85,6 @@ def step(
                 bucket.count(1 if desk.found_inf is None else 1 - desk.found_inf.to(bucket.steps))
                 _move(bucket, group, rule_of(group, bucket), desk)
     return loss
-
-
-Prepared = list[tuple[Group, Lists, bool]]
 
 
 def _ready(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
@@ -278,95 +270,3 @@ def check_capture(optimizer: Any) -> None:
     """Torch's own warning where a step that is not capturable is about to be captured."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (newer or optimizer._cuda_graph_capture_health_check)()
-
-
-def sgd_moments(group: Group) -> tuple[list[str], list[str]]:
-    """Keys of the moments that the group's options ask for, and of those that hold one number a block."""
-    return ["momentum_buffer"] if group["momentum"] != 0 else [], []
-
-
-def adam_moments(group: Group) -> tuple[list[str], list[str]]:
-    """As :func:`sgd_moments`."""
-    squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-    return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
-
-
-def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
-    """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
-    options = {key: group[key] for key in ("metric", "momentum", "nesterov")}
-    dampening = 0.0 if bucket.fresh else group["dampening"]
-    bucket.fresh = False
-    return functools.partial(direction.sgd, dampening=dampening, **options)
-
-
-def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
-    """Direction of torch.optim.Adam's options."""
-    assert bucket.steps is not None
-    beta1, beta2 = (_number(beta) for beta in group["betas"])
-    readable = may_read(bucket.steps) and bucket.lockstep is not None
-    steps: Number = float(bucket.lockstep or 0) if readable else _per_block(bucket)
-    decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
-    return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"])
-
-
-def _number(beta: Number) -> Number:
-    return float(beta) if not isinstance(beta, Tensor) or may_read(beta) else beta
-
-
-def _per_block(bucket: Bucket) -> Tensor:
-    """Step counts ``(B, 1, 1)`` in the dtype and on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
-    assert bucket.steps is not None
-    steps = bucket.steps.to(bucket.parameters[0], non_blocking=True)
-    return (steps.repeat_interleave(bucket.constraint.blocks) if bucket.gathered else steps)[:, None, None]
-
-
-def lists_of_sgd(_: Any, __: Group) -> Lists:
-    """What torch.optim.SGD._init_group fills: parameters, gradients, buffers."""
-    return [], [], []
-
-
-def step_unmarked_sgd(optimizer: Any, group: Group, lists: Lists, has_sparse_grad: bool) -> None:
-    """torch.optim.SGD.step of one group, without its hooks."""
-    params, grads, buffers = lists
-    if group["nesterov"] and group["foreach"] is not False:
-        grads = [grad.clone() for grad in grads]  # torch's foreach Nesterov adds the momentum to them in place
-    keys = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
-    sgd(
-        params,
-        grads,
-        buffers,
-        has_sparse_grad=has_sparse_grad,
-        grad_scale=getattr(optimizer, "grad_scale", None),
-        found_inf=getattr(optimizer, "found_inf", None),
-        **{key: group[key] for key in keys},
-    )
-    if group["momentum"] != 0:
-        for parameter, buffer in zip(params, buffers, strict=True):
-            optimizer.state[parameter]["momentum_buffer"] = buffer
-
-
-def lists_of_adam(optimizer: Any, group: Group) -> Lists:
-    """What torch.optim.Adam._init_group fills: parameters, gradients, three moments, step counts."""
-    # AdamW of torch 2.6, not yet an Adam, takes amsgrad too.
-    amsgrad = () if isinstance(optimizer, torch.optim.Adam) else (group["amsgrad"],)
-    return ([], [], *amsgrad, [], [], [], [])
-
-
-def step_unmarked_adam(optimizer: Any, group: Group, lists: Lists, has_complex: bool) -> None:
-    """torch.optim.Adam.step or AdamW.step of one group, without its hooks."""
-    keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
-    functional: Callable[..., None] = adam
-    if isinstance(optimizer, torch.optim.AdamW):
-        functional = adamw
-    elif "decoupled_weight_decay" in group:
-        keys.append("decoupled_weight_decay")
-    beta1, beta2 = group["betas"]
-    functional(
-        *(entries for entries in lists if isinstance(entries, list)),
-        has_complex=has_complex,
-        beta1=beta1,
-        beta2=beta2,
-        grad_scale=getattr(optimizer, "grad_scale", None),
-        found_inf=getattr(optimizer, "found_inf", None),
-        **{key: group[key] for key in keys},
-    )

@@ -31,12 +31,14 @@ ALLOWED = {
     "buckets": {"blocks", "constraint", "products", "room"},
     "moments": {"buckets", "constraint", "direction"},
     "plan": {"buckets", "constraint", "moments", "options", "room", "tally"},
+    "rules": {"buckets", "direction", "options", "products"},
+    "unmarked": {"options"},
     "step": {
-        *("buckets", "constraint", "direction", "options", "orthographic"),
-        *("plan", "products", "retractions", "room", "schemes", "tally"),
+        *("buckets", "constraint", "options", "orthographic", "plan", "products"),
+        *("retractions", "room", "rules", "schemes", "tally", "unmarked"),
     },
     "metrics": {"constraint", "diagnostics", "stiefel", "tally"},
-    "optim": {"direction", "metrics", "moments", "options", "plan", "step", "stiefel"},
+    "optim": {"direction", "metrics", "moments", "options", "plan", "rules", "step", "stiefel", "unmarked"},
 }
 
 

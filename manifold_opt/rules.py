@@ -1,0 +1,56 @@
+"""From a group's options to the rule of its buckets: which moments they hold, and which direction they take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from . import direction
+from .buckets import Bucket
+from .direction import ADAM, Decay, Number
+from .options import Group
+from .products import may_read
+
+Rule = Callable[..., Tensor]
+
+
+def sgd_moments(group: Group) -> tuple[list[str], list[str]]:
+    """Keys of the moments that the group's options ask for, and of those that hold one number a block."""
+    return ["momentum_buffer"] if group["momentum"] != 0 else [], []
+
+
+def adam_moments(group: Group) -> tuple[list[str], list[str]]:
+    """As :func:`sgd_moments`."""
+    squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
+
+
+def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
+    """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
+    options = {key: group[key] for key in ("metric", "momentum", "nesterov")}
+    dampening = 0.0 if bucket.fresh else group["dampening"]
+    bucket.fresh = False
+    return functools.partial(direction.sgd, dampening=dampening, **options)
+
+
+def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
+    """Direction of torch.optim.Adam's options."""
+    assert bucket.steps is not None
+    beta1, beta2 = (_number(beta) for beta in group["betas"])
+    readable = may_read(bucket.steps) and bucket.lockstep is not None
+    steps: Number = float(bucket.lockstep or 0) if readable else _per_block(bucket)
+    decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
+    return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"])
+
+
+def _number(beta: Number) -> Number:
+    return float(beta) if not isinstance(beta, Tensor) or may_read(beta) else beta
+
+
+def _per_block(bucket: Bucket) -> Tensor:
+    """Step counts ``(B, 1, 1)`` in the dtype and on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
+    assert bucket.steps is not None
+    steps = bucket.steps.to(bucket.parameters[0], non_blocking=True)
+    return (steps.repeat_interleave(bucket.constraint.blocks) if bucket.gathered else steps)[:, None, None]
