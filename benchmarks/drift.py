@@ -19,11 +19,11 @@ import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, init, mark_orthogonal
 
 
-def lapack_ratio(w: Tensor) -> float:
-    """||I - W W^T||_1 / (n u), the Gram matrix computed in float64."""
-    n = w.shape[-1]
-    defect = torch.eye(n, dtype=torch.float64) - w.detach().double() @ w.detach().double().mT
-    return float(torch.linalg.matrix_norm(defect, 1)) / (n * torch.finfo(w.dtype).eps / 2)
+def defect_ratio(w: Tensor) -> float:
+    """The largest ||I - W W^T||_1 / (n u) of wide matrices ``(..., p, n)``, the Gram matrices computed in float64."""
+    wide = w.detach().double()
+    defect = torch.eye(w.shape[-2], dtype=torch.float64) - wide @ wide.mT
+    return float(torch.linalg.matrix_norm(defect, 1).max()) / (w.shape[-1] * torch.finfo(w.dtype).eps / 2)
 
 
 def largest_ratio(
@@ -46,7 +46,7 @@ def largest_ratio(
         began = time.perf_counter()
         opt.step()
         spent += time.perf_counter() - began
-        largest = max(largest, lapack_ratio(weight))
+        largest = max(largest, defect_ratio(weight))
     return largest, 1000 * spent / steps
 
 

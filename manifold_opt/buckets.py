@@ -120,11 +120,20 @@ class Bucket:
     def reserve(self, room: Room) -> None:
         """Take the workspaces of a step now: if there is no memory for them, nothing has been written yet."""
         first = self.parameters[0]
-        count = max(piece.stop - piece.start for piece in self.pieces(self.tiny))
+        count = next(self.pieces(self.tiny)).stop  # the first piece is as large as any
         for role, columns in (("first", self.p), ("second", self.n)):
             room(role, (count, self.p, columns), like=first)
         for role in ("point", "gradient") if self.gathered else ():
             room(role, self.stacked, like=first)
+
+    def ask_for(self, temporaries: int) -> None:
+        """Take as many times the memory of a piece, and give it back: an accelerator's allocator keeps it for the step.
+
+        A host's has no end that could be seen before it is there.
+        """
+        first = self.parameters[0]
+        if not may_read(first):
+            first.new_empty(temporaries * next(self.pieces(self.tiny)).stop * self.p * self.n)
 
     def pieces(self, copied: bool = False) -> Iterator[slice]:
         """Blocks that are worked on at a time: memory is needed for these only, for more of it if they are copied."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .blocks import block_view
 from .orthogonalizer import basin, nearest_orthogonal, orthogonalizer, spectral_bound
+from .precision import FullPrecision
 from .stiefel import error, error_at_rounding
 
 DTYPES = (torch.float32, torch.float64)  # of parameters that can be marked
@@ -128,16 +129,17 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
         raise ValueError(f"orthogonalize_: steps must be at least 1, got {steps}.")
     matrices, gain = matrices_of(tensor, "orthogonalize_")
     w = matrices / gain
-    gram = w.mT @ w if w.shape[-2] > w.shape[-1] else w @ w.mT
-    # The cheap bound decides nearly always; the SVD cannot be asked where an entry is not finite.
-    if not bool((spectral_bound(gram) < basin(beta) ** 2).all()) and not (
-        bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < basin(beta)).all())
-    ):
-        raise ValueError(
-            f"orthogonalize_: a singular value is not below {basin(beta):.3g}, from where beta={beta} does not "
-            "converge to the nearest orthogonal matrix; use nearest_orthogonal."
-        )
-    matrices.copy_(gain * orthogonalizer(w, beta=beta, steps=steps))
+    with FullPrecision(w.device.type):
+        gram = w.mT @ w if w.shape[-2] > w.shape[-1] else w @ w.mT
+        # The cheap bound decides nearly always; the SVD cannot be asked where an entry is not finite.
+        if not bool((spectral_bound(gram) < basin(beta) ** 2).all()) and not (
+            bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < basin(beta)).all())
+        ):
+            raise ValueError(
+                f"orthogonalize_: a singular value is not below {basin(beta):.3g}, from where beta={beta} does not "
+                "converge to the nearest orthogonal matrix; use nearest_orthogonal."
+            )
+        matrices.copy_(gain * orthogonalizer(w, beta=beta, steps=steps))
     return tensor
 
 

@@ -19,8 +19,8 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     """What is wrong with the constraints of a model that an optimizer is to train; an empty list if all is well.
 
     Says which parameters have lost their mark, are marked but not in the optimizer or not in one of this package, are off
-    their manifold by more than rounding, or have state of another dtype or device; and which marked parameters the
-    optimizer still moves though they are no longer the model's.
+    their manifold by more than rounding, or have state that is not finite or of another dtype or device; and which
+    marked parameters the optimizer still moves though they are no longer the model's.
 
     Args:
         model: the module that is trained, or a wrapper of it.
@@ -98,6 +98,8 @@ def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
     elif RETRACTIONS[group["retraction"]].exact and bool(off_manifold(p, constraint)[0].any()):
         yield f"{name} is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
     for key, value in opt.state.get(p, {}).items():
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
         if isinstance(value, Tensor) and key != "step" and (value.dtype, value.device) != (p.dtype, p.device):
             yield (
                 f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "

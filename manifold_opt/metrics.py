@@ -7,6 +7,7 @@ from torch.optim.optimizer import Optimizer
 
 from .constraint import constraint_of
 from .diagnostics import orthogonality_error
+from .precision import FullPrecision
 from .stiefel import project
 from .tally import NAMES
 
@@ -42,7 +43,8 @@ def metrics(self: Optimizer) -> dict[str, float]:
         if p.grad is not None and constraint is not None:
             w = constraint.view(p.detach()) / constraint.gain
             g = constraint.view(p.grad.contiguous())
-            norms.append(float(torch.linalg.matrix_norm(project(w, g)).max()))
+            with FullPrecision(w.device.type):
+                norms.append(float(torch.linalg.matrix_norm(project(w, g)).max()))
     return {
         "orthogonality_error": max((orthogonality_error(p) for p in marked), default=0.0),
         "tangent_norm": max(norms),

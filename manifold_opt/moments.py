@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 from .buckets import Bucket
 from .constraint import Orthogonal, constraint_of
 from .direction import from_frame, to_frame
+from .precision import FullPrecision
 
 Group = dict[str, Any]
 
@@ -129,7 +130,8 @@ def _change(state: dict[str, Any], parameter: Tensor, constraint: Orthogonal, ch
             state[key] = held if held is not moment else moment.clone(memory_format=torch.preserve_format)
             if w.shape[-2] == w.shape[-1] and moment.shape == parameter.shape:
                 blocks = constraint.view(state[key])
-                blocks.copy_(change(w, key, blocks.to(w)))
+                with FullPrecision(w.device.type):
+                    blocks.copy_(change(w, key, blocks.to(w)))
 
 
 def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Orthogonal) -> Tensor:

@@ -14,6 +14,7 @@ from .buckets import Bucket, fill
 from .constraint import Orthogonal, constraint_of
 from .moments import convert, hold, leave, recorded, still_shown
 from .options import Group, check_finite, check_gradients, check_marked, check_options
+from .retractions import RETRACTIONS
 from .room import Room
 from .tally import Tally
 
@@ -44,13 +45,38 @@ class Plan:
     versions: dict[int, int | None] = field(default_factory=dict)
 
 
+class Before:
+    """State and records of an optimizer before a step: taken where a plan is made anew, for when that fails."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._known = list(optimizer.state)
+        self._taken: tuple[dict[Tensor, Any], list[Any]] | None = None
+
+    def take(self) -> None:
+        """Keep what there is, once a step."""
+        if self._taken is None:
+            state = {p: dict(entries) for p, entries in self._optimizer.state.items()}
+            self._taken = (state, [group["constraints"] for group in self._optimizer.param_groups])
+
+    def bring_back(self) -> None:
+        """State and records as they were; where none were taken, what torch's own _init_group has added goes."""
+        optimizer = self._optimizer
+        state, constraints = self._taken or ({p: optimizer.state[p] for p in self._known}, ())
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for group, record in zip(optimizer.param_groups, constraints, strict=False):
+            group["constraints"] = record
+        forget_plans(optimizer)
+
+
 def forget_plans(optimizer: Any) -> None:
     """Start without plans and workspaces: the state may be another one now."""
     optimizer._plans = []
     optimizer._held = recorded(optimizer.param_groups)
     optimizer._marks = {p: constraint_of(p) for group in optimizer.param_groups for p in group["params"]}
     optimizer._room = Room()
-    optimizer._before = ()
+    optimizer._before = None
     if not hasattr(optimizer, "_tally"):
         optimizer._tally = Tally()
 
@@ -82,9 +108,12 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
         for parameter in live:
             check_marked(name, parameter)
-        _remember(optimizer)
+        if optimizer._before is not None:
+            optimizer._before.take()
         convert(optimizer, group)
         plans[position] = _planned(optimizer, group, plan, Plan(members, marks, live, facts, (keys, scalars)))
+    for bucket in plans[position].buckets:
+        bucket.ask_for(RETRACTIONS[group["retraction"]].temporaries)
     return {**group, "params": [p for p, mark in zip(members, marks, strict=True) if mark is None]}
 
 
@@ -97,23 +126,6 @@ def refuse(optimizer: Any) -> None:
         _, marks, live = _survey(optimizer, group)
         if any(marks) and group["on_fault"] == "raise":
             check_finite(type(optimizer).__name__, live, [p.grad for p in live])  # type: ignore[misc]
-
-
-def _remember(optimizer: Any) -> None:
-    """Before a plan is made anew: what undo needs, once a step, if anybody may ask for it."""
-    if optimizer._before is None:
-        state = {p: dict(entries) for p, entries in optimizer.state.items()}
-        optimizer._before = (state, [group["constraints"] for group in optimizer.param_groups])
-
-
-def undo(optimizer: Any, known: list[Tensor]) -> None:
-    """Getting ready for a step has failed: state and records as they were, where only ``known`` had any."""
-    state, constraints = optimizer._before or ({p: optimizer.state[p] for p in known}, None)
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    for group, record in zip(optimizer.param_groups, constraints or (), strict=False):
-        group["constraints"] = record
-    forget_plans(optimizer)
 
 
 def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Orthogonal | None], list[Tensor]]:

@@ -34,6 +34,8 @@ class Retraction:
         polished: followed by one Newton-Schulz step, because alone it would carry an error in
             ``w @ w.mT = I`` along for ever.
         options: names of the keyword options it honours.
+        temporaries: memory of a step beyond its workspaces, as a multiple of that of the blocks that move; where the
+            host reads values, a step of unusual length can take more.
         longest: spectral norm of the longest step; a longer one is shortened to it.
     """
 
@@ -41,26 +43,40 @@ class Retraction:
     exact: bool
     second_order: tuple[str, ...]
     polished: bool
+    temporaries: int
     options: tuple[str, ...] = ()
     longest: float = 1e5  # beyond it W is lost in the rounding of W + V
 
 
 RETRACTIONS: dict[str, Retraction] = {
-    "qr": Retraction(qr, exact=True, second_order=(), polished=True),
-    "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=False),
+    "qr": Retraction(qr, exact=True, second_order=(), polished=True, temporaries=6),
+    "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=False, temporaries=14),
     "cayley_iterative": Retraction(
-        cayley_iterative, exact=False, second_order=("square", "canonical"), polished=True, longest=0.5
+        cayley_iterative,
+        exact=False,
+        second_order=("square", "canonical"),
+        polished=True,
+        temporaries=10,
+        longest=0.5,
     ),
-    "orthographic": Retraction(orthographic, exact=True, second_order=("square", "euclidean"), polished=False),
-    "polar": Retraction(polar, exact=True, second_order=("square", "euclidean"), polished=False),
+    "orthographic": Retraction(
+        orthographic, exact=True, second_order=("square", "euclidean"), polished=False, temporaries=6
+    ),
+    "polar": Retraction(polar, exact=True, second_order=("square", "euclidean"), polished=False, temporaries=5),
     "exp": Retraction(
-        exp, exact=True, second_order=("square", "euclidean", "canonical"), polished=True, options=("metric",)
+        exp,
+        exact=True,
+        second_order=("square", "euclidean", "canonical"),
+        polished=True,
+        temporaries=75,
+        options=("metric",),
     ),
     "orthogonalizer": Retraction(
         orthogonalized,
         exact=False,
         second_order=("square", "euclidean"),
         polished=False,
+        temporaries=7,
         options=("beta", "correction_steps"),
         longest=1.0,
     ),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,8 @@ from .buckets import Bucket
 from .constraint import off_blocks
 from .options import Group, largest_gradient
 from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, Bend, bend_of, rotate
-from .plan import Plan, refuse, undo
+from .plan import Before, Plan, refuse
+from .precision import FullPrecision, warn_unless_full, without_autocast
 from .products import matmul, may_read, norm
 from .retractions import RETRACTIONS, advance
 from .room import Room
@@ -65,12 +65,12 @@ def step(
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    ready = _ready if torch.compiler.is_compiling() else _ready_or_as_before
-    prepared = ready(optimizer, lists_of)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        warn_unless_full()
+    prepared = (_ready if compiling else _ready_or_as_before)(optimizer, lists_of)
+    precision = without_autocast if compiling else FullPrecision
     plans: list[Plan] = optimizer._plans
-    if not torch.compiler.is_compiling():
-        _restore(plans, optimizer.param_groups)
-
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         for group, lists, flag in prepared:
             if lists[0]:
@@ -80,7 +80,7 @@ def step(
         return loss
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
         for bucket in plan.buckets:
-            with torch.no_grad(), _full_precision(bucket.parameters[0].device.type):
+            with torch.no_grad(), precision(bucket.parameters[0].device.type):
                 assert bucket.steps is not None
                 bucket.count(1 if desk.found_inf is None else 1 - desk.found_inf.to(bucket.steps))
                 _move(bucket, group, rule_of(group, bucket), desk)
@@ -100,22 +100,18 @@ def _ready(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
 
 
 def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
-    """The same, after everything that can be refused; where it fails, the state that it has created is taken back."""
+    """The same, with everything that can be refused or fail before a step; where it does, nothing has changed."""
     refuse(optimizer)
-    known = list(optimizer.state)
-    optimizer._before = None
+    before = optimizer._before = Before(optimizer)
     try:
-        return _ready(optimizer, lists_of)
+        prepared = _ready(optimizer, lists_of)
+        _restore(optimizer._plans, optimizer.param_groups)
     except BaseException:
-        undo(optimizer, known)
+        before.bring_back()
         raise
     finally:
-        optimizer._before = ()
-
-
-def _full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Under autocast, which the meta device does not know, every product of a step would come back in bfloat16."""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+        optimizer._before = None
+    return prepared
 
 
 @torch.no_grad()
@@ -152,7 +148,7 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
                 f"A block of shape {shape} of a marked parameter was {distance:.2g} away from its manifold, changed "
                 "outside the optimizer since it was marked or last stepped (load_state_dict?). It was put back to "
                 "the nearest orthogonal value.",
-                stacklevel=6,  # the caller of opt.step(), past its hooks and decorators
+                stacklevel=7,  # the caller of opt.step(), past its hooks and decorators
             )
 
 

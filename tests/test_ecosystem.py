@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import manifold_opt
-from manifold_opt import RETRACTIONS, SGD, Adam, check, constraint_of, mark_orthogonal, orthogonality_error
+from manifold_opt import RETRACTIONS, SGD, Adam, check, constraint_of, mark_orthogonal, orthogonality_error, unmark
+from manifold_opt.precision import FullPrecision
 
 from .helpers import DTYPES, gaussian, point
+
+NEWER = hasattr(torch.backends, "fp32_precision")  # torch has a setting of each backend
 
 RULES = {
     "SGD": lambda p, **o: SGD(p, lr=0.05, momentum=0.9, **o),
@@ -124,20 +128,102 @@ def test_autocast_around_a_step_changes_no_bit(rule, dtype):
     assert same(model, other)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_matmul_precision_changes_no_bit(rule, precision):
-    model, other = net(), net()
-    opt, inside = RULES[rule](model.parameters()), RULES[rule](other.parameters())
-    run(model, opt, 4)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+def overall(precision):
+    return lambda: torch.set_float32_matmul_precision(precision)
+
+
+def each_backend(precision):
+    def choose():
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+    return choose
+
+
+def all_backends():
+    torch.backends.fp32_precision = "tf32"
+
+
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def settings():
+    """All of torch's settings of float32 products, as they can be asked for."""
     try:
-        run(other, inside, 4)
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert same(model, other)
+        found = [torch.get_float32_matmul_precision()]
+    except RuntimeError:  # those of the backends have been set apart
+        found = []
+    if NEWER:
+        backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        found += [backend.fp32_precision for backend in backends]
+    return found
+
+
+@pytest.fixture
+def _settings_restored():
+    yield
+    if NEWER:
+        for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            backend.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+PRECISIONS = {
+    "high": overall("high"),
+    "medium": overall("medium"),
+    "allow_tf32": tf32,
+    **({"mkldnn": each_backend("bf16"), "overall": all_backends} if NEWER else {}),
+}
+
+
+@pytest.mark.usefixtures("_settings_restored")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("choose", PRECISIONS.values(), ids=PRECISIONS)
+def test_matmul_precision_changes_no_bit(rule, choose):
+    """Of matrices large enough for a CPU that multiplies in bfloat16 to do so; and the settings stay."""
+    weights = [mark_orthogonal(nn.Parameter(point(256, 256, dtype=torch.float32))) for _ in range(2)]
+    for index, weight in enumerate(weights):
+        opt = RULES[rule]([weight])
+        if index == 1:
+            choose()
+            before = settings()
+        for step in range(4):
+            weight.grad = gaussian(256, 256, dtype=torch.float32, seed=step)
+            opt.step()
+            if step == 1:  # its moments leave the frame of W, and enter it again
+                unmark(weight)
+                weight.grad = None
+                opt.step()
+                mark_orthogonal(weight)
+    assert settings() == before
+    assert torch.equal(*weights)
+
+
+@pytest.mark.usefixtures("_settings_restored")
+def test_a_setting_inherited_from_all_backends_still_is():
+    if not NEWER:
+        pytest.skip("torch has no setting of all backends")
+    torch.backends.fp32_precision = "tf32"
+    with FullPrecision("cpu"):
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    torch.backends.fp32_precision = "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.usefixtures("_settings_restored")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_compiled_step_says_what_it_cannot_change(precision):
+    torch.set_float32_matmul_precision(precision)
+    weight = mark_orthogonal(nn.Parameter(torch.eye(3)))
+    weight.grad = torch.ones(3, 3)
+    opt = Adam([weight])
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(opt.step, backend="eager", fullgraph=True)()
+    said = [str(w.message) for w in caught if "manifold_opt multiplies" in str(w.message)]
+    assert len(said) == (precision != "highest")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, buckets, mark_orthogonal, orthogonality_error, unmark
 from manifold_opt import step as step_module
+from manifold_opt.buckets import Bucket
 from manifold_opt.constraint import attach, constraint_of
 from manifold_opt.orthographic import INTERVAL
 
-from .helpers import gaussian, point
+from .helpers import Memory, gaussian, never_read, point
 
 RULES = {
     "adam": lambda p, **o: Adam(p, lr=1e-3, **o),
@@ -369,6 +370,23 @@ def test_transient_memory_of_tiny_blocks(rule):
     assert transient_bytes(RULES[rule]([weight]), [weight]) <= 6 * 2**20
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize(("shape", "blocks", "count"), [((3 * 40, 40), 3, 1), ((40, 60), 1, 1), ((8, 80), 1, 30)])
+@pytest.mark.parametrize("metric", ["euclidean", "canonical"])
+def test_temporaries_are_what_a_retraction_claims(rule, retraction, shape, blocks, count, metric, monkeypatch):
+    never_read(monkeypatch)
+    weights = [parameter(*shape, blocks=blocks, seed=k % 5) for k in range(count)]
+    opt = RULES[rule](weights, retraction=retraction, metric=metric)
+    run(weights, opt, 2)
+    set_gradients(weights, 9)
+    monkeypatch.setattr(Bucket, "ask_for", lambda *_: None)
+    with Memory() as memory:
+        opt.step()
+    pieces = [next(bucket.pieces(bucket.tiny)).stop * bucket.p * bucket.n * 4 for bucket in opt._plans[0].buckets]
+    assert 0 < memory.peak <= RETRACTIONS[retraction].temporaries * max(pieces)
+
+
 # No waiting, no branching.
 
 
@@ -437,13 +455,7 @@ def test_a_compiled_step_is_one_graph(rule, retraction, rate):
 @pytest.mark.parametrize("rule", ["adam", "sgd"])
 def test_a_fixed_number_of_products_is_exact_at_any_rate(rule, rate, dtype, monkeypatch):
     """As where the host may not look: steps too long for it are shortened, and none leaves the manifold."""
-    import manifold_opt
-
-    for module in (
-        *(manifold_opt.polar_factor, manifold_opt.orthographic, manifold_opt.schemes),
-        *(manifold_opt.retractions, manifold_opt.products, step_module),
-    ):
-        monkeypatch.setattr(module, "may_read", lambda _: False)
+    never_read(monkeypatch)
     weights = [parameter(40, 40, dtype=dtype), parameter(12, 30, dtype=dtype)]
     opt = RULES[rule](weights)
     opt.param_groups[0]["lr"] = rate

@@ -11,7 +11,7 @@ from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_
 from manifold_opt.retractions import longest_step
 
 from . import reference
-from .helpers import DTYPES, EXACT, gaussian, point
+from .helpers import DTYPES, EXACT, Memory, gaussian, never_read, point
 
 RULES = {
     "SGD": lambda p, **o: SGD(p, **{"lr": 0.01, **o}),
@@ -82,6 +82,44 @@ def test_metrics_by_hand():
     with torch.no_grad():
         weight.mul_(2.0)
     assert opt.metrics()["orthogonality_error"] == pytest.approx(3 * 2**0.5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_weights_that_are_not_finite_spoil_no_others(rule, retraction):
+    """A NaN written through ``.data``, where nobody is told: one entry stays one, its block stays and is counted."""
+    runs = []
+    for spoilt in (False, True):
+        weight = mark_orthogonal(
+            nn.Parameter(torch.cat([point(5, 5, dtype=torch.float32, seed=k) for k in range(3)])), blocks=3
+        )
+        opt = RULES[rule]([weight], retraction=retraction)
+        for step in range(4):
+            if spoilt and step == 2:
+                weight.data[7, 3] = torch.nan
+                before = weight.detach().clone()
+            give([[weight]], step)
+            opt.step()
+        runs.append(weight.detach())
+    sound, spoilt = runs
+    assert torch.equal(sound[:5], spoilt[:5])
+    assert torch.equal(sound[10:], spoilt[10:])
+    torch.testing.assert_close(spoilt[5:10], before[5:10], rtol=0, atol=0, equal_nan=True)
+    assert opt.metrics()["skipped_blocks"] == 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_that_cannot_be_put_back_are_an_error_that_changes_nothing(rule):
+    groups = net()
+    opt = RULES[rule]([{"params": group} for group in groups])
+    with torch.no_grad():
+        groups[1][0][0, 0] = torch.nan
+    give(groups, 0)
+    before = everything(opt)
+    with pytest.raises(ValueError, match="entries that are not finite"):
+        opt.step()
+    groups[1][0].data[0, 0] = before[0][2][0, 0] = 0  # a NaN equals nothing
+    assert_unchanged(opt, before)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -177,6 +215,42 @@ def test_running_out_of_memory_changes_nothing(rule, where, monkeypatch):
     fresh.step()
     for mine, other in zip(groups[0] + groups[1], others[0] + others[1], strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("late", [False, True])
+def test_where_memory_ends_a_step_has_happened_or_not(rule, retraction, late, monkeypatch):
+    """Whatever there is of it, on an accelerator, whose allocator keeps what a step has asked for."""
+    never_read(monkeypatch)
+
+    def build():
+        marked = mark_orthogonal(nn.Parameter(torch.cat([point(40, 40, dtype=torch.float32)] * 3)), blocks=3)
+        others = [mark_orthogonal(nn.Parameter(point(8, 60, dtype=torch.float32, seed=k))) for k in range(5)]
+        opt = RULES[rule]([marked, *others], retraction=retraction)
+        for step in range(3 if late else 1):
+            if step:
+                opt.step()
+            give([[marked, *others]], step)
+        return opt
+
+    opt = build()
+    with Memory() as memory:
+        opt.step()
+    after = everything(opt)
+    refused = 0
+    for share in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.5):
+        opt = build()
+        before = everything(opt)
+        try:
+            with Memory(memory.peak * share):
+                opt.step()
+        except torch.OutOfMemoryError:
+            assert_unchanged(opt, before)
+            refused += 1
+            opt.step()
+        assert_unchanged(opt, after)
+    assert 5 <= refused <= 10
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)

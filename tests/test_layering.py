@@ -12,6 +12,7 @@ PACKAGE = Path(manifold_opt.__file__).parent
 ALLOWED = {
     "stiefel": set(),
     "products": set(),
+    "precision": set(),
     "tally": {"products"},
     "room": {"products"},
     "orthogonalizer": {"products", "stiefel"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "retractions": {"orthogonalizer", "orthographic", "products", "schemes", "stiefel", "tally"},
     "direction": {"products", "room", "stiefel"},
     "blocks": set(),
-    "constraint": {"blocks", "orthogonalizer", "stiefel"},
+    "constraint": {"blocks", "orthogonalizer", "precision", "stiefel"},
     "survival": {"constraint"},
     "marking": {"constraint", "survival"},
     "health": {"constraint", "retractions", "survival"},
@@ -29,15 +30,15 @@ ALLOWED = {
     "init": {"blocks", "constraint", "stiefel"},
     "options": {"constraint", "direction", "retractions"},
     "buckets": {"blocks", "constraint", "products", "room"},
-    "moments": {"buckets", "constraint", "direction"},
-    "plan": {"buckets", "constraint", "moments", "options", "room", "tally"},
+    "moments": {"buckets", "constraint", "direction", "precision"},
+    "plan": {"buckets", "constraint", "moments", "options", "retractions", "room", "tally"},
     "rules": {"buckets", "direction", "options", "products"},
     "unmarked": {"options"},
     "step": {
-        *("buckets", "constraint", "options", "orthographic", "plan", "products"),
+        *("buckets", "constraint", "options", "orthographic", "plan", "precision", "products"),
         *("retractions", "room", "rules", "schemes", "tally", "unmarked"),
     },
-    "metrics": {"constraint", "diagnostics", "stiefel", "tally"},
+    "metrics": {"constraint", "diagnostics", "precision", "stiefel", "tally"},
     "optim": {"direction", "metrics", "moments", "options", "plan", "rules", "step", "stiefel", "unmarked"},
 }
 

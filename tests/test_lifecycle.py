@@ -272,6 +272,8 @@ def test_check_says_what_is_wrong():
     assert any("torch.optim.adam.Adam, which does not keep it" in problem for problem in check(net, foreign))
     opt.state[weight_of(net)]["exp_avg"] = opt.state[weight_of(net)]["exp_avg"].double()
     assert any("its exp_avg torch.float64" in problem for problem in check(net, opt))
+    opt.state[weight_of(net)]["exp_avg"][0, 0] = torch.nan
+    assert any("exp_avg of" in problem and "is not finite" in problem for problem in check(net, opt))
 
 
 def test_what_unmark_has_freed_is_not_missed():

@@ -11,7 +11,7 @@ from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retrac
 from manifold_opt.orthographic import _FIRST, _FIXED, _OCTAVE, INTERVAL, LONGEST_FIXED, SEAM, TABLES
 
 from . import reference
-from .helpers import DTYPES, gaussian, point, rounding
+from .helpers import DTYPES, gaussian, never_read, point, rounding
 
 
 def rotation(*shape, t, dtype=torch.float64, rank=None, seed=1):
@@ -220,12 +220,7 @@ def test_a_block_without_a_step_is_not_brought_back(gain, gradient):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_nothing_can_be_read_every_block_is_corrected_in_every_step(dtype, monkeypatch):
-    import manifold_opt
-    from manifold_opt import step as step_module
-
-    modules = (manifold_opt.orthographic, manifold_opt.products, manifold_opt.buckets, step_module)
-    for module in modules:
-        monkeypatch.setattr(module, "may_read", lambda _: False)
+    never_read(monkeypatch)
     weight = mark_orthogonal(nn.Parameter(point(5, 4, 4, dtype=dtype).reshape(20, 4)), blocks=5)
     opt = SGD([weight], lr=1e-5)
     for step in range(8):
