@@ -253,9 +253,13 @@ def _tangent_(w: Tensor, v: Tensor, size: Tensor, room: Room) -> Tensor:
     where the host may not look.)
     """
     eps = torch.finfo(w.dtype).eps
-    if may_read(w) and float(size.max()) * eps <= eps**0.5 / 4:  # the square of that is rounding
+    near = size * eps <= eps**0.5 / 4  # the square of that is rounding
+    if not may_read(w):
+        return _project(w, v, room, "second")
+    if bool(near.all()):
         return v
-    return _project(w, v, room, "second")
+    # What a block gets does not depend on who is beside it.
+    return torch.where(near, v.clone(), _project(w, v, room, "second"))
 
 
 def _in_metric(w: Tensor, d: Tensor, metric: Metric, room: Room) -> Tensor:

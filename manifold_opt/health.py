@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from .constraint import Orthogonal, constraint_of, off_manifold, was_unmarked
+from .options import check_marked
 from .retractions import RETRACTIONS
 from .survival import records_of
 
@@ -39,6 +40,7 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place. Mark it again and build the optimizer anew.
     the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's: build the optimizer anew.
     """  # noqa: E501
+    opt = getattr(opt, "optim", opt)  # what torch's ZeroRedundancyOptimizer wraps
     ours = hasattr(opt, "_plans")
     marks: dict[Tensor, Orthogonal | None] = getattr(opt, "_marks", {})
     moved = {id(p): group for group in opt.param_groups for p in group["params"]}
@@ -77,13 +79,20 @@ def _lost(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         for leaf, (marked, constraint) in records_of(module).items():
             now = getattr(module, leaf, None)
-            if was_unmarked(marked) or (isinstance(now, Tensor) and constraint_of(now) == constraint):
+            present = constraint_of(now) if isinstance(now, Tensor) else None
+            if was_unmarked(marked) or present == constraint or (now is marked and present is not None):
                 continue
             yield (
                 f"{f'{path}.{leaf}' if path else leaf} has lost its constraint {constraint}: "
-                f"{'another parameter has taken its place' if now is not marked else 'it was converted'}. "
+                f"{_what_became_of(marked, now)}. "
                 "Mark it again and build the optimizer anew."
             )
+
+
+def _what_became_of(marked: Tensor, now: object) -> str:
+    if now is marked:
+        return "it was converted"
+    return "another parameter has taken its place" if isinstance(now, Tensor) else "it is there no more"
 
 
 def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
@@ -93,12 +102,17 @@ def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
     assert constraint is not None
     if p.is_meta:
         return
-    if not bool(p.isfinite().all()):
-        yield f"{name} has entries that are not finite."
-    elif RETRACTIONS[group["retraction"]].exact and bool(off_manifold(p, constraint)[0].any()):
-        yield f"{name} is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+    try:
+        check_marked(name, p)
+        if not bool(p.isfinite().all()):
+            yield f"{name} has entries that are not finite."
+        elif RETRACTIONS[group["retraction"]].exact and bool(off_manifold(p, constraint)[0].any()):
+            yield f"{name} is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+    except ValueError as refusal:  # what the next step would raise
+        reason = str(refusal).removeprefix(f"{name}: ").removeprefix("nearest_orthogonal: ")
+        yield f"{name} cannot be kept orthogonal: {reason}"
     for key, value in opt.state.get(p, {}).items():
-        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+        if isinstance(value, Tensor) and not value.is_meta and not bool(value.isfinite().all()):
             yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
         if isinstance(value, Tensor) and key != "step" and (value.dtype, value.device) != (p.dtype, p.device):
             yield (
@@ -163,8 +177,14 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
         share = 1 - decay if decay is not None else 1 / (int(count) + 1)
         mean = averaged.lerp(current, share)
         # AveragedModel hands over detached tensors, on which no mark is to be seen: by the memory they share.
-        marks = {p.data_ptr(): constraint_of(p) for p in model.parameters()}
-        constraint = marks.get(current.data_ptr())
+        marks = {p.data_ptr(): constraint_of(p) for p in (*model.parameters(), *model.buffers())}
+        if current.data_ptr() not in marks:
+            raise ValueError(
+                "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "
+                "another device. Give it the model that update_parameters gets; for averages on another device, "
+                "average as torch does and call project_(averaged_model) afterwards."
+            )
+        constraint = marks[current.data_ptr()]
         if constraint is not None:
             off, values = off_manifold(mean, constraint)
             constraint.view(mean)[off] = values

@@ -10,6 +10,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 from typing import SupportsIndex, TypeVar, overload
 
 import torch
@@ -108,7 +109,8 @@ def mark_orthogonal(
         parameter = target
         blocks = name if blocks is None else blocks
         label = "the parameter"
-    constraint = Orthogonal(1 if blocks is None else _whole(blocks), dim, gain)
+    gain = float(gain) if isinstance(gain, Real) else gain
+    constraint = Orthogonal(1 if blocks is None else _whole(blocks), _whole(dim), gain)
     _check(parameter, constraint, label)
     if (
         blocks is None
@@ -171,8 +173,10 @@ def mark_recurrent(module: nn.Module) -> list[str]:
 
 
 def _remember(module: nn.Module, name: str, parameter: Tensor, constraint: Orthogonal) -> None:
-    path, _, leaf = name.rpartition(".")
-    record(module.get_submodule(path), leaf, parameter, constraint)
+    tied = [key for key, p in module.named_parameters(remove_duplicate=False) if p is parameter]
+    for key in {name, *tied}:
+        path, _, leaf = key.rpartition(".")
+        record(module.get_submodule(path), leaf, parameter, constraint)
 
 
 def _parameter_of(module: nn.Module, name: str) -> nn.Parameter:
@@ -200,7 +204,8 @@ def _parameter_of(module: nn.Module, name: str) -> nn.Parameter:
 
 def _whole(number: SupportsIndex) -> int:
     """An int, also from numpy; anything else as it is, for _check to refuse."""
-    return operator.index(number) if hasattr(number, "__index__") else number  # type: ignore[return-value]
+    whole = hasattr(number, "__index__") and not isinstance(number, bool)
+    return operator.index(number) if whole else number  # type: ignore[return-value]
 
 
 def _gates_of(module: nn.Module, name: str) -> int | None:
@@ -249,8 +254,8 @@ def _problem(parameter: Tensor, constraint: Orthogonal) -> str | None:
     blocks, dim, gain = constraint.blocks, constraint.dim, constraint.gain
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
         return f"needs a whole number of blocks >= 1, got blocks={blocks!r}."
-    if dim not in (0, 1) or (dim == 1 and parameter.ndim != 2):
-        return f"has shape {shape}; its blocks are stacked along dim 0, or dim 1 of a matrix, got dim={dim}."
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim not in (0, 1) or (dim == 1 and parameter.ndim != 2):
+        return f"has shape {shape}; its blocks are stacked along dim 0, or dim 1 of a matrix, got dim={dim!r}."
     if shape[dim] % blocks:
         return (
             f"has shape {shape}: blocks={blocks} must divide dim {dim}. nn.RNN has 1 block, nn.GRU 3 gate blocks, "
@@ -258,6 +263,8 @@ def _problem(parameter: Tensor, constraint: Orthogonal) -> str | None:
         )
     if not (isinstance(gain, (int, float)) and 0 < gain < math.inf):
         return f"needs a finite gain above 0, got gain={gain!r}."
+    if any(stride == 0 < length - 1 for stride, length in zip(parameter.stride(), shape, strict=True)):
+        return f"has strides {parameter.stride()}: some of its entries are one and the same; use .clone() first."
     try:
         constraint.view(parameter.detach())
     except RuntimeError:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .buckets import Bucket
-from .constraint import Orthogonal, constraint_of
+from .constraint import Orthogonal, constraint_of, off_blocks
 from .direction import from_frame, to_frame
 from .precision import FullPrecision
 
@@ -88,8 +88,14 @@ def convert(optimizer: Any, group: Group) -> None:
     group["constraints"] = tuple((i, c.blocks, c.dim, c.gain) for i, c in marked)
 
 
-def check_recorded(name: str, groups: list[Group]) -> None:
-    """Raise a ValueError unless the parameters are marked as those were whose state is recorded in the groups."""
+def check_recorded(optimizer: Optimizer, groups: list[Group]) -> None:
+    """Raise a ValueError unless the parameters are marked as those were whose state is recorded in the groups.
+
+    In a checkpoint, that is: a copy of an optimizer knows what its state is, whatever has been marked since.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        return
+    name = type(optimizer).__name__
     for index, group in enumerate(groups):
         for position, blocks, dim, gain in group.get("constraints", ()):
             parameter, then = group["params"][position], Orthogonal(blocks, dim, gain)
@@ -122,8 +128,14 @@ def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
 
 
 def _change(state: dict[str, Any], parameter: Tensor, constraint: Orthogonal, change: Any) -> None:
-    """Every moment of one parameter into the frame of its square blocks, or out of it, as tensors of its shape."""
-    w = constraint.view(parameter.detach()) / constraint.gain
+    """Every moment of one parameter into the frame of its square blocks, or out of it, as tensors of its shape.
+
+    The frame is that of the point that the next step starts from, where a value just loaded is still to be put back.
+    """
+    w = constraint.view(parameter.detach()).clone()
+    off, values = off_blocks(w, constraint.gain)
+    w[off] = values
+    w = w / constraint.gain
     for key, moment in state.items():
         if key != "step" and isinstance(moment, Tensor):
             held = _shaped(moment, False, parameter, constraint)
@@ -148,6 +160,11 @@ def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: 
         return constraint.view(moment).mean((-2, -1), keepdim=True)
     value = torch.zeros_like(one if scalar else parameter, memory_format=torch.preserve_format)
     if moment is not None:
+        if moment.numel() > 1 and moment.shape[1:] != one.shape[1:]:
+            raise RuntimeError(
+                f"a marked parameter has shape {tuple(parameter.shape)}, what the optimizer holds for it "
+                f"{tuple(moment.shape)}. After changing the shape of a parameter, del opt.state[param]."
+            )
         per_block = moment if moment.shape == one.shape else moment.mean()
         (value if scalar else constraint.view(value)).copy_(per_block)
     return value

@@ -106,7 +106,7 @@ class SGD(torch.optim.SGD):
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_recorded(type(self).__name__, state["param_groups"])
+        check_recorded(self, state["param_groups"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)
@@ -220,7 +220,7 @@ class Adam(torch.optim.Adam):
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_recorded(type(self).__name__, state["param_groups"])
+        check_recorded(self, state["param_groups"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)
@@ -313,7 +313,7 @@ class AdamW(torch.optim.AdamW):
     add_param_group = add_param_group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_recorded(type(self).__name__, state["param_groups"])
+        check_recorded(self, state["param_groups"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .constraint import DTYPES, constraint_of
+from .constraint import DTYPES, Orthogonal, constraint_of, was_unmarked
 from .direction import ADAM
 from .retractions import check_retraction
 
@@ -38,6 +38,15 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
             param_group["params"] = list(param_group["params"])
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
+    remember_marks(self, self.param_groups[-1]["params"])
+
+
+def remember_marks(optimizer: Any, parameters: list[Tensor]) -> None:
+    """Keep the marks that parameters have, and those that they have had and lost: :func:`check` will ask for them."""
+    marks: dict[Tensor, Orthogonal | None] = optimizer.__dict__.setdefault("_marks", {})
+    for p in parameters:
+        if constraint_of(p) is not None or was_unmarked(p):
+            marks[p] = constraint_of(p)
 
 
 def check_group(name: str, group: Group) -> None:
@@ -102,6 +111,12 @@ def check_gradients(name: str, parameters: list[Tensor], gradients: list[Tensor]
     if not all(g.layout is torch.strided for g in gradients):
         shape = next(tuple(g.shape) for g in gradients if g.layout is not torch.strided)
         raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+    if list(map(Tensor.numel, parameters)) != list(map(Tensor.numel, gradients)):
+        p, g = next((p, g) for p, g in zip(parameters, gradients, strict=True) if p.numel() != g.numel())
+        raise RuntimeError(
+            f"{name}: a marked parameter has shape {tuple(p.shape)}, its gradient {tuple(g.shape)}. Call zero_grad() "
+            "after changing the shape of a parameter."
+        )
     if not all(g.dtype == p.dtype and g.device == p.device for p, g in zip(parameters, gradients, strict=True)):
         p, g = next(
             (p, g) for p, g in zip(parameters, gradients, strict=True) if (g.dtype, g.device) != (p.dtype, p.device)
@@ -113,9 +128,13 @@ def check_gradients(name: str, parameters: list[Tensor], gradients: list[Tensor]
 
 
 @torch.no_grad()
-def check_finite(name: str, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-    """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device."""
-    for p, g in zip(parameters, gradients, strict=True):
+def check_finite(name: str, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None) -> None:
+    """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device.
+
+    Gradients may be scaled: a step will divide them by ``scale``.
+    """
+    for p, scaled in zip(parameters, gradients, strict=True):
+        g = scaled if scale is None else scaled / scale.to(scaled)
         limit = largest_gradient(g.dtype)
         if float(torch.linalg.vector_norm(g)) <= limit:
             continue

@@ -13,11 +13,12 @@ from torch import Tensor
 from .buckets import Bucket, fill
 from .constraint import Orthogonal, constraint_of
 from .moments import convert, hold, leave, recorded, still_shown
-from .options import Group, check_finite, check_gradients, check_marked, check_options
+from .options import Group, check_finite, check_gradients, check_marked, check_options, remember_marks
 from .retractions import RETRACTIONS
 from .room import Room
 from .tally import Tally
 
+SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
 Keys = tuple[list[str], list[str]]
 Facts = tuple[list[Any], ...]
 
@@ -74,7 +75,7 @@ def forget_plans(optimizer: Any) -> None:
     """Start without plans and workspaces: the state may be another one now."""
     optimizer._plans = []
     optimizer._held = recorded(optimizer.param_groups)
-    optimizer._marks = {p: constraint_of(p) for group in optimizer.param_groups for p in group["params"]}
+    remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
     optimizer._room = Room()
     optimizer._before = None
     if not hasattr(optimizer, "_tally"):
@@ -102,12 +103,14 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         [p.dtype for p in live],
         [p.device for p in live],
         [p.is_contiguous() for p in live],
+        list(map(Tensor.numel, live)),
         [group.get("capturable")],  # where the steps are counted
     )
     same = _are(plan.members, members) and plan.marks == marks and _are(plan.parameters, live) and plan.facts == facts
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
         for parameter in live:
             check_marked(name, parameter)
+        remember_marks(optimizer, members)
         if optimizer._before is not None:
             optimizer._before.take()
         convert(optimizer, group)
@@ -122,10 +125,13 @@ def refuse(optimizer: Any) -> None:
     careful = any(group["on_fault"] == "raise" for group in optimizer.param_groups)
     if len(optimizer.param_groups) == 1 and not careful:
         return  # prepare looks before it leaps
+    scale, overflow = (getattr(optimizer, key, None) for key in SCALED)
+    if overflow is not None and float(overflow) != 0:
+        careful = False  # a GradScaler has seen it, and nothing will move
     for group in optimizer.param_groups:
         _, marks, live = _survey(optimizer, group)
-        if any(marks) and group["on_fault"] == "raise":
-            check_finite(type(optimizer).__name__, live, [p.grad for p in live])  # type: ignore[misc]
+        if careful and any(marks) and group["on_fault"] == "raise":
+            check_finite(type(optimizer).__name__, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
 def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Orthogonal | None], list[Tensor]]:

@@ -49,7 +49,7 @@ class Retraction:
 
 
 RETRACTIONS: dict[str, Retraction] = {
-    "qr": Retraction(qr, exact=True, second_order=(), polished=True, temporaries=6),
+    "qr": Retraction(qr, exact=True, second_order=(), polished=True, temporaries=7),
     "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=False, temporaries=14),
     "cayley_iterative": Retraction(
         cayley_iterative,

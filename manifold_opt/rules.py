@@ -40,7 +40,8 @@ def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
     assert bucket.steps is not None
     beta1, beta2 = (_number(beta) for beta in group["betas"])
     readable = may_read(bucket.steps) and bucket.lockstep is not None
-    steps: Number = float(bucket.lockstep or 0) if readable else _per_block(bucket)
+    # None yet is possible: a GradScaler has skipped the first.
+    steps: Number = float(max(bucket.lockstep or 1, 1)) if readable else _per_block(bucket)
     decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
     return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"])
 

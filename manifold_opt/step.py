@@ -21,7 +21,7 @@ from .buckets import Bucket
 from .constraint import off_blocks
 from .options import Group, largest_gradient
 from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, Bend, bend_of, rotate
-from .plan import Before, Plan, refuse
+from .plan import SCALED, Before, Plan, refuse
 from .precision import FullPrecision, warn_unless_full, without_autocast
 from .products import matmul, may_read, norm
 from .retractions import RETRACTIONS, advance
@@ -41,7 +41,6 @@ class Desk(NamedTuple):
     found_inf: Tensor | None
 
 
-_SCALED = ("grad_scale", "found_inf")
 Closure = Callable[[], Any]
 Prepared = list[tuple[Group, Lists, bool]]
 
@@ -75,7 +74,7 @@ def step(
         for group, lists, flag in prepared:
             if lists[0]:
                 step_unmarked(optimizer, group, lists, flag)
-    desk = Desk(optimizer._room, optimizer._tally, *(getattr(optimizer, key, None) for key in _SCALED))
+    desk = Desk(optimizer._room, optimizer._tally, *(getattr(optimizer, key, None) for key in SCALED))
     if desk.found_inf is not None and may_read(desk.found_inf) and float(desk.found_inf) != 0:
         return loss
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
@@ -122,8 +121,8 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
     """
     found = []
     for plan, group in zip(plans, groups, strict=True):
-        slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
         for bucket in plan.buckets:
+            slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
             constraint = bucket.constraint
             versions = [p._version for p in bucket.parameters]
             if versions == bucket.versions:
@@ -131,17 +130,11 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
             pairs = zip(bucket.parameters, bucket.versions, versions, strict=True)
             views = [constraint.view(p.detach()) for p, before, now in pairs if before != now]
             blocks = torch.cat(views) if len(views) > 1 else views[0]
-            found.append((views, blocks, *off_blocks(blocks, constraint.gain, slack)))
-    for views, blocks, off, values in found:
-        if not bool(off.any()):
-            continue
-        distances = torch.linalg.matrix_norm(blocks[off] - values)
-        blocks[off] = values
-        if len(views) > 1:
-            for k, view in enumerate(views):
-                rows = slice(k * len(view), (k + 1) * len(view))
-                view[off[rows]] = blocks[rows][off[rows]]
-        distance = float(distances.max())
+            off, values = off_blocks(blocks, constraint.gain, slack)
+            if bool(off.any()):
+                found.append((views, blocks, off, values))
+    for _, blocks, off, values in found:
+        distance = float(torch.linalg.matrix_norm(blocks[off] - values).max())
         if distance > _FAR:
             shape = tuple(blocks.shape[1:])
             warnings.warn(
@@ -150,6 +143,12 @@ def _restore(plans: list[Plan], groups: list[Group]) -> None:
                 "the nearest orthogonal value.",
                 stacklevel=7,  # the caller of opt.step(), past its hooks and decorators
             )
+    for views, blocks, off, values in found:
+        blocks[off] = values
+        if len(views) > 1:
+            for k, view in enumerate(views):
+                rows = slice(k * len(view), (k + 1) * len(view))
+                view[off[rows]] = blocks[rows][off[rows]]
 
 
 def _move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:

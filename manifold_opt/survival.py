@@ -13,6 +13,7 @@ import functools
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -38,11 +39,11 @@ def records_of(module: nn.Module) -> dict[str, Record]:
 
 def restore(module: nn.Module, *_: Any) -> None:
     """Mark the parameters that have taken the place of marked ones; one that unmark has freed stays free."""
-    for name, (marked, constraint) in records_of(module).items():
-        now = getattr(module, name, None)
-        if now is not marked and constraint_of(marked) is not None and isinstance(now, nn.Parameter):
-            attach(now, constraint)
-            record(module, name, now, constraint)
+    for name, (marked, _) in list(records_of(module).items()):
+        now, present = getattr(module, name, None), constraint_of(marked)
+        if now is not marked and present is not None and isinstance(now, nn.Parameter):
+            attach(now, present)
+            record(module, name, now, present)
 
 
 _deepcopy = nn.Parameter.__deepcopy__
@@ -71,4 +72,5 @@ def _rebuild_with_mark(constraint: Orthogonal, rebuild: Any, arguments: Any) -> 
 
 
 nn.Parameter.__deepcopy__ = _deepcopy_with_mark  # type: ignore[method-assign, assignment]
+torch.serialization.add_safe_globals([Orthogonal])  # so that a saved parameter loads with weights_only=True
 ForkingPickler.register(nn.Parameter, _reduce_with_mark)

@@ -25,7 +25,7 @@ ALLOWED = {
     "constraint": {"blocks", "orthogonalizer", "precision", "stiefel"},
     "survival": {"constraint"},
     "marking": {"constraint", "survival"},
-    "health": {"constraint", "retractions", "survival"},
+    "health": {"constraint", "options", "retractions", "survival"},
     "diagnostics": {"blocks", "constraint", "stiefel"},
     "init": {"blocks", "constraint", "stiefel"},
     "options": {"constraint", "direction", "retractions"},

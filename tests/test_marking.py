@@ -356,3 +356,38 @@ def test_the_forum_case(orthogonal_map):
         opt.step()
         gates = gru.weight_hh_l0.detach().unflatten(0, (3, hidden))
         assert float(error(gates).max()) < 1e-6 * hidden**0.5
+
+
+def test_mark_recurrent_refuses_what_cannot_be_kept_before_it_writes():
+    net = nn.ModuleList([nn.GRU(3, 6), nn.GRU(3, 6).bfloat16()])
+    before = net[0].weight_hh_l0.detach().clone()
+    with pytest.raises(ValueError, match=r"1\.weight_hh_l0 has dtype torch.bfloat16"):
+        mark_recurrent(net)
+    assert torch.equal(net[0].weight_hh_l0, before)
+    net[1].float()
+    mark_orthogonal(net[1].weight_hh_l0, blocks=1)
+    with pytest.raises(ValueError, match="already marked as"):
+        mark_recurrent(net)
+    assert constraint_of(net[0].weight_hh_l0) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"blocks": True}, "blocks=True"), ({"dim": False}, "dim=False"), ({"dim": 0.0}, r"dim=0\.0")],
+)
+def test_numbers_that_are_none_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        mark_orthogonal(nn.Parameter(torch.eye(4)), **options)
+
+
+def test_numbers_from_numpy_become_pythons():
+    weight = mark_orthogonal(
+        nn.Parameter(torch.eye(4)), blocks=numpy.int64(2), dim=numpy.int64(0), gain=numpy.float32(2)
+    )
+    constraint = constraint_of(weight)
+    assert [type(x) for x in (constraint.blocks, constraint.dim, constraint.gain)] == [int, int, float]
+
+
+def test_entries_that_are_one_and_the_same_are_refused():
+    with pytest.raises(ValueError, match="one and the same"):
+        mark_orthogonal(nn.Parameter(torch.ones(1).expand(4, 1)), blocks=4)
