@@ -3,11 +3,13 @@
     python benchmarks/soak.py --json soak.json --plot docs/soak.png
 
 Gradients are standard normal, so that nothing ever settles, and the learning rate of every step is drawn anew,
-log-uniformly from 1e-4 to 1: steps too short to see and steps several times around the manifold, in any order. Two
-weights go side by side, square gates and wide blocks. The ratio ||I - W W^T||_1 / (n u) is LAPACK's measure of
-orthogonality, u the unit roundoff; LAPACK's own tests accept 30. No step is left out.
+log-uniformly from 1e-4 to 1: steps too short to see and steps several times around the manifold, in any order. The
+weight is three square gates, 8 x 8 each, or with `--shape wide` two blocks of 8 x 12. The ratio
+||I - W W^T||_1 / (n u) is LAPACK's measure of orthogonality, u the unit roundoff; LAPACK's own tests accept 30. No step
+is left out.
 
-Every run is a process of its own. `--json` is written as each ends; what it holds already is not run again.
+A run takes about eight minutes of one core, and there are twenty. `--json` is written as each ends; what it holds
+already is not run again.
 """
 
 from __future__ import annotations
@@ -32,41 +34,34 @@ from manifold_opt import RETRACTIONS, SGD, Adam, constraint_of, init, mark_ortho
 RULES = {"sgd": functools.partial(SGD, momentum=0.9), "adam": Adam}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SCHEMES = [name for name, scheme in RETRACTIONS.items() if scheme.exact]
-SHAPES = (((24, 8), 3), ((8, 12), 2))  # of a weight, and its blocks
+SHAPES = {"gates": ((24, 8), 3), "wide": ((16, 12), 2)}  # of a weight, and its blocks
 SHORTEST, LONGEST = 1e-4, 1.0  # learning rates
 TOGETHER = 250  # steps whose weights are kept to be judged at once
 POINTS = 500  # of a curve: each the largest ratio of as many steps
 
 
-def weights(dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-    """The marked weights of a run."""
-    marked = []
-    for shape, blocks in SHAPES:
-        value = init.orthogonal_(torch.empty(shape, dtype=dtype), blocks=blocks, generator=generator)
-        marked.append(mark_orthogonal(nn.Parameter(value), blocks=blocks))
-        marked[-1].grad = torch.empty_like(value)
-    return marked
-
-
-def run(optimizer: str, scheme: str, dtype: str, steps: int) -> dict[str, Any]:
+def run(optimizer: str, scheme: str, dtype: str, shape: str, steps: int) -> dict[str, Any]:
     """One run: the largest ratio of all steps, that of every stretch of them, and what the optimizer has counted."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
-    marked = weights(DTYPES[dtype], generator)
-    opt = RULES[optimizer](marked, lr=SHORTEST, retraction=scheme)
+    size, blocks = SHAPES[shape]
+    value = init.orthogonal_(torch.empty(size, dtype=DTYPES[dtype]), blocks=blocks, generator=generator)
+    weight = mark_orthogonal(nn.Parameter(value), blocks=blocks)
+    opt = RULES[optimizer]([weight], lr=SHORTEST, retraction=scheme)
     curve: list[float] = []
     stretch = max(steps // POINTS, 1)
     for start in range(0, steps, stretch):
         largest = 0.0
         for first in range(start, min(start + stretch, steps), TOGETHER):
             count = min(TOGETHER, start + stretch - first, steps - first)
-            largest = max(largest, several(opt, marked, count, generator))
+            largest = max(largest, several(opt, weight, count, generator))
         curve.append(largest)
     return {
         "optimizer": optimizer,
         "scheme": scheme,
         "dtype": dtype,
+        "shape": shape,
         "steps": steps,
         "largest_ratio": max(curve),
         "curve": curve,
@@ -75,26 +70,17 @@ def run(optimizer: str, scheme: str, dtype: str, steps: int) -> dict[str, Any]:
     }
 
 
-def several(opt: torch.optim.Optimizer, marked: list[Tensor], count: int, generator: torch.Generator) -> float:
+def several(opt: torch.optim.Optimizer, weight: Tensor, count: int, generator: torch.Generator) -> float:
     """Make ``count`` steps, and return the largest ratio of a block after any of them; infinite for a NaN."""
-    noise = [torch.randn(count, *w.shape, dtype=w.dtype, generator=generator) for w in marked]
+    noise = torch.randn(count, *weight.shape, dtype=weight.dtype, generator=generator).unbind()
     rates = torch.empty(count).uniform_(math.log(SHORTEST), math.log(LONGEST), generator=generator).exp()
-    seen = [torch.empty(count, *w.shape, dtype=w.dtype) for w in marked]
-    for step in range(count):
-        for w, g in zip(marked, noise, strict=True):
-            w.grad.copy_(g[step])
-        opt.param_groups[0]["lr"] = float(rates[step])
+    seen = torch.empty(count, *weight.shape, dtype=weight.dtype)
+    for g, lr, kept in zip(noise, rates.tolist(), seen.unbind(), strict=True):
+        weight.grad, opt.param_groups[0]["lr"] = g, lr
         opt.step()
-        for w, kept in zip(marked, seen, strict=True):
-            kept[step] = w.detach()
-    ratios = [defect_ratio(blocks) for w, kept in zip(marked, seen, strict=True) for blocks in views(w, kept)]
+        kept.copy_(weight.detach())
+    ratios = [defect_ratio(blocks) for blocks in seen.chunk(constraint_of(weight).blocks, dim=1)]
     return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
-
-
-def views(weight: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
-    """The blocks of a weight, each as it was after every step, ``(steps, p, n)``."""
-    constraint = constraint_of(weight)
-    return kept.chunk(constraint.blocks, dim=1 + constraint.dim)
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
@@ -135,13 +121,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
+    parser.add_argument("--shape", default="gates", choices=SHAPES)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the runs here as they end, and take up those it has")
     parser.add_argument("--plot", help="draw the curves here, as PNG")
     args = parser.parse_args(arguments)
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
-    known = {(row["optimizer"], row["scheme"], row["dtype"], row["steps"]) for row in rows}
-    wanted = [(rule, scheme, dtype, args.steps) for scheme in args.schemes for rule in RULES for dtype in DTYPES]
+    known = {(row["optimizer"], row["scheme"], row["dtype"], row["shape"], row["steps"]) for row in rows}
+    wanted = [
+        (rule, scheme, dtype, args.shape, args.steps) for scheme in args.schemes for rule in RULES for dtype in DTYPES
+    ]
     print(f"manifold_opt {manifold_opt.__version__}, torch {torch.__version__}, {args.steps} steps", flush=True)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for row in pool.imap(_run, [settings for settings in wanted if settings not in known]):
@@ -150,13 +139,15 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name:32} largest ratio {row['largest_ratio']:6.2f}, {row['seconds']:6.0f} s", flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}))
-    rows = [row for row in rows if (row["optimizer"], row["scheme"], row["dtype"], row["steps"]) in wanted]
+    rows = [
+        row for row in rows if (row["optimizer"], row["scheme"], row["dtype"], row["shape"], row["steps"]) in wanted
+    ]
     print(table(rows))
     if args.plot:
         plot(rows, args.plot)
 
 
-def _run(settings: tuple[str, str, str, int]) -> dict[str, Any]:
+def _run(settings: tuple[str, str, str, str, int]) -> dict[str, Any]:
     return run(*settings)
 
 

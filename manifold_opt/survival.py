@@ -39,7 +39,7 @@ def records_of(module: nn.Module) -> dict[str, Record]:
 
 def restore(module: nn.Module, *_: Any) -> None:
     """Mark the parameters that have taken the place of marked ones; one that unmark has freed stays free."""
-    for name, (marked, _) in list(records_of(module).items()):
+    for name, (marked, _then) in list(records_of(module).items()):
         now, present = getattr(module, name, None), constraint_of(marked)
         if now is not marked and present is not None and isinstance(now, nn.Parameter):
             attach(now, present)
