@@ -1,0 +1,208 @@
+"""The command line: python -m manifold_opt compare."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from .. import RETRACTIONS
+from . import cost
+from .api import Comparison, check
+from .contenders import PEERS, Settings
+from .data import MissingDataError
+from .results import Results
+from .runner import units
+from .session import Session, environment
+from .tasks import TASKS, Task
+
+STEP = "step"  # the task without learning
+DEFAULT_TASKS = ("procrustes", "digits", STEP)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+SWEEP = [10 ** (k / 2) for k in range(-4, 6)]  # multiples of a task's own learning rate
+
+
+class Parser(argparse.ArgumentParser):
+    """One that complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> Parser:
+    """Of what comes after ``compare``."""
+    made = Parser(prog="manifold_opt compare", description="Compare retraction schemes, and peers, side by side.")
+    add = made.add_argument
+    tasks = ", ".join((*TASKS, STEP))
+    add("--task", nargs="+", type=_names, default=[DEFAULT_TASKS], metavar="T", help=f"of {tasks}; by default "
+        f"{', '.join(DEFAULT_TASKS)}")  # fmt: skip
+    add("--retractions", type=_names, default=tuple(RETRACTIONS), metavar="A,B", help="by default all: "
+        f"{', '.join(RETRACTIONS)}")  # fmt: skip
+    add("--peers", type=_names, default=tuple(PEERS), metavar="A,B", help=f"by default all: {', '.join(PEERS)}; "
+        "'none' for none")  # fmt: skip
+    add("--optimizer", default="adam", help="adam (the default), or sgd without momentum")
+    add("--metric", default="euclidean", help="euclidean (the default) or canonical")
+    rates = made.add_mutually_exclusive_group()
+    rates.add_argument("--lr", type=float, nargs="+", help="learning rates; by default each task's own")
+    rates.add_argument("--sweep-lr", action="store_true", help="ten learning rates, from a hundredth of the task's own "
+                       "up to 300 times it")  # fmt: skip
+    add("--penalty", type=float, default=0.1, help="weight of ||I - W W^T||^2 in the peer of that name (0.1)")
+    add("--size", type=int, help="of the matrices: n, p for pca, hidden units; for step the largest n")
+    add("--steps", type=int, help="training steps; by default each task's own")
+    add("--seeds", type=int, default=3, help="how many (3)")
+    add("--dtype", default="float32", help="float32 (the default) or float64")
+    add("--device", default="cpu", help="cpu (the default), cuda, ...")
+    add("--threads", type=int, help="of torch on the CPU; by default torch's own choice")
+    add("--data", metavar="DIR", help="a folder with the files of Fashion-MNIST")
+    add("--out", type=Path, metavar="DIR", help="write results.json, the plots and report.html there")
+    add("--resume", action="store_true", help="go on from the results.json in --out")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit status."""
+    reader = parser()
+    args = reader.parse_args(arguments)
+    try:
+        from rich.console import Console
+
+        from . import page, plots  # noqa: F401  # found missing now, not at the end
+    except ModuleNotFoundError as missing:
+        reader.error(f"{missing.name} is not installed: pip install 'manifold-opt[compare]'")
+    try:
+        session, results = prepare(args, ["python", "-m", "manifold_opt", "compare", *arguments])
+    except (ValueError, MissingDataError) as refusal:
+        reader.error(" ".join(str(refusal).removeprefix("compare: ").split()))
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    from .progress import Bar, Lines
+
+    with (Bar if console.is_terminal else Lines)(console) as progress:
+        session.carry_out(results, progress)
+    comparison = Comparison(results)
+    console.print(comparison)
+    if args.out:
+        written = comparison.plots(args.out)
+        comparison.to_html(args.out / "report.html")
+        console.print(f"{args.out}/report.html, results.json, {len(written)} plots", highlight=False, soft_wrap=True)
+    if results.interrupted:
+        again = " --resume goes on from there." if args.out else " With --out they would have been kept."
+        console.print(f"Interrupted; what was finished is above.{again}", highlight=False)
+        return 130
+    return 0
+
+
+def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, Results]:
+    """What is to be done, and what there is already; a ValueError says what is wrong with what was asked for."""
+    names = tuple(dict.fromkeys(name for some in args.task for name in some))
+    _among("--task", names, (*TASKS, STEP))
+    _among("--retractions", args.retractions, RETRACTIONS)
+    peers = () if args.peers == ("none",) else args.peers
+    _among("--peers", peers, PEERS)
+    _among("--dtype", [args.dtype], DTYPES)
+    schemes = (*args.retractions, *peers)
+    check(schemes, args.optimizer, args.metric, args.lr or [1.0], args.steps, range(args.seeds))
+    for option in ("size", "threads"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
+    if not 0 <= args.penalty < math.inf:
+        raise ValueError(f"--penalty must be finite and at least 0, got {args.penalty}")
+    device = _device(args.device)
+    if args.resume and not args.out:
+        raise ValueError("--resume needs the --out that the results were written to")
+    if args.out:
+        _writable(args.out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype]
+    tasks: list[Task] = [make(args.size, args.data) for name in names if name != STEP for make in TASKS[name]]
+    settings = Settings(args.optimizer, 1e-3, 1.0, args.metric, args.penalty)
+    session = Session(
+        units(tasks, range(args.seeds), lambda task: _rates(args, task), settings, schemes, args.steps, device),
+        cost.points(args.size) if STEP in names else [],
+        schemes,
+        settings,
+        device,
+        dtype,
+    )
+    asked = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "data")}
+    asked.update(task=list(names), out=None, retractions=list(args.retractions), peers=list(peers))
+    del asked["out"]
+    results = Results(environment(device), {**asked, "command": shlex.join(command)})
+    if args.out:
+        results = _resumed(args, results)
+        session.save = lambda found: found.save(args.out / "results.json")
+    return session, results
+
+
+def _resumed(args: argparse.Namespace, fresh: Results) -> Results:
+    path = args.out / "results.json"
+    if not args.resume:
+        return fresh
+    if not path.is_file():
+        raise ValueError(f"--resume finds no results.json in {args.out}")
+    try:
+        found = Results.load(path)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--resume cannot read {path}; start anew without it") from None
+    for key, value in fresh.arguments.items():
+        if key != "command" and found.arguments.get(key) != value:
+            raise ValueError(
+                f"--resume: {path} was made with {key}={found.arguments.get(key)}, not {value}; ask for the same, or "
+                "give another --out"
+            )
+    return found
+
+
+def _rates(args: argparse.Namespace, task: Task) -> list[float]:
+    if args.sweep_lr:
+        return [float(f"{task.lr * factor:.2g}") for factor in SWEEP]
+    return args.lr or [task.lr]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.replace(" ", ",").split(",")))
+
+
+def _among(option: str, names: Sequence[str], choices: Any) -> None:
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"{option} knows {', '.join(choices)}, not {name!r}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}; cpu always can") from None
+    return device
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written to: {error.strerror}") from None
+
+
+def run() -> NoReturn:
+    """Dispatch on the first word; there is one command so far."""
+    words = sys.argv[1:]
+    usage = "usage: python -m manifold_opt compare [options]   (compare --help says which)"
+    if words[:1] == ["compare"]:
+        sys.exit(main(words[1:]))
+    if words[:1] in (["-h"], ["--help"]):
+        print(usage)
+        sys.exit(0)
+    print(usage, file=sys.stderr)
+    sys.exit(2)

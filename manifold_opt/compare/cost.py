@@ -1,0 +1,117 @@
+"""What a step costs: against the size of one matrix, and against the number of small ones. Nothing is learned."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import mark_orthogonal, stiefel
+from .contenders import PEERS, Contender, Settings, build
+from .results import Cost
+
+SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (1, 10, 100), 16
+ROUNDS, TURN = 7, 0.02  # turns of every scheme, and seconds of one; one step at least
+SETS = 4  # of gradients, taken in turn
+
+Tell = Callable[[str], None]
+T = TypeVar("T")
+
+
+def points(largest: int | None) -> list[tuple[str, int, int]]:
+    """What is measured: which of both is varied, how many matrices, and their size; up to a size if one is given."""
+    sizes = [n for n in SIZES if largest is None or n <= largest] or [largest or SMALL]
+    if largest is not None and largest > sizes[-1]:
+        sizes.append(largest)
+    small = min(SMALL, sizes[-1])
+    return [("n", 1, n) for n in sizes] + [("count", count, small) for count in COUNTS]
+
+
+def measure(
+    point: tuple[str, int, int], schemes: tuple[str, ...], settings: Settings, device: torch.device, tell: Tell
+) -> Iterator[Cost]:
+    """One point of the curve of every scheme, which take turns. One that fails says so, and the others go on."""
+    varied, count, n = point
+    costs = {scheme: Cost(scheme, varied, count, n, n, peer=scheme in PEERS) for scheme in schemes}
+    turns: dict[str, Callable[[], float]] = {}
+    ready: dict[str, Contender] = {}
+    with torch.random.fork_rng(), torch.enable_grad():
+        for scheme in schemes:
+            torch.manual_seed(0)
+            matrices = nn.ModuleList(_Matrix(stiefel.random(n, n)) for _ in range(count)).to(device)
+            gradients = torch.randn(SETS, count, n, n, device=device)
+            made = _guarded(costs[scheme], functools.partial(build, scheme, matrices, settings))
+            if made is not None:
+                ready[scheme] = made
+                turns[scheme] = _turns(made, matrices, gradients)
+        times: dict[str, list[float]] = {scheme: [] for scheme in turns}
+        for _ in range(ROUNDS):
+            for scheme, turn in list(turns.items()):
+                tell(scheme)
+                seconds = _guarded(costs[scheme], turn)
+                if seconds is None:
+                    del turns[scheme]
+                else:
+                    times[scheme].append(seconds)
+        for scheme in turns:
+            costs[scheme].milliseconds = 1e3 * statistics.median(times[scheme][1:])  # the first warms up
+            with torch.no_grad():
+                error = max(float(stiefel.error(blocks).max()) for blocks in ready[scheme].matrices())
+            costs[scheme].orthogonality_error = error
+    yield from costs.values()
+
+
+class _Matrix(nn.Module):
+    """One orthogonal matrix."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(start)
+        mark_orthogonal(self, "weight")
+
+
+def _turns(contender: Contender, matrices: nn.ModuleList, gradients: Tensor) -> Callable[[], float]:
+    """A function that makes steps for a turn, and returns seconds a step.
+
+    The loss is the inner product with a gradient: as little as a forward and a backward can cost. It is part of what is
+    timed, for there a parametrization does its work.
+    """
+    made = 0
+
+    def step() -> None:
+        nonlocal made
+        for opt in contender.optimizers:
+            opt.zero_grad()
+        weights = [module.weight for module in matrices]
+        loss = sum((w * g).sum() for w, g in zip(weights, gradients[made % SETS], strict=True))
+        assert isinstance(loss, Tensor)
+        (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
+        for opt in contender.optimizers:
+            opt.step()
+        made += 1
+
+    def turn() -> float:
+        first, began = made, time.perf_counter()
+        while True:
+            step()
+            if gradients.device.type == "cuda":
+                torch.cuda.synchronize(gradients.device)
+            spent = time.perf_counter() - began
+            if spent >= TURN:
+                return spent / (made - first)
+
+    return turn
+
+
+def _guarded(cost: Cost, work: Callable[[], T]) -> T | None:
+    """The result of some work; None where it fails, and then it is written down why."""
+    try:
+        return work()
+    except Exception as error:
+        cost.failure = " ".join(f"{type(error).__name__}: {error}".split())
+        return None

@@ -1,0 +1,70 @@
+"""Images that need no network: those that come with scikit-learn, and Debian's copy of Fashion-MNIST."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images ``(count, rows, columns)`` from 0 to 1 and their classes, to learn from and to be judged on."""
+
+    name: str
+    title: str
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+class MissingDataError(Exception):
+    """The data of a task are not here; the message says how to get them."""
+
+
+def digits() -> Images:
+    """1,797 handwritten digits, 8 x 8, a quarter of them to be judged on; they come with scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        raise MissingDataError("task digits needs scikit-learn: pip install 'manifold-opt[compare]'") from None
+    found = load_digits()
+    x = torch.tensor(found.images / 16, dtype=torch.float32)
+    y = torch.tensor(found.target, dtype=torch.long)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(x) // 4], order[len(x) // 4 :]
+    return Images("digits", "1,797 real handwritten digits, 8 x 8", (x[train], y[train]), (x[test], y[test]))
+
+
+def fashion(folder: str | None = None) -> Images:
+    """70,000 pieces of clothing, 28 x 28, 10,000 of them to be judged on."""
+    place = Path(folder) if folder else FASHION
+    parts = {}
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        x = _idx(place, f"{prefix}-images-idx3-ubyte").float() / 255
+        parts[part] = (x, _idx(place, f"{prefix}-labels-idx1-ubyte").long())
+    return Images("fashion", "Fashion-MNIST, 28 x 28", parts["train"], parts["test"])
+
+
+def _idx(folder: Path, name: str) -> Tensor:
+    """An array of bytes in the IDX format: two zeros, the type, the number of dimensions, each as four bytes."""
+    for path, read in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
+        if path.is_file():
+            with read(path, "rb") as file:
+                raw = bytearray(file.read())
+            break
+    else:
+        raise MissingDataError(
+            f"task fashion finds no {name}[.gz] in {folder}: apt install dataset-fashion-mnist, or give the folder "
+            "that has the four files of Fashion-MNIST with --data"
+        )
+    dimensions = raw[3] if len(raw) > 3 else 0
+    shape = [int.from_bytes(raw[4 + 4 * k : 8 + 4 * k], "big") for k in range(dimensions)]
+    values = torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * dimensions)
+    if raw[:3] != b"\0\0\x08" or values.numel() != torch.Size(shape).numel():
+        raise MissingDataError(f"task fashion: {path} is no IDX file of bytes, or not whole; get it anew")
+    return values.view(shape)

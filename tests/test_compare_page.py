@@ -1,0 +1,509 @@
+"""What a comparison says, draws and shows, on results made by hand."""
+
+import html.parser
+import math
+import random
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("jinja2", reason="jinja2 is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from manifold_opt.compare import page, plots, words
+from manifold_opt.compare.results import About, Cost, Curve, Results, Row
+
+OWN = ("orthographic", "polar", "qr", "cayley", "exp", "cayley_iterative", "orthogonalizer")
+PEERS = ("geoopt", "pogo", "torch", "geotorch", "penalty", "unconstrained")
+ERRORS = {"cayley_iterative": 3e-5, "orthogonalizer": 2e-4, "penalty": 0.31, "unconstrained": 41.0}
+SPEEDS = dict(zip(OWN + PEERS, (2.7, 2.9, 4.1, 3.6, 7.9, 4.4, 3.1, 5.2, 3.3, 9.4, 21.0, 2.2, 1.6), strict=True))
+RATES = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def run(task, scheme, seed, lr, final, *, floor=0.05, steps=400):
+    """A run that learns, from a loss near 2, with some noise; what cannot be at its rate ends early."""
+    noise = random.Random(f"{task} {scheme if scheme in ('penalty', 'unconstrained') else ''} {seed} {lr}")
+    error = ERRORS.get(scheme, (2 + 0.3 * len(scheme)) * 1e-7)
+    diverges = lr == 1.0 and scheme in ("unconstrained", "penalty", "geotorch", "cayley")
+    curve = Curve()
+    for step in range(2, steps // 4 if diverges else steps + 1, 2):
+        loss = floor + 2 * math.exp(-step * min(lr, 0.1) ** 0.5 / 12) * noise.uniform(0.85, 1.15)
+        curve.step.append(step)
+        curve.loss.append(loss * (1.08**step if diverges else 1))
+        curve.seconds.append(step * SPEEDS[scheme] / 1e3)
+        curve.error.append(min(error * noise.uniform(0.6, 1.0) * min(1, step / 100 + 0.3), 1e30))
+    row = Row(task, scheme, seed, lr, steps, peer=scheme in PEERS, curve=curve, orthogonality_error=error)
+    if diverges:
+        row.orthogonality_error = math.inf
+        row.failure = f"FloatingPointError: diverged: the loss of step {steps // 4} is nan"
+        return row
+    row.final_loss, row.final = curve.loss[-1], final + noise.gauss(0, 0.004)
+    row.step_ms = SPEEDS[scheme] * noise.uniform(0.97, 1.03) + 4
+    row.optimizer_ms = SPEEDS[scheme]
+    row.steps_to_target, row.seconds_to_target = 120, curve.seconds[59] * noise.uniform(0.9, 1.1)
+    row.clamped = 37.0 if scheme == "cayley_iterative" else 0.0
+    return row
+
+
+def example():
+    """Two tasks, one of them swept; thirteen schemes, one of them not installed; three seeds; costs."""
+    results = Results(
+        environment={"python": "3.11.7", "torch": "2.13.0", "threads": 1, "machine": "x86_64", "commit": None},
+        arguments={"command": "python -m manifold_opt compare --seeds 3", "seeds": [0, 1, 2], "rates": list(RATES)},
+        tasks={
+            "digits": About(
+                "digits", "Digits read row by row, a GRU with three orthogonal gates", "accuracy", 0.3,
+                {"geoopt": "learning rate times sqrt(n): its second moment is one a matrix.",
+                 "torch": "parametrized, so that the forward pass pays for the constraint."},
+            ),
+            "pca": About("pca", "PCA: the 16 directions of most variance among 64", "gap"),
+        },
+    )  # fmt: skip
+    for seed in range(3):
+        for scheme in OWN + PEERS:
+            for lr in RATES:
+                final = 0.9 - 0.02 * abs(math.log10(lr) + 2) - (0.05 if scheme in ("penalty", "orthogonalizer") else 0)
+                results.rows.append(run("digits", scheme, seed, lr, final))
+            results.rows.append(run("pca", scheme, seed, 1e-2, 0.03 + SPEEDS[scheme] / 500, floor=0.001, steps=300))
+    for row in results.rows:
+        if row.scheme == "pogo":
+            row.failure, row.curve = "ModuleNotFoundError: No module named 'pogo'", Curve()
+            row.final = row.final_loss = row.step_ms = row.optimizer_ms = row.orthogonality_error = None
+            row.steps_to_target = row.seconds_to_target = None
+        if row.scheme == "torch" and row.lr == 1.0:
+            row.final = row.final_loss = math.nan
+    for scheme in OWN + PEERS:
+        for n in (32, 64, 128, 256, 512):
+            results.costs.append(Cost(scheme, "n", 4, n, n, SPEEDS[scheme] * (n / 128) ** 2.4 + 0.2, 1e-6))
+        for count in (1, 10, 100, 1000):
+            results.costs.append(Cost(scheme, "count", count, 32, 32, SPEEDS[scheme] * count**0.8 / 10, 1e-6))
+    return results
+
+
+def small(*runs, measure="loss", target=None, costs=()):
+    """Results of one task, a run being (scheme, seed, final, and what else there is)."""
+    rows = []
+    for scheme, seed, final, more in runs:
+        known = {"lr": 0.1, "final": final, "orthogonality_error": 1e-6, "peer": scheme in PEERS, **more}
+        rows.append(Row("t", scheme, seed, steps=10, **known))
+    return Results(tasks={"t": About("t", "T", measure, target)}, rows=rows, costs=list(costs))
+
+
+def seeds(scheme, finals, **more):
+    return [(scheme, seed, final, more) for seed, final in enumerate(finals)]
+
+
+# --- words
+
+
+def test_the_best_is_taken_if_beyond_the_spread_and_a_peer_that_wins_is_named():
+    results = small(
+        *seeds("qr", [0.52, 0.50, 0.54], step_ms=2.0, optimizer_ms=0.5),
+        *seeds("geoopt", [0.11, 0.10, 0.12], step_ms=3.0, optimizer_ms=1.5),
+    )
+    assert words.words(results) == [
+        "t: Take geoopt (a peer): its final loss 0.1100 ± 0.0082 is the best of those with orthogonal weights, "
+        "beyond the spread.",
+        "t: The best of our own is qr: final loss 0.520 ± 0.016.",
+        "t: A training step of geoopt takes 3 ms, of which the optimizer takes 1.5: "
+        "1.50 times as long as qr, the fastest (2 ms).",
+        "t: All schemes stayed orthogonal, to within 1.0e-6.",
+    ]
+
+
+def test_within_the_spread_nothing_is_ranked_and_the_fastest_is_taken():
+    results = small(
+        *seeds("qr", [0.90, 0.92], step_ms=4.0),
+        *seeds("polar", [0.89, 0.92], step_ms=2.0),
+        *seeds("exp", [0.50, 0.52], step_ms=1.0),
+        measure="accuracy",
+    )
+    assert words.verdict(results, "t") == [
+        "The final accuracy does not decide between qr, at 0.910 ± 0.010, and polar: mean ± spread overlap.",
+        "Take polar, which has the shortest step of them.",
+        "A training step of polar takes 2 ms: 2.00 times as long as exp, the fastest (1 ms).",
+    ]
+
+
+def test_speeds_that_overlap_are_not_ranked_either():
+    results = small(
+        ("qr", 0, 0.5, {"step_ms": 2.0}),
+        ("qr", 1, 0.6, {"step_ms": 3.0}),
+        ("pogo", 0, 0.5, {"step_ms": 1.0}),
+        ("pogo", 1, 0.6, {"step_ms": 2.5}),
+    )
+    assert words.verdict(results, "t")[1:] == [
+        "Take pogo (a peer), which has the shortest step of them; qr cannot be told from it in speed.",
+        "Of our own qr has: 2.5 ms; errors 1.0e-6 and, of pogo, 1.0e-6.",
+        "A training step of pogo takes 1.75 ms; no other takes less.",
+    ]
+
+
+def test_one_seed_decides_nothing():
+    results = small(("qr", 0, 0.1, {"step_ms": 3.0}), ("polar", 0, 0.9, {"step_ms": 2.0}))
+    assert words.verdict(results, "t") == [
+        "With one seed there is no spread to judge a final loss by: 0.1 (qr) to 0.9 (polar), undecided.",
+        "A training step of polar takes 2 ms; no other takes less.",
+    ]
+
+
+def test_one_scheme_is_compared_with_nothing():
+    assert words.verdict(small(("qr", 0, 0.5, {})), "t") == [
+        "Only qr was run: final loss 0.5.",
+        "What a step of qr takes was not measured.",
+    ]
+
+
+def test_what_leaves_the_manifold_is_not_taken_but_said_to_be_better():
+    free = {"orthogonality_error": 12.0, "step_ms": 1.0}
+    results = small(
+        *seeds("unconstrained", [0.01, 0.02], **free),
+        *seeds("qr", [0.5, 0.6], step_ms=2.5),
+        *seeds("exp", [2.5, 2.6], step_ms=2.0, orthogonality_error=2e-6),
+    )
+    assert words.words(results) == [
+        "t: Take qr: its final loss 0.550 ± 0.050 is the best of those with orthogonal weights, beyond the spread.",
+        "t: A training step of qr takes 2.5 ms: 2.50 times as long as unconstrained, the fastest, "
+        "which did not stay orthogonal (1 ms).",
+        "t: Better still, but without orthogonal weights: unconstrained (final loss 0.0150 ± 0.0050).",
+        "t: 2 of 3 schemes stayed orthogonal, to within 1.0e-6 (qr) to 2.0e-6 (exp).",
+        "t: Further from orthogonal than 0.001, at some step: unconstrained (error 12).",
+    ]
+
+
+def test_a_gap_beside_the_manifold_means_nothing():
+    results = small(
+        *seeds("unconstrained", [-9.0, -8.0], orthogonality_error=1e5, seconds_to_target=0.1),
+        *seeds("qr", [0.1, 0.2], seconds_to_target=3.0),
+        measure="gap", target=1.0,
+    )  # fmt: skip
+    assert words.verdict(results, "t") == [
+        "qr alone ended well with orthogonal weights: final gap 0.150 ± 0.050.",
+        "What a step of qr takes was not measured.",
+    ]
+    said = "Shortest time to a loss of 1, with orthogonal weights: qr, 3 s (median; 2 of 2 seeds)."
+    assert words.details(results, "t")[-1] == said
+
+
+def test_what_runs_away_beside_the_manifold_leaves_the_picture():
+    results = small(
+        *seeds("unconstrained", [-1e6, -2e6], orthogonality_error=1e5),
+        *seeds("qr", [0.1, 0.2]),
+        *seeds("unconstrained", [-1e3, -2e3], orthogonality_error=1e5, lr=0.2),
+        *seeds("qr", [0.1, 0.3], lr=0.2),
+        measure="gap",
+    )
+    for row in results.rows:
+        row.curve = Curve([1, 2], [1.0, row.final], [0.1, 0.2], [1e-7, row.orthogonality_error])
+    for name in ("t-loss", "t-rates"):
+        low, high = plots.figures(results)[name].axes[-1].get_ylim()
+        assert -1 <= low < high <= 2
+
+
+def test_failures_and_what_is_not_finite():
+    gone = {"failure": "ModuleNotFoundError: No module named 'pogo'", "orthogonality_error": None}
+    results = small(
+        ("pogo", 0, None, gone),
+        ("geoopt", 0, None, gone),
+        ("qr", 0, None, {"orthogonality_error": math.nan, "clamped": 7.0, "skipped": 2.0}),
+    )
+    assert words.words(results) == [
+        "t: No scheme ended with a finite measure and orthogonal weights.",
+        "t: Further from orthogonal than 0.001, at some step: qr (error not a number).",
+        "t: pogo and geoopt each failed in 1 of 1 runs: ModuleNotFoundError: No module named 'pogo'.",
+        "t: qr ended with no finite loss in 1 of 1 runs.",
+        "t: Steps of a block were shortened: qr 7 times.",
+        "t: Steps of a block were left out: qr 2 times.",
+    ]
+
+
+@pytest.mark.parametrize("final", [math.nan, math.inf, -math.inf])
+def test_a_final_measure_that_is_not_finite_is_no_result(final):
+    results = small(*seeds("qr", [final, 0.5]), *seeds("exp", [0.5, 0.6]))
+    assert words.words(results) == [
+        "t: exp alone ended well with orthogonal weights: final loss 0.550 ± 0.050.",
+        "t: What a step of exp takes was not measured.",
+        "t: All schemes stayed orthogonal, to within 1.0e-6.",
+        "t: qr ended with no finite loss in 1 of 2 runs.",
+    ]
+    assert "did not end with a finite measure" in page.html(results)
+
+
+def test_rates_and_their_edge():
+    results = small(
+        ("qr", 0, 0.3, {"lr": 0.1}), ("qr", 0, 0.2, {"lr": 0.01}), ("qr", 0, 0.4, {"lr": 0.001}),
+        ("exp", 0, 0.3, {"lr": 0.1}), ("exp", 0, 0.5, {"lr": 0.01}),
+        ("exp", 0, None, {"lr": 0.001, "failure": "ValueError: no."}),
+    )  # fmt: skip
+    assert words.details(results, "t")[1:] == [
+        "exp failed in 1 of 3 runs (learning rate 0.001): ValueError: no.",
+        "Best learning rate: 0.01 for qr; 0.1 for exp.",
+        "At the edge of the sweep, so that a better one may lie outside: exp.",
+    ]
+
+
+def test_time_to_target():
+    some = ("polar", 0, 0.5, {"seconds_to_target": 1.0}), ("polar", 1, 0.5, {})
+    all_of_them = seeds("qr", [0.5, 0.5], seconds_to_target=4.0)
+    assert words.details(small(*some, *all_of_them, ("exp", 0, 0.9, {}), target=0.6), "t")[1:] == [
+        "Shortest time to a loss of 0.6, with orthogonal weights: qr, 4 s (median; 2 of 2 seeds).",
+        "Never there: exp.",
+    ]
+    assert words.details(small(("exp", 0, 0.9, {}), target=0.6), "t")[1:] == [
+        "No scheme with orthogonal weights reached a loss of 0.6.",
+        "Never there: exp.",
+    ]
+
+
+def test_costs():
+    costs = [Cost(scheme, "n", 2, n, n, ms) for scheme, n, ms in
+             [("qr", 32, 1.0), ("qr", 64, 6.0), ("exp", 32, 2.0), ("exp", 64, 20.0), ("qr", 128, 50.0)]]  # fmt: skip
+    costs += [Cost("qr", "count", count, 8, 8, 0.5) for count in (1, 10)]
+    costs += [Cost("exp", "count", 10, 8, 8, failure="RuntimeError: no memory")]
+    assert words.words(Results(costs=costs, interrupted=True)) == [
+        "This comparison was interrupted; some of what was asked for is missing.",
+        "cost: From n = 32 to n = 64, 2 times as large, a step comes to take 6 (qr) to 10 (exp) times as long.",
+        "cost: At n = 64 a step of the optimizer takes 6 ms (qr) to 20 ms (exp).",
+        "cost: From 1 matrix to 10 matrices, 10 times as many, a step of qr comes to take 1 times as long.",
+        "cost: exp failed at 10 matrices: RuntimeError: no memory.",
+    ]
+
+
+def test_nothing_to_say():
+    assert words.words(Results()) == []
+    assert words.words(Results(tasks={"t": About("t", "T")})) == ["t: Nothing was measured."]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0, "0"), (1.0, "1"), (0.12345, "0.123"), (12345.6, "12346"), (1.234e-7, "1.2e-7"), (-2e8, "-2.0e8"),
+        (1e-10, "1.0e-10"), (math.inf, "infinite"), (-math.inf, "minus infinite"), (math.nan, "not a number"),
+        (None, "none"),
+    ],
+)  # fmt: skip
+def test_numbers(value, said):
+    assert words.number(value) == said
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "said"),
+    [
+        (0.91234, 0.0123, "0.912 ± 0.012"), (3.5e-7, 2e-8, "(3.50 ± 0.20)e-7"), (12.3, 0.0, "12.3 ± 0"),
+        (-0.065, 1e-9, "-0.065 ± 1.0e-9"), (math.inf, math.nan, "infinite ± not a number"), (250.4, 31.0, "250 ± 31"),
+    ],
+)  # fmt: skip
+def test_mean_and_spread(mean, spread, said):
+    assert words.plus_minus(mean, spread) == said
+
+
+# --- plots
+
+
+def test_figures_have_their_names_and_schemes_their_looks(tmp_path):
+    results = example()
+    names = ["digits-loss", "digits-error", "digits-rates", "pca-loss", "pca-error", "cost"]
+    assert list(plots.figures(results)) == names
+    assert [path.name for path in plots.save(results, tmp_path / "new")] == [f"{name}.png" for name in names]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "new").iterdir())
+    drawn = plots.styles(results)
+    assert len({(style.colour, style.marker, style.dash) for style in drawn.values()}) == len(drawn)
+    assert all((drawn[scheme].dash is None) == (scheme in OWN) for scheme in drawn)
+
+
+def test_every_colour_is_seen_on_light_and_dark():
+    def luminance(colour):
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colour in plots.COLOURS[1:]:  # the first is that of the text
+        for ground in ("#ffffff", "#15181c"):
+            dark, light = sorted((luminance(colour), luminance(ground)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, ground)
+
+
+@pytest.mark.parametrize(
+    "loss", [[2.0, 1.5, math.nan], [math.inf] * 3, [-1.0, -2.0, -3.0], [2.0, 1e20, 1e30], [0.0] * 3]
+)
+def test_any_curve_can_be_drawn(loss):
+    results = small(*seeds("qr", [0.5, 0.6]), ("exp", 0, None, {"failure": "no"}), ("exp", 0, 0.5, {"lr": 1.0}))
+    for row in results.rows:
+        row.curve = Curve(
+            [1, 2, 3], loss, [0.1, 0.2, 0.3], [0.0, math.inf, math.nan] if row.seed else [1e-7, 1e9, 1e-3]
+        )
+    assert {"t-loss", "t-rates"} <= set(plots.figures(results))
+    page.html(results)
+
+
+def test_an_svg_is_of_the_page():
+    panel = next(iter(plots.panels(example()).values()))[0]
+    made = plots.figure([panel], plots.styles(example()))
+    made.set_label('a "loss"')
+    text = plots.svg(made, prefix="one")
+    assert text.startswith("<svg viewBox=")
+    assert 'role="img" aria-label="a &quot;loss&quot;"' in text
+    assert "currentColor" in text
+    assert plots.INK not in text
+    assert all(name.startswith("one-") for name in re.findall(r'\bid="([^"]*)"', text))
+    assert set(re.findall(r'(?:url\(|href=")#([^")]*)', text)) <= set(re.findall(r'\bid="([^"]*)"', text))
+    assert not re.search(r"<\?xml|<!DOCTYPE|<metadata|<style|font:", text)
+
+
+# --- page
+
+
+class Read(html.parser.HTMLParser):
+    """The ids of a page, what it would load, and how many scripts it has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.loads, self.scripts = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.scripts += tag == "script"
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.loads += [value for name, value in attrs.items() if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_is_whole():
+    results = example()
+    text = page.html(results)
+    read = Read(text)
+    assert len(read.ids) == len(set(read.ids))
+    assert all(value.startswith("#") or value == "data:," for value in read.loads)
+    assert read.scripts == 1
+    for said in ("python -m manifold_opt compare --seeds 3", "2.13.0", "sqrt(n)", "No module named"):
+        assert said in text
+    unbroken = text.replace("\u00a0", " ")
+    for line in (*words.verdict(results, "pca"), *words.cost_words(results)):
+        assert line in unbroken
+
+
+def test_the_best_are_marked_for_eyes_and_ears():
+    results = small(
+        *seeds("qr", [0.90, 0.92], step_ms=4.0),
+        *seeds("polar", [0.89, 0.92], step_ms=2.0),
+        *seeds("exp", [0.5, 0.6], step_ms=3.0),
+        measure="accuracy",
+    )
+    text = page.html(results)
+    assert '<strong>0.910 ± 0.010</strong><span class="hidden"> (best)</span>' in text
+    assert '<strong>0.905 ± 0.015</strong><span class="hidden"> (not told apart from the best)</span>' in text
+    assert "<strong>2</strong>" in text
+    assert "<strong>0.550" not in text
+    assert 'data-column="lr"' not in text
+    assert 'data-column="seconds_to_target"' not in text
+
+
+def test_pages_of_little():
+    for results in (
+        Results(),
+        Results(tasks={"t": About("t", "T")}, interrupted=True),
+        small(("pogo", 0, None, {"failure": "gone", "orthogonality_error": None})),
+        small(("qr", 0, None, {"orthogonality_error": math.inf}), target=0.1),
+        Results(costs=[Cost("qr", "n", 1, 8, 8, 0.5)], environment={"commit": None, "nested": {"a": [1]}}),
+    ):
+        assert "</html>" in page.html(results)
+
+
+def test_nothing_is_injected():
+    bad = "<script>alert(1)</script>\"'>&$x_1$"
+    results = small((bad, 0, 0.5, {"failure": bad}), ("qr", 0, 0.5, {}), ("_low$", 0, 0.4, {"step_ms": 1.0}))
+    for row in results.rows:
+        row.curve = Curve([1, 2], [1.0, 0.5], [0.1, 0.2], [1e-6, 1e-6])
+    results.tasks["t"].title = results.tasks["t"].notes[bad] = bad
+    results.arguments = {"command": bad, bad: bad}
+    results.environment = {bad: [bad]}
+    results.costs = [Cost(bad, "n", 1, n, n, 1.0) for n in (8, 16)]
+    text = page.html(results)
+    assert "<script>alert" not in text
+    assert Read(text).scripts == 1
+    for made in plots.figures(results).values():
+        made.draw_without_rendering()
+
+
+# --- browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on the path")
+    off = ("background-networking", "component-update", "sync", "quic", "gpu")
+    options = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(page.html(example()), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_opens_alone_and_fits(chromium, address, scheme, width):
+    tab = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said, asked = [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(address)
+    tab.wait_for_load_state("networkidle")
+    assert said == []
+    assert [url for url in asked if url != "data:,"] == [address]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("[...document.querySelectorAll('.panel svg')].every(s => s.clientWidth > 250)")
+    light = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+    tab.close()
+
+
+def column(table, index):
+    """What the cells of a column have to sort by, from top to bottom."""
+    return table.evaluate("(t, i) => [...t.tBodies[0].rows].map(r => r.cells[i].dataset.value ?? null)", index)
+
+
+def test_tables_sort(chromium, address):
+    tab = chromium.new_page()
+    tab.goto(address)
+    for table in tab.query_selector_all("table"):
+        for i, head in enumerate(table.query_selector_all("thead th")):
+            numeric = "number" in (head.get_attribute("class") or "")
+            button = head.query_selector("button")
+            for how, descending in (("ascending", False), ("descending", True)):
+                button.click()
+                assert head.get_attribute("aria-sort") == how
+                values = column(table, i)
+                known = [float(v) if numeric else v for v in values if v is not None]
+                assert known == sorted(known, reverse=descending)
+                assert values[len(known) :] == [None] * (len(values) - len(known))
+        assert len(table.query_selector_all("[aria-sort]")) == 1
+    tab.close()
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_the_keyboard_sorts_too(chromium, address, key):
+    tab = chromium.new_page()
+    tab.goto(address)
+    head = tab.query_selector("th[data-column=step_ms]")
+    head.query_selector("button").focus()
+    tab.keyboard.press(key)
+    assert head.get_attribute("aria-sort") == "ascending"
+    tab.keyboard.press(key)
+    assert head.get_attribute("aria-sort") == "descending"
+    index = head.evaluate("h => h.cellIndex")
+    known = [float(value) for value in column(tab.query_selector("table"), index) if value is not None]
+    assert known == sorted(known, reverse=True)
+    assert len(known) == len(OWN) + len(PEERS) - 1  # one failed
+    tab.close()
