@@ -73,6 +73,12 @@ def test_a_peer_takes_as_long_a_step_as_ours(scheme, metric, shape, optimizer):
         assert 0.75 <= ratio <= 1.3
 
 
+def test_the_second_moment_is_that_of_our_adam():
+    lengths = [moved("polar", (6, 9), Settings("adam", 1e-6, second_moment=kind)) for kind in ("element", "block")]
+    assert lengths[1] == pytest.approx((6 * 9) ** 0.5, rel=1e-3)
+    assert lengths[0] != pytest.approx(lengths[1], rel=1e-3)
+
+
 @pytest.mark.parametrize(("shape", "mark"), [
     ((12, 4), {"blocks": 3}), ((9, 4), {}), ((4, 12), {"blocks": 3, "dim": 1}), ((4, 3, 5), {}),
     ((6, 2, 2), {"blocks": 2}), ((300, 150), {"blocks": 2}),
@@ -267,6 +273,7 @@ def test_the_largest_error_of_all_steps_counts():
         ({"schemes": ()}, "at least one scheme"),
         ({"schemes": ("qr", "qr")}, "none twice"),
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd"),
+        ({"second_moment": "row"}, "second_moment must be one of element, block"),
         ({"metric": "flat"}, "metric must be one of euclidean, canonical"),
         ({"measure": "f1"}, "measure must be one of loss, gap, accuracy"),
         ({"lr": -1.0}, "learning rates"),
@@ -332,6 +339,15 @@ def test_copying_by_hand():
     assert bool((symbols[39] == 9).all() and (symbols[10:39] == 0).all() and (y[:-10] == 0).all())
     model = task.make_model()
     assert max(orthogonality_error(model).values()) < 1e-5
+
+
+def test_a_task_scales_the_rate_of_its_orthogonal_weights():
+    task = tasks.copying("rnn", 4)
+    device = torch.device("cpu")
+    settings = Settings(orthogonal_lr_scale=0.5)
+    (unit,) = runner.units([task], [3], lambda task: [task.lr], settings, ("qr", "torch"), None, device)
+    assert (unit.seed, unit.steps, unit.peers) == (3, task.steps, {"torch"})
+    assert unit.settings.orthogonal_lr == pytest.approx(0.5 * 0.1 * 1e-3)
 
 
 def test_images_are_read_row_by_row():
@@ -408,6 +424,7 @@ def command(*words, **options):
         (["--peers", "keras"], "--peers knows geoopt, pogo, torch, geotorch, penalty, unconstrained, not 'keras'"),
         (["--optimizer", "lion"], "optimizer must be one of adam, sgd"),
         (["--dtype", "bfloat16"], "--dtype knows float32, float64"),
+        (["--second-moment", "row"], "second_moment must be one of element, block"),
         (["--metric", "flat"], "metric must be one of euclidean, canonical"),
         (["--lr", "0"], "learning rates must be finite and above 0"),
         (["--lr", "fast"], "invalid float value: 'fast'"),

@@ -264,7 +264,7 @@ def test_costs():
     assert words.words(Results(costs=costs, interrupted=True)) == [
         "This comparison was interrupted; some of what was asked for is missing.",
         "cost: From n = 32 to n = 64, 2 times as large, a step comes to take 6 (qr) to 10 (exp) times as long.",
-        "cost: At n = 64 a step of the optimizer takes 6 ms (qr) to 20 ms (exp).",
+        "cost: At n = 64 a step takes 6 ms (qr) to 20 ms (exp).",
         "cost: From 1 matrix to 10 matrices, 10 times as many, a step of qr comes to take 1 times as long.",
         "cost: exp failed at 10 matrices: RuntimeError: no memory.",
     ]
@@ -303,7 +303,7 @@ def test_mean_and_spread(mean, spread, said):
 
 def test_figures_have_their_names_and_schemes_their_looks(tmp_path):
     results = example()
-    names = ["digits-loss", "digits-error", "digits-rates", "pca-loss", "pca-error", "cost"]
+    names = ["digits-loss", "digits-error", "digits-rates", "pca-loss", "pca-error", "cost", "cost-error"]
     assert list(plots.figures(results)) == names
     assert [path.name for path in plots.save(results, tmp_path / "new")] == [f"{name}.png" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "new").iterdir())

@@ -43,23 +43,52 @@ ALLOWED = {
 }
 
 
-def imports_of(module: str) -> set[str]:
+COMPARE = {
+    "results": set(),
+    "contenders": set(),
+    "data": set(),
+    "progress": set(),
+    "tasks": {"data"},
+    "runner": {"contenders", "results", "tasks"},
+    "cost": {"contenders", "results"},
+    "session": {"contenders", "cost", "results", "runner", "tasks"},
+    "words": {"results"},
+    "plots": {"results"},
+    "table": {"results", "words"},
+    "page": {"plots", "results", "words"},
+    "api": {"contenders", "page", "plots", "results", "runner", "session", "table", "tasks"},
+    "cli": {
+        *("api", "contenders", "cost", "data", "page", "plots", "progress"),
+        *("results", "runner", "session", "tasks"),
+    },
+}
+
+
+def imports_of(module: str, level: int = 1) -> set[str]:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     return {
         name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level
+        if isinstance(node, ast.ImportFrom) and node.level == level
         for name in ([node.module] if node.module else [alias.name for alias in node.names])
     }
 
 
 def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ALLOWED)
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == set(ALLOWED)
+    assert {path.stem for path in (PACKAGE / "compare").glob("*.py")} - {"__init__"} == set(COMPARE)
 
 
 @pytest.mark.parametrize("module", sorted(ALLOWED))
 def test_imports_go_down_only(module):
     assert imports_of(module) <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", sorted(COMPARE))
+def test_the_comparison_stands_on_the_face(module):
+    assert imports_of(f"compare/{module}") <= COMPARE[module]
+    face = {*manifold_opt.__all__, "__version__", "stiefel", "init"}
+    assert imports_of(f"compare/{module}", level=2) <= face | {"constraint"}
 
 
 @pytest.mark.parametrize(

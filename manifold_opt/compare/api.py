@@ -101,6 +101,7 @@ def compare(
     lr: float | Sequence[float] = 1e-3,
     orthogonal_lr_scale: float = 1.0,
     metric: str = "euclidean",
+    second_moment: str = "element",
     penalty: float = 0.1,
     steps: int = 500,
     seeds: int | Sequence[int] = 3,
@@ -126,6 +127,7 @@ def compare(
         lr: learning rate; several are all tried, and a scheme is judged by the one that ends best.
         orthogonal_lr_scale: learning rate of marked parameters as a multiple of it.
         metric: ``"euclidean"`` or ``"canonical"``.
+        second_moment: of this package's Adam, ``"element"`` or ``"block"``.
         penalty: weight of the scheme of that name.
         steps: training steps of every run, at least 1.
         seeds: how many, or which.
@@ -158,7 +160,7 @@ def compare(
     schemes = (schemes,) if isinstance(schemes, str) else tuple(schemes)
     rates = [float(lr)] if isinstance(lr, (int, float)) else [float(rate) for rate in lr]
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    check(schemes, optimizer, metric, rates, steps, numbers, measure)
+    check(schemes, optimizer, metric, second_moment, rates, steps, numbers, measure)
     with torch.random.fork_rng():
         marked = places(make_model())
     if not marked:
@@ -170,7 +172,7 @@ def compare(
         "model", "your model", make_model, _endless(batches, steps), loss_fn,
         evaluate=evaluate, measure=measure, target=target, steps=steps,
     )  # fmt: skip
-    settings = Settings(optimizer, rates[0], orthogonal_lr_scale, metric, penalty)
+    settings = Settings(optimizer, rates[0], orthogonal_lr_scale, metric, second_moment, penalty)
     where = torch.device(device)
     session = Session(units([task], numbers, lambda _: rates, settings, schemes, steps, where), device=where)
     arguments = {**vars(replace(settings)), "lr": rates, "steps": steps, "seeds": numbers, "schemes": list(schemes)}
@@ -184,6 +186,7 @@ def check(
     schemes: Sequence[str],
     optimizer: str,
     metric: str,
+    second_moment: str,
     rates: Sequence[float],
     steps: int | None,
     seeds: Sequence[int],
@@ -194,6 +197,7 @@ def check(
         *(("scheme", scheme, (*RETRACTIONS, *PEERS)) for scheme in schemes),
         ("optimizer", optimizer, ("adam", "sgd")),
         ("metric", metric, ("euclidean", "canonical")),
+        ("second_moment", second_moment, ("element", "block")),
         ("measure", measure, ("loss", "gap", "accuracy")),
     ):
         if value not in choices:

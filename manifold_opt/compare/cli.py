@@ -49,6 +49,8 @@ def parser() -> Parser:
         "'none' for none")  # fmt: skip
     add("--optimizer", default="adam", help="adam (the default), or sgd without momentum")
     add("--metric", default="euclidean", help="euclidean (the default) or canonical")
+    add("--second-moment", default="element", help="of our Adam: element (the default) or block, one a block "
+        "as geoopt's and POGO's")  # fmt: skip
     rates = made.add_mutually_exclusive_group()
     rates.add_argument("--lr", type=float, nargs="+", help="learning rates; by default each task's own")
     rates.add_argument("--sweep-lr", action="store_true", help="ten learning rates, from a hundredth of the task's own "
@@ -107,7 +109,7 @@ def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, 
     _among("--peers", peers, PEERS)
     _among("--dtype", [args.dtype], DTYPES)
     schemes = (*args.retractions, *peers)
-    check(schemes, args.optimizer, args.metric, args.lr or [1.0], args.steps, range(args.seeds))
+    check(schemes, args.optimizer, args.metric, args.second_moment, args.lr or [1.0], args.steps, range(args.seeds))
     for option in ("size", "threads"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
@@ -122,7 +124,7 @@ def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, 
         torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     tasks: list[Task] = [make(args.size, args.data) for name in names if name != STEP for make in TASKS[name]]
-    settings = Settings(args.optimizer, 1e-3, 1.0, args.metric, args.penalty)
+    settings = Settings(args.optimizer, metric=args.metric, second_moment=args.second_moment, penalty=args.penalty)
     session = Session(
         units(tasks, range(args.seeds), lambda task: _rates(args, task), settings, schemes, args.steps, device),
         cost.points(args.size) if STEP in names else [],

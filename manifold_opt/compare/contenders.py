@@ -33,6 +33,7 @@ class Settings:
         lr: of all parameters.
         orthogonal_lr_scale: that of marked ones as a multiple of it.
         metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed.
+        second_moment: of our Adam, ``"element"`` or ``"block"``.
         penalty: weight of ||I - W W^T||_F^2, summed over blocks, in the scheme of that name.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     lr: float = 1e-3
     orthogonal_lr_scale: float = 1.0
     metric: str = "euclidean"
+    second_moment: str = "element"
     penalty: float = 0.1
 
     @property
@@ -108,7 +110,13 @@ def places(model: nn.Module) -> list[Place]:
 def retraction(name: str, model: nn.Module, settings: Settings) -> Contender:
     """An optimizer of this package."""
     rule = Adam if settings.optimizer == "adam" else SGD
-    options = {"orthogonal_lr_scale": settings.orthogonal_lr_scale, "retraction": name, "metric": settings.metric}
+    options: dict[str, object] = {
+        "orthogonal_lr_scale": settings.orthogonal_lr_scale,
+        "retraction": name,
+        "metric": settings.metric,
+    }
+    if settings.optimizer == "adam":
+        options["second_moment"] = settings.second_moment
     opt = rule(model.parameters(), lr=settings.lr, **options)  # type: ignore[arg-type]
     return Contender(model, [opt], functools.partial(_as_they_are, places(model)))
 

@@ -53,7 +53,7 @@ def html(results: Results) -> str:
         interrupted=results.interrupted,
         tasks=[_task(results, name, figures) for name in results.tasks],
         cost=_unbroken(cost_words(results)),
-        cost_figure=figures.get("cost"),
+        cost_figures=[figures[name] for name in ("cost", "cost-error") if name in figures],
         command=_text(results.arguments.get("command", "")),
         arguments=_pairs({key: value for key, value in results.arguments.items() if key != "command"}),
         environment=_pairs(results.environment),

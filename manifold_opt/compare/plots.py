@@ -65,7 +65,7 @@ class Panel:
 
 def styles(results: Results) -> dict[str, Style]:
     """How each scheme is drawn; the later lie on the earlier, and are thinner, so that curves that coincide show."""
-    peers = {row.scheme for row in results.rows if row.peer}
+    peers = {row.scheme for row in results.rows if row.peer} | {cost.scheme for cost in results.costs if cost.peer}
     found: dict[str, Style] = {}
     for i, scheme in enumerate(results.schemes()):
         marker = MARKERS[i % len(MARKERS)]
@@ -89,8 +89,9 @@ def panels(results: Results) -> dict[str, list[Panel]]:
         if len(results.rates(task)) > 1:
             swept = [row for row in results.rows if row.task == task]
             found[f"{task}-rates"] = _rates(swept, drawn, results.tasks[task].measure)
-    costs = [_cost(results.costs, drawn, varied) for varied in ("n", "count")]
-    found["cost"] = [panel for panel in costs if panel.schemes]
+    for name, value in (("cost", "milliseconds"), ("cost-error", "orthogonality_error")):
+        costs = [_cost(results.costs, drawn, varied, value) for varied in ("n", "count")]
+        found[name] = [panel for panel in costs if panel.schemes]
     return {name: some for name, some in found.items() if any(panel.schemes for panel in some)}
 
 
@@ -264,23 +265,24 @@ def _failed(axes: Axes, broken: dict[float, list[str]], drawn: dict[str, Style])
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=8 + 8 * rows)
 
 
-def _cost(costs: list[Cost], drawn: dict[str, Style], varied: str) -> Panel:
-    known = [cost for cost in costs if cost.varied == varied and _finite([cost.milliseconds], positive=True)[0] > 0]
+def _cost(costs: list[Cost], drawn: dict[str, Style], varied: str, value: str) -> Panel:
+    known = [c for c in costs if c.varied == varied and _finite([getattr(c, value)], positive=True)[0] > 0]
     shown = list(dict.fromkeys(cost.scheme for cost in known))
     sizes, counts = {f"{cost.p} x {cost.n}" for cost in known}, {cost.count for cost in known}
-    fixed = f"{counts.pop()} matrices" if varied == "n" and len(counts) == 1 else ""
-    fixed = f"matrices of {sizes.pop()}" if varied == "count" and len(sizes) == 1 else fixed
+    fixed = f", {counts.pop()} matrices" if varied == "n" and len(counts) == 1 else ""
+    fixed = f", matrices of {sizes.pop()}" if varied == "count" and len(sizes) == 1 else fixed
+    label = "milliseconds a step" if value == "milliseconds" else "largest ‖I - WWᵀ‖ after the steps"
 
     def draw(axes: Axes) -> None:
         for scheme in shown:
-            points = sorted((getattr(c, varied), c.milliseconds) for c in known if c.scheme == scheme)
+            points = sorted((getattr(c, varied), getattr(c, value)) for c in known if c.scheme == scheme)
             axes.plot(*zip(*points, strict=True), **drawn[scheme].line())
-        axes.set(xlabel="columns n" if varied == "n" else "matrices", ylabel="milliseconds a step of the optimizer")
+        axes.set(xlabel="columns n" if varied == "n" else "matrices", ylabel=label)
         _log(axes, "x", sorted({getattr(cost, varied) for cost in known}))
         _log(axes, "y")
 
-    title = "Cost against " + ("n" if varied == "n" else "their number") + (f", {fixed}" if fixed else "")
-    return Panel(title, shown, draw)
+    title = f"{'Cost' if value == 'milliseconds' else 'Error'} against {'n' if varied == 'n' else 'their number'}"
+    return Panel(title + fixed.replace(", 1 matrices", ", one matrix"), shown, draw)
 
 
 def _finite(values: Iterable[float | None], *, positive: bool = False) -> list[float]:

@@ -183,10 +183,13 @@ def units(
     tasks = list(tasks)
     peers = frozenset(schemes) & frozenset(PEERS)
     return [
-        Unit(task, seed, replace(settings, lr=lr), schemes, steps or task.steps, peers, device)
+        Unit(
+            task, seed, replace(settings, lr=lr, orthogonal_lr_scale=scale), schemes, steps or task.steps, peers, device
+        )
         for seed in seeds
         for task in tasks
         for lr in rates(task)
+        for scale in (settings.orthogonal_lr_scale * task.orthogonal_lr_scale,)
     ]
 
 

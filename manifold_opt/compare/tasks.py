@@ -200,7 +200,7 @@ def images(found: Images, hidden: int, size: int | None) -> Task:
         found.name,
         f"{found.title}, read row by row by an nn.GRU of {hidden} units",
         lambda: Recurrent(nn.GRU(rows, hidden), classes, each=False, scheme="haar"),
-        batches, loss, evaluate=accuracy, measure="accuracy", target=0.5, lr=3e-3, steps=500,
+        batches, loss, evaluate=accuracy, measure="accuracy", target=0.5, lr=3e-3, steps=400,
     )  # fmt: skip
 
 

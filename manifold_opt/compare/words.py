@@ -305,7 +305,7 @@ def _growth(at: dict[str, dict[int, float]], varied: str) -> list[str]:
     span = f"{number(least)} ({slow}) to {number(most)} ({fast})" if number(least) != number(most) else number(least)
     return [
         f"{where} a step comes to take {span} times as long.",
-        f"At {_at(high, varied)} a step of the optimizer takes {number(at[cheap][high])} ms ({cheap}) "
+        f"At {_at(high, varied)} a step takes {number(at[cheap][high])} ms ({cheap}) "
         f"to {number(at[dear][high])} ms ({dear}).",
     ]
 
