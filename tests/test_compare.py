@@ -17,6 +17,7 @@ from manifold_opt.compare import Comparison, cli, compare, contenders, cost, dat
 from manifold_opt.compare.contenders import PEERS, Held, Settings, build, places
 from manifold_opt.compare.results import Results
 from manifold_opt.compare.session import Silent
+from manifold_opt.compare.words import words as sentences
 
 from .helpers import gaussian
 
@@ -41,9 +42,10 @@ class One(nn.Module):
         mark_orthogonal(self, "weight", **mark)
 
 
-def moved(scheme, shape, settings):
+def moved(scheme, shape, settings, gain=1.0):
     """How far the first step goes, per learning rate."""
-    model = One(stiefel.random(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    start = stiefel.random(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = One(gain * start, gain=gain)
     contender = build(scheme, model, settings)
     (before,) = (blocks.clone() for blocks in contender.matrices())
     g = gaussian(*shape)
@@ -118,6 +120,61 @@ def test_every_scheme_learns_through_an_nn_gru(scheme):
         assert all(float(stiefel.error(blocks).max()) < 1e-3 for blocks in contender.matrices())
 
 
+@pytest.mark.parametrize("scheme", ["geoopt", "pogo", "torch", "geotorch"])
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_gain_makes_no_difference_to_that(scheme, gain, optimizer):
+    settings = Settings(optimizer, 1e-7)
+    ratios = [moved(installed(scheme), (8, 8), settings, g) / moved("polar", (8, 8), settings, g) for g in (1.0, gain)]
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", [*PEERS, "polar"])
+def test_tied_weights_stay_tied(scheme):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    mark_orthogonal(model, "0.weight")
+    contender = build(installed(scheme), model, Settings(lr=0.1))
+    for _ in range(2):
+        for opt in contender.optimizers:
+            opt.zero_grad()
+        model(torch.ones(2, 5)).square().sum().backward()
+        for opt in contender.optimizers:
+            opt.step()
+    assert torch.equal(model[0].weight, model[2].weight)
+    assert len(contender.matrices()) == 1
+
+
+@pytest.mark.parametrize("scheme", ["polar", "unconstrained", "geoopt", "torch"])
+def test_rates_of_orthogonal_weights_are_scaled(scheme):
+    contender = build(installed(scheme), One(torch.eye(4)), Settings("sgd", 1e-2, 0.1))
+    rates = {
+        group["lr"] * group.get("orthogonal_lr_scale", 1) for opt in contender.optimizers for group in opt.param_groups
+    }
+    expected = {1e-3} if scheme == "polar" else {1e-2, {"torch": 0.5e-3}.get(scheme, 1e-3)}
+    assert sorted(rates) == pytest.approx(sorted(expected))
+
+
+def test_what_a_peer_does_not_move_has_no_gradient():
+    model = One(torch.eye(4))
+    build("torch", model, Settings())
+    (model.weight.sum() + model.bias.sum()).backward()
+    assert model.parametrizations.weight.original.grad is None
+
+
+def test_notes_say_by_what_rates_were_multiplied():
+    for scheme, settings, said in (
+        ("pogo", Settings("adam"), "lr times 5.66 (4 x 4)"),
+        ("pogo", Settings("adam", metric="canonical"), "lr times 11.3 (4 x 4)"),
+        ("geoopt", Settings("adam"), "lr times 4 (4 x 4)"),
+        ("torch", Settings("sgd"), "lr times 0.5 (4 x 4)"),
+    ):
+        if scheme not in LIBRARIES or importlib.util.find_spec(LIBRARIES[scheme]):
+            assert said in build(scheme, One(torch.eye(4)), settings).note
+    assert "lr times" not in build("torch", One(torch.eye(4)), Settings("sgd", metric="canonical")).note
+
+
 def test_the_penalty_by_hand():
     """W = 2 I: ||I - 4 I||_F^2 = 9 n."""
     model = One(torch.eye(4))
@@ -165,6 +222,112 @@ def test_a_run_is_the_same_whoever_runs_beside_it():
     again = compare(linear, reversal, BATCHES, schemes=("polar", "qr", "unconstrained"), **OPTIONS)
     assert fingerprint(together.rows) == fingerprint(again.rows)
     assert together.rows[0].final_loss != together.rows[3].final_loss  # another seed
+
+
+@pytest.mark.parametrize("scheme", ["geotorch", "torch", "geoopt", "pogo"])
+def test_every_scheme_sees_the_same_batches(scheme):
+    """Some libraries draw a start of their own."""
+    seen = {}
+
+    def batches():
+        while True:
+            yield torch.randn(4, 6)
+
+    def loss(model, x):
+        seen.setdefault(type(model[0]).__name__, []).append(float(x.sum()))
+        return reversal(model, x)
+
+    compare(linear, loss, batches, schemes=("polar", installed(scheme)), steps=3, seeds=1)
+    ours, theirs = seen.values()
+    assert ours == theirs
+
+
+def test_the_penalty_is_in_the_loss():
+    ends = [
+        compare(linear, reversal, BATCHES, schemes=("penalty",), penalty=p, lr=0.1, steps=60, seeds=1).rows[0]
+        for p in (0.0, 10.0)
+    ]
+    assert ends[1].curve.error[-1] < 0.5 * ends[0].curve.error[-1]
+
+
+def test_the_target_is_for_the_mean_of_twenty_losses():
+    """A loss of 0 every twentieth step and 10 else has a mean of 9.5."""
+    counter = itertools.count(1)
+
+    def loss(model, _):
+        return model[0].weight.sum() * 0 + (0.0 if next(counter) % 20 == 0 else 10.0)
+
+    (row,) = compare(linear, loss, [None], schemes=("qr",), steps=100, seeds=1, target=9.4).rows
+    assert row.steps_to_target is None
+    (row,) = compare(linear, loss, [None], schemes=("qr",), steps=100, seeds=1, target=9.6).rows
+    assert row.steps_to_target == 20
+    assert row.seconds_to_target == row.curve.seconds[19]
+
+
+def test_weights_that_are_lost_are_a_failure(monkeypatch):
+    def spoil(*args):
+        contender = contenders.unconstrained(*args)
+        contender.matrices = lambda: [torch.full((1, 2, 2), torch.nan)]
+        return contender
+
+    monkeypatch.setitem(contenders.PEERS, "pogo", spoil)
+    (row,) = compare(linear, reversal, BATCHES, schemes=("pogo",), steps=5, seeds=1).rows
+    assert "the weights after step 1 are not finite" in row.failure
+
+
+def test_counts_come_from_the_optimizer():
+    (row,) = compare(
+        linear, reversal, BATCHES, schemes=("cayley_iterative",), optimizer="sgd", lr=1e3, steps=4, seeds=1
+    ).rows
+    assert row.clamped > 0 == row.skipped
+
+
+def test_seeds_that_are_no_repetitions_count_as_one():
+    def make_model():
+        layer = nn.Linear(6, 6)
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        mark_orthogonal(layer, "weight")
+        return layer
+
+    found = compare(make_model, reversal, BATCHES, schemes=("polar", "qr"), optimizer="sgd", lr=1.0, steps=5, seeds=3)
+    assert [(line.seeds, line.different) for line in found.summaries] == [(3, 1)] * 2
+    said = sentences(found.results)[0]
+    assert said.startswith("model: Where seeds make no difference there is no spread to judge")
+
+
+def test_more_accuracy_is_better():
+    values = iter([0.5, 0.9])
+    found = compare(
+        linear, reversal, BATCHES, schemes=("qr",), lr=[0.1, 0.2], steps=2, seeds=1, measure="accuracy",
+        evaluate=lambda _: torch.tensor(next(values)),
+    )  # fmt: skip
+    assert found.summaries[0].lr == 0.2
+    json.dumps(asdict(found.results), allow_nan=False)
+
+
+def test_a_model_that_cannot_be_made_is_a_row_each():
+    calls = itertools.count()
+
+    def make_model():
+        if next(calls) == 2:
+            raise RuntimeError("no more")
+        return linear()
+
+    found = compare(make_model, reversal, BATCHES, schemes=("qr", "polar"), steps=2, seeds=2)
+    assert [row.failure for row in found.rows] == [None, None, "RuntimeError: no more", "RuntimeError: no more"]
+
+
+def test_brackets_in_a_failure_are_brackets(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("[enforce fail] in [/tmp/x]")
+
+    monkeypatch.setitem(contenders.PEERS, "pogo", fails)
+    found = compare(linear, reversal, BATCHES, schemes=("pogo", "qr"), steps=2, seeds=1)
+    found.table()
+    assert "[enforce fail] in [/tmp/x]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing to draw"):
+        compare(linear, reversal, BATCHES, schemes=("pogo",), steps=2, seeds=1).plot("never.png")
 
 
 def test_the_random_state_of_the_caller_stays():
@@ -249,11 +412,11 @@ def test_a_row_by_hand():
     """A loss that does not depend on the weights: 1, 2, 3, ...; nothing moves, and the curve is its means."""
     counter = itertools.count(1)
     constant = lambda model, _: model[0].weight.sum() * 0 + float(next(counter))  # noqa: E731
-    (row,) = compare(linear, constant, [None], schemes=("polar",), steps=400, seeds=1, target=5.0).rows
+    (row,) = compare(linear, constant, [None], schemes=("polar",), steps=400, seeds=1, target=10.5).rows
     assert row.final_loss == pytest.approx(sum(range(361, 401)) / 40)
     assert row.curve.step == list(range(2, 401, 2))
     assert row.curve.loss == pytest.approx([k - 0.5 for k in range(2, 401, 2)])
-    assert row.steps_to_target == 1
+    assert row.steps_to_target == 20  # 1 to 20: a mean of 10.5
     assert row.curve.seconds == sorted(row.curve.seconds)
     assert 0 < row.optimizer_ms < row.step_ms
     assert row.orthogonality_error < 1e-5
@@ -280,11 +443,22 @@ def test_the_largest_error_of_all_steps_counts():
         ({"lr": []}, "learning rates"),
         ({"steps": 0}, "at least 1"),
         ({"seeds": 0}, "at least 1"),
+        ({"steps": 2.5}, "whole numbers"),
+        ({"lr": [0.1, 0.1]}, "every learning rate once"),
+        ({"seeds": [1, 1]}, "every seed once"),
+        ({"device": "abacus"}, "device abacus cannot be used"),
     ],
 )
 def test_bad_arguments_name_the_remedy(change, said):
     with pytest.raises(ValueError, match=said):
         compare(linear, reversal, BATCHES, **change)
+
+
+def test_a_loader_with_a_generator_of_its_own_is_refused():
+    dataset = torch.utils.data.TensorDataset(torch.cat(BATCHES))
+    loader = torch.utils.data.DataLoader(dataset, shuffle=True, generator=torch.Generator())
+    with pytest.raises(ValueError, match="random generator of its own"):
+        compare(linear, reversal, loader)
 
 
 def test_a_model_without_marks_is_refused():
@@ -385,6 +559,10 @@ def test_fashion_from_a_folder(tmp_path, zipped):
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(torch.arange(3))[:-1])
     with pytest.raises(data.MissingDataError, match="get it anew"):
         data.fashion(str(tmp_path))
+    for spoilt in (b"", b"\x1f\x8bno"):
+        (tmp_path / ("t10k-labels-idx1-ubyte" + ".gz" * zipped)).write_bytes(spoilt)
+        with pytest.raises(data.MissingDataError, match="get it anew"):
+            data.fashion(str(tmp_path))
 
 
 def test_the_cost_of_a_step(monkeypatch):
@@ -392,9 +570,11 @@ def test_the_cost_of_a_step(monkeypatch):
     monkeypatch.setattr(cost, "TURN", 0.0)
     assert cost.points(40) == [("n", 1, 16), ("n", 1, 32), ("n", 1, 40), *(("count", c, 16) for c in cost.COUNTS)]
     monkeypatch.setitem(contenders.PEERS, "pogo", lambda *_: 1 / 0)
+    turns = []
     made = list(
-        cost.measure(("count", 3, 5), ("polar", "pogo", "torch"), Settings(), torch.device("cpu"), lambda _: None)
+        cost.measure(("count", 3, 5), ("polar", "pogo", "torch"), Settings(), torch.device("cpu"), turns.append)
     )
+    assert turns == ["polar", "torch"] * 2
     assert [(c.scheme, c.peer, c.count, c.n) for c in made] == [
         ("polar", False, 3, 5), ("pogo", True, 3, 5), ("torch", True, 3, 5)]  # fmt: skip
     assert made[0].milliseconds > 0 < made[2].milliseconds
@@ -419,6 +599,7 @@ def command(*words, **options):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--task", ","], "--task knows procrustes"),
         (["--task", "cifar"], "--task knows procrustes, pca, copying, digits, fashion, step, not 'cifar'"),
         (["--retractions", "cayly"], "--retractions knows qr, cayley"),
         (["--peers", "keras"], "--peers knows geoopt, pogo, torch, geotorch, penalty, unconstrained, not 'keras'"),
@@ -434,7 +615,7 @@ def command(*words, **options):
         (["--size", "0"], "--size must be at least 1"),
         (["--threads", "-1"], "--threads must be at least 1"),
         (["--penalty", "nan"], "--penalty must be finite"),
-        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--device", "abacus"], "device abacus cannot be used"),
         (["--resume"], "--resume needs the --out"),
         (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written to"),
         (["--task", "fashion", "--data", "/nowhere"], "apt install dataset-fashion-mnist"),
@@ -464,7 +645,17 @@ def test_resuming_something_else_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main([*words, "--out", str(tmp_path), "--resume"])
         assert said in capsys.readouterr().err
-    (tmp_path / "results.json").write_text("{")
+    report = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**report, "interrupted": True}))
+    with pytest.raises(SystemExit):
+        cli.main([*base, "--out", str(tmp_path)])
+    assert "--resume goes on" in capsys.readouterr().err
+    report["environment"]["torch"] = "1.0"
+    (tmp_path / "results.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit):
+        cli.main([*base, "--out", str(tmp_path), "--resume"])
+    assert "was made with torch=1.0" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"tasks": []}')
     with pytest.raises(SystemExit):
         cli.main([*base, "--out", str(tmp_path), "--resume"])
     assert "cannot read" in capsys.readouterr().err
@@ -489,6 +680,67 @@ def test_the_command_ends_in_table_plots_and_page(tmp_path):
         assert {"scheme", "seed", "final_loss", "orthogonality_error", "step_ms", "curve"} <= set(row)
     assert "<html" in (out / "report.html").read_text()
     assert list(out.glob("*.png"))
+
+
+def test_a_sweep_is_ten_rates_around_the_tasks_own():
+    args = cli.parser().parse_args(
+        ["--task", "pca", "--size", "2", "--sweep-lr", "--dtype", "float64", "--threads", "1"]
+    )
+    threads = torch.get_num_threads()
+    try:
+        session, _ = cli.prepare(args, ["compare"])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    rates = list(dict.fromkeys(unit.settings.lr for unit in session.units))
+    assert len(rates) == 10
+    assert (rates[0], rates[-1]) == (1e-4, 3.2)
+    assert session.dtype == torch.float64
+
+
+def test_float64_is_float64(tmp_path):
+    words = ["--task", "procrustes", "--size", "4", "--steps", "5", "--retractions", "polar", "--peers", "none"]
+    assert cli.main([*words, "--seeds", "1", "--dtype", "float64", "--out", str(tmp_path)]) == 0
+    assert Results.load(tmp_path / "results.json").rows[0].orthogonality_error < 1e-12
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_rows_are_sorted_by_task(tmp_path):
+    words = [
+        "--task",
+        "procrustes",
+        "pca",
+        "--size",
+        "2",
+        "--steps",
+        "2",
+        "--retractions",
+        "qr,polar",
+        "--peers",
+        "none",
+    ]
+    assert cli.main([*words, "--seeds", "2", "--out", str(tmp_path)]) == 0
+    rows = Results.load(tmp_path / "results.json").rows
+    assert [(row.task, row.seed, row.scheme) for row in rows] == [
+        (task, seed, scheme) for task in ("procrustes", "pca") for seed in (0, 1) for scheme in ("qr", "polar")
+    ]
+
+
+def test_an_interrupted_command_says_so_and_exits_as_such(monkeypatch, capsys):
+    from manifold_opt.compare import progress
+
+    class Impatient(progress.Lines):
+        def made(self, _):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "Lines", Impatient)
+    assert cli.main(["--task", "pca", "--size", "2", "--steps", "2", "--retractions", "qr", "--peers", "none"]) == 130
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_when_all_has_failed_the_command_has(monkeypatch):
+    monkeypatch.setitem(contenders.PEERS, "pogo", lambda *_: 1 / 0)
+    assert cli.main(["--task", "pca", "--size", "2", "--steps", "2", "--retractions", "", "--peers", "pogo"]) == 1
 
 
 def test_help_and_nonsense():

@@ -54,7 +54,9 @@ class Comparison:
         from .plots import figures
 
         drawn = figures(self.results)
-        drawn[next(iter(drawn))].savefig(path, dpi=150)
+        if not drawn:
+            raise ValueError("plot: there is nothing to draw; every run has failed.")
+        drawn[next(iter(drawn))].savefig(path, dpi=150, facecolor="white")
 
     def plots(self, folder: str | Path) -> list[Path]:
         """Write every figure into a folder, as PNG."""
@@ -82,13 +84,14 @@ class Comparison:
     def _repr_html_(self) -> str:
         from rich.console import Console
 
-        console = Console(record=True, width=120, file=io.StringIO())
+        console = Console(record=True, width=120, file=io.StringIO(), force_jupyter=False)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def __repr__(self) -> str:
         failed = sum(row.failure is not None for row in self.rows)
-        return f"Comparison({len(self.rows)} runs of {', '.join(self.results.schemes())}; {failed} failed)"
+        interrupted = ", interrupted" * self.results.interrupted
+        return f"Comparison({len(self.rows)} runs of {', '.join(self.results.schemes())}; {failed} failed{interrupted})"
 
 
 def compare(
@@ -117,10 +120,12 @@ def compare(
     same again in another call. The schemes take turns, a tenth of a second each.
 
     Args:
-        make_model: returns a model with marked parameters. Called once a seed, after ``torch.manual_seed(seed)``.
+        make_model: returns a model with marked parameters. Called after ``torch.manual_seed(seed)``, for every seed and
+            learning rate, and once before.
         loss_fn: ``loss_fn(model, batch)``, a scalar to call ``backward()`` on.
         batches: a list, a DataLoader, or a function that returns either; gone through as often as is needed. An
-            iterator is read once, as far as ``steps``.
+            iterator is read once, as far as ``steps``. A loader that shuffles must do so by torch's random state, not
+            by a generator of its own. (States of numpy and random are not kept apart.)
         schemes: names in :data:`~manifold_opt.RETRACTIONS`, and of peers: geoopt, pogo, torch, geotorch (which have to
             be installed), penalty and unconstrained.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum.
@@ -133,12 +138,13 @@ def compare(
         seeds: how many, or which.
         evaluate: the final measure of a trained model; its mean loss over the last tenth of the steps unless given.
         measure: what that is: ``"loss"``, ``"gap"``, or ``"accuracy"``, of which more is better.
-        target: loss at which a run counts as having learned: the mean of 20 steps.
+        target: loss at which a run counts as having learned: the mean of its last 20 steps.
         device: where to train; batches are moved there.
         progress: who is told how it goes.
 
     Returns:
-        What has been found. A scheme that fails is a row that says so.
+        What has been found. A scheme that fails is a row that says so; Ctrl-C ends it early, with what was finished and
+        ``results.interrupted`` set.
 
     Raises:
         ValueError: an unknown name, a value out of range, or a model without marked parameters.
@@ -173,7 +179,7 @@ def compare(
         evaluate=evaluate, measure=measure, target=target, steps=steps,
     )  # fmt: skip
     settings = Settings(optimizer, rates[0], orthogonal_lr_scale, metric, second_moment, penalty)
-    where = torch.device(device)
+    where = usable(device)
     session = Session(units([task], numbers, lambda _: rates, settings, schemes, steps, where), device=where)
     arguments = {**vars(replace(settings)), "lr": rates, "steps": steps, "seeds": numbers, "schemes": list(schemes)}
     results = Results(environment(where), arguments)
@@ -202,6 +208,11 @@ def check(
     ):
         if value not in choices:
             raise ValueError(f"compare: {what} must be one of {', '.join(choices)}, got {value!r}.")
+    for what, values in (("learning rate", rates), ("seed", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"compare: every {what} once, got {list(values)}.")
+    if not isinstance(steps, (int, type(None))) or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"compare: steps and seeds must be whole numbers, got {steps} and {list(seeds)}.")
     if not schemes or len(set(schemes)) < len(schemes):
         raise ValueError(f"compare: needs at least one scheme, and none twice, got {', '.join(schemes) or 'none'}.")
     if not rates or not all(0 < rate < math.inf for rate in rates):
@@ -210,9 +221,30 @@ def check(
         raise ValueError(f"compare: steps and seeds must be at least 1, got {steps} and {len(seeds)}.")
 
 
+def usable(device: str | torch.device) -> torch.device:
+    """The device, if it can be used; a ValueError if not."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"compare: device {device} cannot be used: {reason}; cpu always can.") from None
+    return found
+
+
 def _endless(batches: Iterable[Batch] | Callable[[], Iterable[Batch]], steps: int) -> Callable[[], Iterator[Batch]]:
     """A function that starts the batches anew and goes through them without end."""
     given = batches
+    for part in (
+        given,
+        getattr(given, "sampler", None),
+        getattr(getattr(given, "batch_sampler", None), "sampler", None),
+    ):
+        if getattr(part, "generator", None) is not None:
+            raise ValueError(
+                "compare: the loader has a random generator of its own, from which the schemes would draw in turns. "
+                "Leave it out: every seed shuffles by torch's own random state, alike for all schemes."
+            )
     if not callable(given) and iter(given) is given:
         given = list(itertools.islice(given, steps))  # it can be read once only
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import RETRACTIONS
 from . import cost
-from .api import Comparison, check
+from .api import Comparison, check, usable
 from .contenders import PEERS, Settings
 from .data import MissingDataError
 from .results import Results
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     reader = parser()
     args = reader.parse_args(arguments)
     try:
+        import jinja2  # noqa: F401  # found missing now, not at the end
+        import matplotlib as mpl  # noqa: F401
         from rich.console import Console
-
-        from . import page, plots  # noqa: F401  # found missing now, not at the end
     except ModuleNotFoundError as missing:
         reader.error(f"{missing.name} is not installed: pip install 'manifold-opt[compare]'")
     try:
@@ -92,18 +92,20 @@ def main(arguments: Sequence[str]) -> int:
     if args.out:
         written = comparison.plots(args.out)
         comparison.to_html(args.out / "report.html")
-        console.print(f"{args.out}/report.html, results.json, {len(written)} plots", highlight=False, soft_wrap=True)
+        said = f"{args.out}/report.html, results.json, {len(written)} plots"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     if results.interrupted:
         again = " --resume goes on from there." if args.out else " With --out they would have been kept."
         console.print(f"Interrupted; what was finished is above.{again}", highlight=False)
         return 130
-    return 0
+    failures = [row.failure for row in results.rows] + [point.failure for point in results.costs]
+    return 1 if all(failures) else 0
 
 
 def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, Results]:
     """What is to be done, and what there is already; a ValueError says what is wrong with what was asked for."""
     names = tuple(dict.fromkeys(name for some in args.task for name in some))
-    _among("--task", names, (*TASKS, STEP))
+    _among("--task", names or ("",), (*TASKS, STEP))
     _among("--retractions", args.retractions, RETRACTIONS)
     peers = () if args.peers == ("none",) else args.peers
     _among("--peers", peers, PEERS)
@@ -115,7 +117,7 @@ def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, 
             raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
     if not 0 <= args.penalty < math.inf:
         raise ValueError(f"--penalty must be finite and at least 0, got {args.penalty}")
-    device = _device(args.device)
+    device = usable(args.device)
     if args.resume and not args.out:
         raise ValueError("--resume needs the --out that the results were written to")
     if args.out:
@@ -133,9 +135,8 @@ def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, 
         device,
         dtype,
     )
-    asked = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "data")}
-    asked.update(task=list(names), out=None, retractions=list(args.retractions), peers=list(peers))
-    del asked["out"]
+    asked = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    asked.update(task=list(names), retractions=list(args.retractions), peers=list(peers))
     results = Results(environment(device), {**asked, "command": shlex.join(command)})
     if args.out:
         results = _resumed(args, results)
@@ -145,20 +146,30 @@ def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, 
 
 def _resumed(args: argparse.Namespace, fresh: Results) -> Results:
     path = args.out / "results.json"
-    if not args.resume:
-        return fresh
     if not path.is_file():
-        raise ValueError(f"--resume finds no results.json in {args.out}")
+        if args.resume:
+            raise ValueError(f"--resume finds no results.json in {args.out}")
+        return fresh
     try:
         found = Results.load(path)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
+        if not args.resume:
+            return fresh
         raise ValueError(f"--resume cannot read {path}; start anew without it") from None
-    for key, value in fresh.arguments.items():
-        if key != "command" and found.arguments.get(key) != value:
-            raise ValueError(
-                f"--resume: {path} was made with {key}={found.arguments.get(key)}, not {value}; ask for the same, or "
-                "give another --out"
-            )
+    if not args.resume:
+        if found.interrupted:
+            raise ValueError(f"--out {args.out} has an interrupted comparison: --resume goes on, rm {path} starts anew")
+        return fresh
+    for now, then in ((fresh.arguments, found.arguments), (fresh.environment, found.environment)):
+        for key, value in now.items():
+            if key != "command" and then.get(key) != value:
+                raise ValueError(
+                    f"--resume: {path} was made with {key}={then.get(key)}, not {value}; ask for the same, or give "
+                    "another --out"
+                )
+    # What was not installed may be by now.
+    found.rows = [row for row in found.rows if not (row.failure or "").startswith("ModuleNotFoundError")]
+    found.costs = [c for c in found.costs if not (c.failure or "").startswith("ModuleNotFoundError")]
     return found
 
 
@@ -178,15 +189,6 @@ def _among(option: str, names: Sequence[str], choices: Any) -> None:
             raise ValueError(f"{option} knows {', '.join(choices)}, not {name!r}")
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}; cpu always can") from None
-    return device
-
-
 def _writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +204,11 @@ def run() -> NoReturn:
     words = sys.argv[1:]
     usage = "usage: python -m manifold_opt compare [options]   (compare --help says which)"
     if words[:1] == ["compare"]:
-        sys.exit(main(words[1:]))
+        try:
+            sys.exit(main(words[1:]))
+        except KeyboardInterrupt:  # between the runs and the report
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(130)
     if words[:1] in (["-h"], ["--help"]):
         print(usage)
         sys.exit(0)

@@ -79,10 +79,9 @@ class Contender:
 
 @dataclass
 class Place:
-    """Where a marked parameter hangs, and what it was marked with."""
+    """Where a marked parameter hangs, several places if it is tied, and what it was marked with."""
 
-    module: nn.Module
-    leaf: str
+    owners: list[tuple[nn.Module, str]]
     parameter: nn.Parameter
     constraint: Orthogonal
 
@@ -103,7 +102,7 @@ def places(model: nn.Module) -> list[Place]:
         for leaf, parameter in module.named_parameters(recurse=False):
             constraint = constraint_of(parameter)
             if constraint is not None:
-                found.setdefault(id(parameter), Place(module, leaf, parameter, constraint))
+                found.setdefault(id(parameter), Place([], parameter, constraint)).owners.append((module, leaf))
     return list(found.values())
 
 
@@ -157,13 +156,14 @@ def geoopt(model: nn.Module, settings: Settings) -> Contender:
             return 0.5 if canonical else 1.0
         return math.sqrt(place.blocks()[0].numel() / (2 if canonical else 1))
 
-    groups = _groups(held, settings, factor)
-    made = (geoopt.optim.RiemannianAdam if adam else geoopt.optim.RiemannianSGD)(groups, lr=settings.lr)
-    notes = [
-        "lr times sqrt(p n), for its Adam makes steps of length one a matrix where torch's makes one an entry"
-    ] * adam
-    notes += ["lr halved, for its canonical gradient turns twice as far as ours"] * (canonical and not adam)
-    return _computed(model, marked, held, [made, *_plain(model, marked, settings, [])], "; ".join(notes))
+    made = (geoopt.optim.RiemannianAdam if adam else geoopt.optim.RiemannianSGD)(
+        _groups(held, settings, factor), lr=settings.lr
+    )
+    reason = (
+        "its Adam makes a step one long, torch's an entry of it" if adam else "its canonical gradient turns further"
+    )
+    note = _note(marked, factor, reason)
+    return _computed(model, marked, held, [made, *_plain(model, marked, settings, [])], note)
 
 
 def pogo(model: nn.Module, settings: Settings) -> Contender:
@@ -177,14 +177,12 @@ def pogo(model: nn.Module, settings: Settings) -> Contender:
         doubled = canonical or not (adam or place.is_square())
         return (math.sqrt(2 * place.blocks()[0].numel()) if adam else 1.0) * (2.0 if doubled else 1.0)
 
-    groups = _groups(held, settings, factor)
     rule = base.VectorAdam() if adam else base.SGD()
-    made = importlib.import_module("pogo").POGO(groups, rule, settings.lr)
-    note = (
-        "lr times sqrt(2 p n), for its Adam makes gradients of length one a matrix, of which the tangent is a part"
-        if adam
-        else "lr doubled where its field, half the canonical gradient, is half of what is asked for"
+    made = importlib.import_module("pogo").POGO(_groups(held, settings, factor), rule, settings.lr)
+    reason = (
+        "its Adam makes a gradient one long, of which the tangent is a part" if adam else "its field is half as long"
     )
+    note = _note(marked, factor, reason)
     return _computed(model, marked, held, [made, *_plain(model, marked, settings, [])], note)
 
 
@@ -204,9 +202,10 @@ def parametrized(constrain: Callable[[nn.Module], object], model: nn.Module, set
             return 1.0
         return 2.0 if adam else 0.5
 
-    groups = _groups(held, settings, factor)
-    note = "" if adam else "lr halved on squares, for the skew matrix underneath moves both of its triangles at once"
-    return _computed(model, marked, held, _plain(model, marked, settings, groups), note)
+    note = _note(marked, factor, "the skew matrix underneath moves both of its triangles at once")
+    cached = "computed once a step, under torch.nn.utils.parametrize.cached()"
+    made = _plain(model, marked, settings, _groups(held, settings, factor))
+    return _computed(model, marked, held, made, "; ".join(filter(None, (note, cached))))
 
 
 def geotorch(model: nn.Module, settings: Settings) -> Contender:
@@ -283,15 +282,26 @@ def _computed(
     """A model whose marked parameters are computed from what others hold."""
     for place, source in zip(marked, held, strict=True):
         place.parameter.requires_grad_(False)
-        parametrize.register_parametrization(place.module, place.leaf, source, unsafe=True)
+        for module, leaf in place.owners:
+            parametrize.register_parametrization(module, leaf, source, unsafe=True)
     return Contender(model, optimizers, lambda: [source.blocks().detach() for source in held], note=note)
 
 
 def _groups(held: list[Held], settings: Settings, factor: Callable[[Place], float]) -> list[dict[str, object]]:
-    """A parameter group each, at its own learning rate."""
-    return [
-        {"params": list(source.parameters()), "lr": settings.orthogonal_lr * factor(source.place[0])} for source in held
-    ]
+    """A parameter group each, at its own learning rate.
+
+    What is held is the weight without its gain, its gradient so much longer; ours moves by lr / gain.
+    """
+    power = 1 if settings.optimizer == "adam" else 2
+    rates = [settings.orthogonal_lr * factor(one.place[0]) / one.place[0].constraint.gain ** power for one in held]
+    return [{"params": list(one.parameters()), "lr": lr} for one, lr in zip(held, rates, strict=True)]
+
+
+def _note(marked: list[Place], factor: Callable[[Place], float], reason: str) -> str:
+    """By what learning rates were multiplied, and why; nothing if by one."""
+    factors = {f"{p} x {n}": factor(place) for place in marked for _, p, n in (place.blocks().shape,)}
+    said = ", ".join(f"{value:.3g} ({shape})" for shape, value in factors.items() if value != 1)
+    return f"lr times {said}, for its steps to be as long as ours: {reason}" if said else ""
 
 
 def _plain(

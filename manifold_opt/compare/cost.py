@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from .results import Cost
 
 SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (1, 10, 100), 16
 ROUNDS, TURN = 7, 0.02  # turns of every scheme, and seconds of one; one step at least
+WARM = 10  # steps before, after which the error is taken
 SETS = 4  # of gradients, taken in turn
 
 Tell = Callable[[str], None]
@@ -39,16 +41,14 @@ def measure(
     varied, count, n = point
     costs = {scheme: Cost(scheme, varied, count, n, n, peer=scheme in PEERS) for scheme in schemes}
     turns: dict[str, Callable[[], float]] = {}
-    ready: dict[str, Contender] = {}
     with torch.random.fork_rng(), torch.enable_grad():
         for scheme in schemes:
             torch.manual_seed(0)
             matrices = nn.ModuleList(_Matrix(stiefel.random(n, n)) for _ in range(count)).to(device)
             gradients = torch.randn(SETS, count, n, n, device=device)
-            made = _guarded(costs[scheme], functools.partial(build, scheme, matrices, settings))
+            made = _guarded(costs[scheme], functools.partial(_ready, scheme, matrices, gradients, settings))
             if made is not None:
-                ready[scheme] = made
-                turns[scheme] = _turns(made, matrices, gradients)
+                turns[scheme], costs[scheme].orthogonality_error = made
         times: dict[str, list[float]] = {scheme: [] for scheme in turns}
         for _ in range(ROUNDS):
             for scheme, turn in list(turns.items()):
@@ -59,10 +59,7 @@ def measure(
                 else:
                     times[scheme].append(seconds)
         for scheme in turns:
-            costs[scheme].milliseconds = 1e3 * statistics.median(times[scheme][1:])  # the first warms up
-            with torch.no_grad():
-                error = max(float(stiefel.error(blocks).max()) for blocks in ready[scheme].matrices())
-            costs[scheme].orthogonality_error = error
+            costs[scheme].milliseconds = 1e3 * statistics.median(times[scheme])
     yield from costs.values()
 
 
@@ -75,37 +72,50 @@ class _Matrix(nn.Module):
         mark_orthogonal(self, "weight")
 
 
-def _turns(contender: Contender, matrices: nn.ModuleList, gradients: Tensor) -> Callable[[], float]:
-    """A function that makes steps for a turn, and returns seconds a step.
-
-    The loss is the inner product with a gradient: as little as a forward and a backward can cost. It is part of what is
-    timed, for there a parametrization does its work.
-    """
-    made = 0
-
-    def step() -> None:
-        nonlocal made
-        for opt in contender.optimizers:
-            opt.zero_grad()
-        weights = [module.weight for module in matrices]
-        loss = sum((w * g).sum() for w, g in zip(weights, gradients[made % SETS], strict=True))
-        assert isinstance(loss, Tensor)
-        (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
-        for opt in contender.optimizers:
-            opt.step()
-        made += 1
+def _ready(
+    scheme: str, matrices: nn.ModuleList, gradients: Tensor, settings: Settings
+) -> tuple[Callable[[], float], float]:
+    """A function that makes steps for a turn, and returns seconds a step; and the error after the first steps."""
+    contender = build(scheme, matrices, settings)
+    step = _stepper(contender, matrices, gradients)
+    for _ in range(WARM):
+        step()
+    with torch.no_grad():
+        error = max(float(stiefel.error(blocks).max()) for blocks in contender.matrices())
 
     def turn() -> float:
-        first, began = made, time.perf_counter()
+        count, began = 0, time.perf_counter()
         while True:
             step()
+            count += 1
             if gradients.device.type == "cuda":
                 torch.cuda.synchronize(gradients.device)
             spent = time.perf_counter() - began
             if spent >= TURN:
-                return spent / (made - first)
+                return spent / count
 
-    return turn
+    return turn, error
+
+
+def _stepper(contender: Contender, matrices: nn.ModuleList, gradients: Tensor) -> Callable[[], None]:
+    """A function that makes one step.
+
+    The loss is the inner product with a gradient: as little as a forward and a backward can cost. It is part of what is
+    timed, for there a parametrization does its work.
+    """
+    sets = itertools.cycle(gradients.unbind())
+
+    def step() -> None:
+        for opt in contender.optimizers:
+            opt.zero_grad()
+        weights = [module.weight for module in matrices]
+        loss = sum((w * g).sum() for w, g in zip(weights, next(sets), strict=True))
+        assert isinstance(loss, Tensor)
+        (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
+        for opt in contender.optimizers:
+            opt.step()
+
+    return step
 
 
 def _guarded(cost: Cost, work: Callable[[], T]) -> T | None:

@@ -54,8 +54,11 @@ def _idx(folder: Path, name: str) -> Tensor:
     """An array of bytes in the IDX format: two zeros, the type, the number of dimensions, each as four bytes."""
     for path, read in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
         if path.is_file():
-            with read(path, "rb") as file:
-                raw = bytearray(file.read())
+            try:
+                with read(path, "rb") as file:
+                    raw = bytearray(file.read())
+            except (OSError, EOFError) as error:
+                raise MissingDataError(f"task fashion cannot read {path} ({error}); get it anew") from None
             break
     else:
         raise MissingDataError(
@@ -64,7 +67,8 @@ def _idx(folder: Path, name: str) -> Tensor:
         )
     dimensions = raw[3] if len(raw) > 3 else 0
     shape = [int.from_bytes(raw[4 + 4 * k : 8 + 4 * k], "big") for k in range(dimensions)]
-    values = torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * dimensions)
+    start = 4 + 4 * dimensions
+    values = torch.frombuffer(raw, dtype=torch.uint8, offset=start) if len(raw) > start else torch.empty(0)
     if raw[:3] != b"\0\0\x08" or values.numel() != torch.Size(shape).numel():
         raise MissingDataError(f"task fashion: {path} is no IDX file of bytes, or not whole; get it anew")
     return values.view(shape)

@@ -75,14 +75,14 @@ class Row:
 
 @dataclass
 class Cost:
-    """What the optimizer's step of one scheme costs for so many matrices of one size; no learning.
+    """What a step of one scheme costs, forward and backward of an inner product included, for so many matrices.
 
     Attributes:
         scheme: as in :class:`Row`.
         count, p, n: so many matrices, p x n each.
         varied: ``"n"`` or ``"count"``: which of them the curve is drawn against.
         milliseconds: median of a step; None if it failed.
-        orthogonality_error: the largest of a matrix after the last step.
+        orthogonality_error: the largest of a matrix after the first ten steps.
         peer: as in :class:`Row`.
     """
 
@@ -132,6 +132,7 @@ class Summary:
         step_ms, optimizer_ms: medians over the seeds.
         ratio: ``step_ms`` over that of the fastest scheme of the task.
         orthogonality_error: the largest of all seeds.
+        different: how many different ends the seeds had; one says that they were no repetitions.
         clamped, skipped: sums.
         failure: of the first run that failed.
         best: names of the columns of times and errors in which it is the best of those that kept their weights
@@ -154,6 +155,7 @@ class Summary:
     clamped: float
     skipped: float
     failure: str | None
+    different: int = 0
     best: set[str] = field(default_factory=set)
 
 
@@ -224,6 +226,7 @@ class Results:
             peer=rows[0].peer,
             lr=lr,
             seeds=len(rows),
+            different=len(set(finals)),
             mean=statistics.fmean(finals) if finals else None,
             spread=_spread(finals),
             seconds_to_target=statistics.median(reached) if reached else None,
@@ -260,7 +263,11 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _mark_best(lines: list[Summary], column: str, value: Any) -> None:
     """Name the best of a column: of the schemes that stayed near the manifold, for others leave out what it costs."""
-    kept = [line for line in lines if not line.failure and (line.orthogonality_error or math.inf) <= ORTHOGONAL]
+    kept = [
+        line
+        for line in lines
+        if not line.failure and line.orthogonality_error is not None and line.orthogonality_error <= ORTHOGONAL
+    ]
     known = [v for line in kept if (v := value(line)) is not None and math.isfinite(v)]
     for line in kept:
         if known and value(line) == min(known):

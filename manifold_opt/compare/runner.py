@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from .. import stiefel
@@ -53,12 +54,18 @@ def run(unit: Unit, schemes: Iterable[str], tell: Tell, notes: dict[str, str]) -
     """Run some schemes of a unit, and yield each row as it is finished; what was corrected goes to ``notes``."""
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(unit.seed)
-        start = unit.task.make_model().to(unit.device)
-        state = torch.get_rng_state()
+        start, refusal = None, None
+        try:
+            start = unit.task.make_model().to(unit.device)
+        except Exception as error:
+            refusal = _line(error)
+        state = _random_state(unit.device)
         running = []
         for scheme in schemes:
             one = Run(unit, unit.row(scheme), state)
-            one.guarded(one.prepare, start)
+            one.row.failure = refusal
+            if start is not None:
+                one.guarded(one.prepare, start)
             if one.contender is not None and one.contender.note:
                 notes[scheme] = one.contender.note
             running.append(one)
@@ -78,7 +85,7 @@ def run(unit: Unit, schemes: Iterable[str], tell: Tell, notes: dict[str, str]) -
 class Run:
     """One scheme learning one task."""
 
-    def __init__(self, unit: Unit, row: Row, state: torch.Tensor) -> None:
+    def __init__(self, unit: Unit, row: Row, state: list[torch.Tensor]) -> None:
         self.unit, self.row, self.state = unit, row, state
         self.contender: Contender | None = None
         self.batches: Iterator[Batch] = iter(())
@@ -90,19 +97,20 @@ class Run:
 
     def guarded(self, work: Callable[..., None], *args: object) -> None:
         """Do something with the random state of this run; what goes wrong is written down, and others go on."""
-        others = torch.get_rng_state()
-        torch.set_rng_state(self.state)
+        others = _random_state(self.unit.device)
+        _set_random_state(self.unit.device, self.state)
         try:
             work(*args)
         except Exception as error:
-            self.row.failure = " ".join(f"{type(error).__name__}: {error}".split())
+            self.row.failure = _line(error)
         finally:
-            self.state = torch.get_rng_state()
-            torch.set_rng_state(others)
+            self.state = _random_state(self.unit.device)
+            _set_random_state(self.unit.device, others)
 
     def prepare(self, start: nn.Module) -> None:
         """A copy of the model, and what steps it."""
-        self.contender = build(self.row.scheme, copy.deepcopy(start), self.unit.settings)
+        with torch.random.fork_rng():  # some libraries draw a start of their own
+            self.contender = build(self.row.scheme, copy.deepcopy(start), self.unit.settings)
         self.batches = self.unit.task.batches()
 
     def turn(self) -> None:
@@ -120,8 +128,9 @@ class Run:
         began = time.perf_counter()
         for opt in contender.optimizers:
             opt.zero_grad()
-        loss = self.unit.task.loss(contender.model, _to(batch, self.unit.device))
-        (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
+        with parametrize.cached():  # or nn.GRU computes a weight four times
+            loss = self.unit.task.loss(contender.model, _to(batch, self.unit.device))
+            (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
         value = float(loss.detach())  # waits for an accelerator
         between = time.perf_counter()
         for opt in contender.optimizers:
@@ -147,7 +156,8 @@ class Run:
         row, target = self.row, self.unit.task.target
         row.orthogonality_error = max(row.orthogonality_error or 0.0, self.error)
         recent = self.losses[-20:]
-        if row.steps_to_target is None and target is not None and statistics.fmean(recent) <= target:
+        enough = len(recent) == min(20, row.steps)
+        if row.steps_to_target is None and target is not None and enough and statistics.fmean(recent) <= target:
             row.steps_to_target, row.seconds_to_target = self.made, sum(self.seconds)
         every = max(1, row.steps // POINTS)
         if self.made % every == 0 or self.made == row.steps:
@@ -164,7 +174,7 @@ class Run:
         row, task = self.row, self.unit.task
         assert self.contender is not None
         row.final_loss = statistics.fmean(self.losses[-max(1, row.steps // 10) :])
-        row.final = row.final_loss if task.evaluate is None else task.evaluate(self.contender.model)
+        row.final = row.final_loss if task.evaluate is None else float(task.evaluate(self.contender.model))
         row.step_ms = 1e3 * statistics.median(self.seconds)
         row.optimizer_ms = 1e3 * statistics.median(self.optimizing)
         row.clamped, row.skipped = self.contender.counts()
@@ -191,6 +201,21 @@ def units(
         for lr in rates(task)
         for scale in (settings.orthogonal_lr_scale * task.orthogonal_lr_scale,)
     ]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of the host and, where runs draw from it, of the device."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_state(device: torch.device, state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -21,7 +21,7 @@ def tables(results: Results) -> Iterator[Any]:
             cells = ["failed"] if line.mean is None else [cell(line) for cell in columns.values()]
             table.add_row(line.scheme, *cells)
         failures = [f"{line.scheme} failed: {line.failure}" for line in lines if line.failure]
-        table.caption = "\n".join([*failures, "* the best of those that stayed orthogonal, or within the spread of it"])
+        table.caption = _plain([*failures, "* the best of those that stayed orthogonal, or within the spread of it"])
         yield table
     if results.costs:
         yield _costs(results)
@@ -32,11 +32,18 @@ def _table(title: str, columns: list[str]) -> Any:
     from rich.table import Table
 
     justified = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False, **justified)  # type: ignore[arg-type]
+    table = Table(title=_plain([title]), box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False, **justified)  # type: ignore[arg-type]
     table.add_column("scheme", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _plain(lines: list[str]) -> Any:
+    """Lines in which brackets are brackets."""
+    from rich.text import Text
+
+    return Text("\n".join(lines))
 
 
 def _columns(
@@ -87,6 +94,8 @@ def _costs(results: Results) -> Any:
     known = {(c.scheme, c.count, c.n): c.milliseconds for c in results.costs}
     for scheme in dict.fromkeys(c.scheme for c in results.costs):
         table.add_row(scheme, *(number(known.get((scheme, *point))) for point in points))
+    failures = {c.scheme: c.failure for c in results.costs if c.failure}
+    table.caption = _plain([f"{scheme} failed: {failure}" for scheme, failure in failures.items()])
     return table
 
 

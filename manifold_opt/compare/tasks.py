@@ -167,7 +167,8 @@ def copying(kind: str, size: int | None) -> Task:
 
     return Task(
         "copying" if kind == "rnn" else "copying-gru",
-        f"copying memory across {delay} steps, nn.{kind.upper()} of {hidden} units; without memory {memoryless:.3f}",
+        f"copying memory across {delay} steps, nn.{kind.upper()} of {hidden} units; without memory {memoryless:.3f}"
+        + "; orthogonal weights at a tenth of the lr" * (kind == "rnn"),
         start,
         batches, loss, target=memoryless / 2, lr=1e-3, orthogonal_lr_scale=0.1 if kind == "rnn" else 1.0, steps=800,
     )  # fmt: skip
@@ -189,7 +190,8 @@ def images(found: Images, hidden: int, size: int | None) -> Task:
         return F.cross_entropy(model(x), y)
 
     def accuracy(model: nn.Module) -> float:
-        x, y = found.test
+        device = next(model.parameters()).device
+        x, y = (part.to(device) for part in found.test)
         with torch.no_grad():
             answers = [
                 model(some.transpose(0, 1).to(torch.get_default_dtype())).argmax(-1) for some in torch.split(x, 1000)
@@ -220,4 +222,4 @@ def _weight(model: nn.Module) -> Tensor:
 
 def _gap(a: Tensor, b: Tensor, best: float, model: nn.Module) -> float:
     with torch.no_grad():
-        return float((stiefel.float64(_weight(model)) @ a - b).square().mean()) - best
+        return float((stiefel.float64(_weight(model)).cpu() @ a - b).square().mean()) - best

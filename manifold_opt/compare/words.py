@@ -68,7 +68,7 @@ def kept(line: Summary) -> bool:
 
 def told_apart(one: Summary, other: Summary, about: About) -> bool:
     """Whether mean ± spread of the two do not overlap; one seed has no spread to judge by. Rounding tells nothing."""
-    if min(one.seeds, other.seeds) < 2 or one.mean is None or other.mean is None:
+    if min(one.different, other.different) < 2 or one.mean is None or other.mean is None:
         return False
     return abs(one.mean - other.mean) > max((one.spread or 0.0) + (other.spread or 0.0), about.resolution)
 
@@ -138,12 +138,14 @@ def _choice(results: Results, about: About, good: list[Summary]) -> tuple[list[s
         said = f"Take {_named(best)}: its {value} is the best of those with orthogonal weights, beyond the spread."
         return [said, *_best_of_own(best, good, about)], best
     quickest = min(first, key=lambda line: math.inf if line.step_ms is None else line.step_ms)
-    if min(line.seeds for line in first) < 2:
+    if min(line.different for line in first) < 2:
         ends = f"{number(best.mean)} ({best.scheme}) to {number(first[-1].mean)} ({first[-1].scheme})"
-        return [f"With one seed there is no spread to judge a final {about.measure} by: {ends}, undecided."], quickest
+        one = "With one seed" if first[0].seeds < 2 else "Where seeds make no difference"
+        return [f"{one} there is no spread to judge a final {about.measure} by: {ends}, undecided."], quickest
     others = listed(line.scheme for line in first[1:])
     undecided = f"The final {about.measure} does not decide between {best.scheme}, at {final(best)}, "
-    undecided += f"and {others}: mean ± spread overlap."
+    rounding = ", or differ by rounding alone" if about.resolution else ""
+    undecided += f"and {others}: mean ± spread overlap{rounding}."
     if quickest.step_ms is None:
         return [undecided], quickest
     same = [line.scheme for line in first if line is not quickest and _as_fast(results, quickest, line)]
