@@ -582,6 +582,37 @@ def test_the_cost_of_a_step(monkeypatch):
     assert made[1].failure == "ZeroDivisionError: division by zero"
 
 
+def test_milliseconds_are_those_of_a_step_not_of_a_turn(monkeypatch):
+    """A clock that goes on by a second whenever it is looked at: a turn of 5 s is five steps of one."""
+    clock = itertools.count()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(cost, "TURN", 5.0)
+    (made,) = cost.measure(("n", 1, 3), ("polar",), Settings(), torch.device("cpu"), lambda _: None)
+    assert made.milliseconds == 1000
+
+
+def test_a_scheme_that_fails_in_a_turn_has_no_more(monkeypatch):
+    def fails_late(*args):
+        contender = contenders.unconstrained(*args)
+        steps, step = itertools.count(), contender.step
+
+        def once_more():
+            if next(steps) > cost.WARM:
+                raise RuntimeError("tired")
+            step()
+
+        contender.step = once_more
+        return contender
+
+    monkeypatch.setattr(cost, "TURN", 0.0)
+    monkeypatch.setitem(contenders.PEERS, "pogo", fails_late)
+    turns = []
+    tired, fit = cost.measure(("n", 1, 3), ("pogo", "qr"), Settings(), torch.device("cpu"), turns.append)
+    assert (tired.failure, tired.milliseconds) == ("RuntimeError: tired", None)
+    assert fit.milliseconds > 0
+    assert (turns.count("pogo"), turns.count("qr")) == (2, cost.ROUNDS)
+
+
 # The command.
 
 

@@ -140,6 +140,26 @@ def test_speeds_that_overlap_are_not_ranked_either():
     ]
 
 
+def test_differences_of_rounding_decide_nothing():
+    results = small(*seeds("qr", [1e-9, 1.001e-9]), *seeds("polar", [5e-8, 5.001e-8]))
+    assert words.verdict(results, "t")[0].startswith("Take qr")
+    results.tasks["t"].resolution = 1e-6
+    assert words.verdict(results, "t")[0].endswith("and polar: mean ± spread overlap, or differ by rounding alone.")
+
+
+def test_a_scheme_that_failed_once_is_the_best_of_nothing():
+    fast = ("qr", 0, 0.5, {"step_ms": 1.0}), ("qr", 1, None, {"failure": "diverged"})
+    lines = small(*fast, *seeds("polar", [0.5, 0.6], step_ms=2.0)).summaries("t")
+    assert ["step_ms" in line.best for line in lines] == [False, True]
+
+
+def test_both_edges_of_a_sweep_are_named():
+    runs = [("qr", 0, final, {"lr": lr}) for lr, final in ((0.1, 0.1), (1.0, 0.5), (10.0, 0.9))]
+    runs += [("polar", 0, final, {"lr": lr}) for lr, final in ((0.1, 0.9), (1.0, 0.5), (10.0, 0.1))]
+    said = " ".join(words.details(small(*runs), "t"))
+    assert "At the edge of the sweep, so that a better one may lie outside: qr and polar." in said
+
+
 def test_one_seed_decides_nothing():
     results = small(("qr", 0, 0.1, {"step_ms": 3.0}), ("polar", 0, 0.9, {"step_ms": 2.0}))
     assert words.verdict(results, "t") == [

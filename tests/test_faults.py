@@ -178,9 +178,14 @@ def test_a_gradient_that_is_refused_changes_nothing(rule, late, spoil, message):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant")
-def test_what_torch_refuses_changes_nothing_either():
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("lone", [False, True])
+def test_what_torch_refuses_changes_nothing_either(late, lone):
     groups = net()
-    opt = RULES["Adam"]([{"params": group} for group in groups])
+    opt = RULES["Adam"](groups[0] + groups[1] if lone else [{"params": group} for group in groups])
+    for step in range(3 if late else 0):
+        give(groups, step)
+        opt.step()
     give(groups, 5)
     sparse(groups[1][1])
     before = everything(opt)

@@ -68,6 +68,23 @@ class Contender:
     penalty: Callable[[], Tensor] | None = None
     note: str = ""
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        for opt in self.optimizers:
+            opt.zero_grad()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss, and of what is added to it."""
+        (loss if self.penalty is None else loss + self.penalty()).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Move along them, and wait until that is done."""
+        for opt in self.optimizers:
+            opt.step()
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     def counts(self) -> tuple[float, float]:
         """How often the step of a block was shortened, and how often not made."""
         tallies = [tally for opt in self.optimizers if (tally := getattr(opt, "_tally", None)) is not None]

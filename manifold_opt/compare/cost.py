@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import mark_orthogonal, stiefel
 from .contenders import PEERS, Contender, Settings, build
-from .results import Cost
+from .results import Cost, in_one_line
 
 SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (1, 10, 100), 16
 ROUNDS, TURN = 7, 0.02  # turns of every scheme, and seconds of one; one step at least
@@ -88,8 +88,6 @@ def _ready(
         while True:
             step()
             count += 1
-            if gradients.device.type == "cuda":
-                torch.cuda.synchronize(gradients.device)
             spent = time.perf_counter() - began
             if spent >= TURN:
                 return spent / count
@@ -106,14 +104,12 @@ def _stepper(contender: Contender, matrices: nn.ModuleList, gradients: Tensor) -
     sets = itertools.cycle(gradients.unbind())
 
     def step() -> None:
-        for opt in contender.optimizers:
-            opt.zero_grad()
+        contender.zero_grad()
         weights = [module.weight for module in matrices]
         loss = sum((w * g).sum() for w, g in zip(weights, next(sets), strict=True))
         assert isinstance(loss, Tensor)
-        (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
-        for opt in contender.optimizers:
-            opt.step()
+        contender.backward(loss)
+        contender.step()
 
     return step
 
@@ -123,5 +119,5 @@ def _guarded(cost: Cost, work: Callable[[], T]) -> T | None:
     try:
         return work()
     except Exception as error:
-        cost.failure = " ".join(f"{type(error).__name__}: {error}".split())
+        cost.failure = in_one_line(error)
         return None

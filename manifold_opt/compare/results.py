@@ -249,6 +249,11 @@ class Results:
         return -mean if self.tasks[task].higher_is_better else mean
 
 
+def in_one_line(error: Exception) -> str:
+    """What a row says of what went wrong."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _spread(values: list[float]) -> float | None:
     """Standard deviation, which those that are not finite have none of."""
     if not all(map(math.isfinite, values)):

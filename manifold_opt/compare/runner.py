@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import stiefel
 from .contenders import PEERS, Contender, Settings, build
-from .results import Row
+from .results import Row, in_one_line
 from .tasks import Batch, Task
 
 TURN = 0.1  # seconds that a run has before the next one goes on; one step at least
@@ -58,7 +58,7 @@ def run(unit: Unit, schemes: Iterable[str], tell: Tell, notes: dict[str, str]) -
         try:
             start = unit.task.make_model().to(unit.device)
         except Exception as error:
-            refusal = _line(error)
+            refusal = in_one_line(error)
         state = _random_state(unit.device)
         running = []
         for scheme in schemes:
@@ -102,7 +102,7 @@ class Run:
         try:
             work(*args)
         except Exception as error:
-            self.row.failure = _line(error)
+            self.row.failure = in_one_line(error)
         finally:
             self.state = _random_state(self.unit.device)
             _set_random_state(self.unit.device, others)
@@ -126,17 +126,13 @@ class Run:
         contender = self.contender
         assert contender is not None
         began = time.perf_counter()
-        for opt in contender.optimizers:
-            opt.zero_grad()
+        contender.zero_grad()
         with parametrize.cached():  # or nn.GRU computes a weight four times
             loss = self.unit.task.loss(contender.model, _to(batch, self.unit.device))
-            (loss if contender.penalty is None else loss + contender.penalty()).backward()  # type: ignore[no-untyped-call]
+            contender.backward(loss)
         value = float(loss.detach())  # waits for an accelerator
         between = time.perf_counter()
-        for opt in contender.optimizers:
-            opt.step()
-        if loss.device.type == "cuda":
-            torch.cuda.synchronize(loss.device)
+        contender.step()
         ended = time.perf_counter()
         self.made += 1
         if not math.isfinite(value):
@@ -201,10 +197,6 @@ def units(
         for lr in rates(task)
         for scale in (settings.orthogonal_lr_scale * task.orthogonal_lr_scale,)
     ]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:
