@@ -9,10 +9,13 @@ Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam
 """
 
 from . import init
-from .constraint import Orthogonal, constraint_of, orthogonalize_, unmark
+from .constraint import constraint_of, orthogonalize_, unmark
 from .diagnostics import orthogonality_error
 from .health import check, orthogonal_average, project_
-from .marking import mark_orthogonal, mark_recurrent
+from .manifolds import MANIFOLDS, Manifold, Orthogonal
+from .marking import mark_attention, mark_orthogonal, mark_recurrent
+from .marks import mark_manifold, mark_positive, mark_spectral, mark_unit_norm
+from .migration import from_parametrized
 from .optim import SGD, Adam, AdamW
 from .orthogonalizer import nearest_orthogonal
 from .retractions import RETRACTIONS, Retraction, retract
@@ -21,17 +24,25 @@ from .stiefel import project
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "MANIFOLDS",
     "RETRACTIONS",
     "SGD",
     "Adam",
     "AdamW",
+    "Manifold",
     "Orthogonal",
     "Retraction",
     "check",
     "constraint_of",
+    "from_parametrized",
     "init",
+    "mark_attention",
+    "mark_manifold",
     "mark_orthogonal",
+    "mark_positive",
     "mark_recurrent",
+    "mark_spectral",
+    "mark_unit_norm",
     "nearest_orthogonal",
     "orthogonal_average",
     "orthogonality_error",

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .blocks import block_view
-from .constraint import Orthogonal
+from .blocks import Blocks, Part, Slices, can_be_viewed, point_norm, points_of
+from .manifolds import Manifold, Orthogonal
+from .precision import working_dtype
 from .products import may_read
 from .room import Room
 
@@ -23,20 +24,24 @@ Number = float | Tensor
 SMALL = 2**16  # bytes of a block up to which parameters are gathered
 TINY, MANY = 6, 256  # rows and columns up to which, and blocks from which on, matrices are better copied to lie across
 COPIED = 3 * 2**18  # bytes of tiny blocks that are copied at a time
+_PIECES = 16  # that a bucket is cut into at most, where pieces are larger than that anyway
 BATCH = 2**21  # bytes of blocks that a step works on at a time, one large block at least
 
 
 @dataclass
 class Bucket:
-    """Parameters that move as one batch.
+    """Parameters that move as one batch, or one part of one.
 
     Attributes:
         parameters: its members, alike in shape, dtype, device and constraint.
         constraint: of each.
+        part: where the points lie in each.
+        before: number of points in earlier parts; the first part shows the step count.
         fresh: whether their first gradient is to enter the momentum whole, without dampening.
         versions: of each member when it was last stepped: another one says that it has been written to since.
-        moments: what the rule holds, ``(B, p, n)`` or ``(B, 1, 1)`` each: views of the members' state, or the
+        moments: what the rule holds, ``(B, *point)`` or ``(B, 1, ..)`` each: views of the members' state, or the
             storage that their state is a view of.
+        master: points in float32 of members that are stored in less, of which theirs are the rounding.
         ranks: place of each member among all marked parameters of its group.
         steps: ``(members,)`` step counts, as the moments.
         lockstep: the step count of all members where the host knows that it is the same.
@@ -44,11 +49,14 @@ class Bucket:
     """
 
     parameters: list[Tensor]
-    constraint: Orthogonal
+    constraint: Manifold
+    part: Part
+    before: int
     fresh: bool
     versions: list[int | None]
     ranks: list[int]
     moments: dict[str, Tensor] = field(default_factory=dict)
+    master: Tensor | None = None
     steps: Tensor | None = None
     lockstep: int | None = None
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -56,33 +64,49 @@ class Bucket:
     def __post_init__(self) -> None:
         first = self.parameters[0]
         self.dtype = first.dtype
-        self.gathered = len(self.parameters) > 1
-        self.blocks = self.constraint.blocks * len(self.parameters)
-        self.p, self.n = self.constraint.view(first.detach()).shape[-2:]
-        blocks = torch.arange(self.constraint.blocks, device="cpu")
+        self.real = working_dtype(first.dtype).to_real()  # which torch.compile cannot ask for
+        self.gathered = len(self.parameters) > 1 or not can_be_viewed(self.part, first.detach())
+        rows = self.part.rows(first.detach(), copy=True)
+        points = self.part.points(rows)
+        self.each = len(points)
+        self.blocks = self.each * len(self.parameters)
+        self.point = points.shape[1:]
+        self.stiefel = isinstance(self.constraint, Orthogonal)
+        self.p, self.n = self.point if self.stiefel else (1, self.point.numel())
+        blocks = torch.arange(self.each if self.stiefel else 1, device="cpu")
         self._turns = (torch.tensor(self.ranks, device="cpu")[:, None] * len(blocks) + blocks).flatten()
         self._in_turn = int(self._turns[-1] - self._turns[0]) == len(self._turns) - 1
-        self.tiny = self.p <= TINY and self.n <= TINY and self.blocks >= MANY
-        self.tall = first.shape[0] // self.constraint.blocks > first.numel() // first.shape[0]
+        self.tiny = self.stiefel and self.p <= TINY and self.n <= TINY and self.blocks >= MANY
+        self.tall = isinstance(self.part, Blocks) and rows.shape[0] // self.each > rows.shape[1]
         self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
-        self.stacked = (first.shape[0] * len(self.parameters), first.numel() // first.shape[0])
-
-    def wide(self, stacked: Tensor) -> Tensor:
-        """Wide blocks ``(B, p, n)`` of a tensor that has all members' rows one below the other."""
-        return block_view(stacked, self.blocks)
+        self._rows = rows.shape[0]
+        self._as_they_lie = rows.shape == first.shape and rows.stride() == first.stride()
+        self.stacked = (self._rows * len(self.parameters), *rows.shape[1:])
 
     def view(self, tensors: list[Tensor], role: str, room: Room) -> Tensor:
-        """The members' ``tensors`` as wide blocks ``(B, p, n)``: a view of a lone one, a copy of many."""
+        """The members' ``tensors`` as points ``(B, *point)``: a view of a lone one, a copy of many."""
         if not self.gathered:
-            lone = tensors[0]
-            # A gradient may come in a memory format that cannot be flattened; a parameter is written to as it lies.
-            copied = lone.ndim > 2 and lone is not self.parameters[0]
-            return self.constraint.view(lone.contiguous() if copied else lone)
-        rows = [t.reshape(t.shape[0], -1) for t in tensors] if tensors[0].ndim > 2 else tensors
-        return self.wide(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
+            # A gradient may come in a memory format that cannot be viewed so; a parameter, here, can.
+            return points_of(self.part, tensors[0])
+        rows = tensors if self._as_they_lie else [self.part.rows(t, copy=True) for t in tensors]
+        return self.part.points(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
+
+    def follow(self, values: Tensor) -> None:
+        """Let what is held in float32 follow points that have been written to, where the host may not look.
+
+        A point that has not moved yet is not the rounding of what is held, which is the nearest to it: entries that
+        differ by roundings stay.
+        """
+        if self.master is None or may_read(values):
+            return
+        now, eps, dims = values.to(self.master.dtype), torch.finfo(values.dtype).eps, self.part.dims
+        gap, size = now - self.master, point_norm(now, dims, keepdim=True)
+        scale = size / max(1, now.shape[now.ndim - dims :].numel()) ** 0.5  # of an entry
+        other = (gap.abs() > 4 * eps * (now.abs() + scale)) | (point_norm(gap, dims, keepdim=True) > eps * size)
+        self.master.copy_(torch.where(other, now, self.master))
 
     def write_back(self, values: Tensor) -> None:
-        """Write wide blocks ``(B, p, n)`` to the members that they were gathered from."""
+        """Write points ``(B, *point)`` to the members that they were gathered from."""
         stacked = (values.mT if self.tall else values).reshape(self.stacked)
         if torch.compiler.is_compiling():
             torch._foreach_copy_(self.parameters, self.split(stacked))
@@ -93,8 +117,8 @@ class Bucket:
 
     def split(self, stacked: Tensor) -> list[Tensor]:
         """Rows one below the other, as one tensor a member, of its shape."""
-        parts = stacked.split(self.parameters[0].shape[0])  # type: ignore[no-untyped-call]
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        pieces = stacked.split(self._rows)  # type: ignore[no-untyped-call]
+        return [self.part.unlike(piece, p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def count(self, steps: Number) -> None:
         """Count a step, or as much of one as a GradScaler lets happen."""
@@ -114,17 +138,17 @@ class Bucket:
             return slice(None)
         if self.lockstep is not None and self._in_turn:
             return slice(-(self.lockstep + int(self._turns[piece.start])) % interval, None, interval)
-        counts = self.steps.long().repeat_interleave(self.constraint.blocks)
+        counts = self.steps.long().repeat_interleave(self.each)
         return ((counts + self._turns)[piece] % interval == 0).nonzero()[:, 0]
 
     def reserve(self, room: Room) -> None:
         """Take the workspaces of a step now: if there is no memory for them, nothing has been written yet."""
-        first = self.parameters[0]
+        first = self.parameters[0].new_empty(0, dtype=working_dtype(self.dtype))
         count = next(self.pieces(self.tiny)).stop  # the first piece is as large as any
-        for role, columns in (("first", self.p), ("second", self.n)):
+        for role, columns in (("first", self.p), ("second", self.n)) if self.stiefel else ():
             room(role, (count, self.p, columns), like=first)
         for role in ("point", "gradient") if self.gathered else ():
-            room(role, self.stacked, like=first)
+            room(role, self.stacked, like=self.parameters[0])
 
     def ask_for(self, temporaries: int) -> None:
         """Take as many times the memory of a piece, and give it back: an accelerator's allocator keeps it for the step.
@@ -133,43 +157,76 @@ class Bucket:
         """
         first = self.parameters[0]
         if not may_read(first):
-            first.new_empty(temporaries * next(self.pieces(self.tiny)).stop * self.p * self.n)
+            count = temporaries * next(self.pieces(self.tiny)).stop * self.p * self.n
+            first.new_empty(count, dtype=working_dtype(self.dtype))
 
     def pieces(self, copied: bool = False) -> Iterator[slice]:
         """Blocks that are worked on at a time: memory is needed for these only, for more of it if they are copied."""
         block = self.p * self.n * self.parameters[0].element_size()
-        size = max(1, BATCH // block)
+        size = max(1, (BATCH if self.stiefel else self._batch()) // block)
         if copied:
             size = min(size, max(COPIED // block, self.blocks // 3))
         for start in range(0, self.blocks, size):
             yield slice(start, min(start + size, self.blocks))
 
+    def _batch(self) -> int:
+        """Bytes of points at a time, of which a step makes a dozen tensors: on an accelerator, in few pieces."""
+        first = self.parameters[0]
+        return BATCH // 4 if may_read(first) else max(BATCH, first.nbytes * len(self.parameters) // _PIECES)
 
-def fill(parameters: list[Tensor], constraints: list[Orthogonal], fresh: list[bool], ranks: list[int]) -> list[Bucket]:
+    def a_point(self, values: Tensor) -> Tensor:
+        """One value a member, as one a point that broadcasts: ``(B, 1, ..)``, or ``(1, 1, ..)`` of a lone member."""
+        spread = values.repeat_interleave(self.each) if self.gathered else values
+        return spread.view(-1, *[1] * len(self.point))
+
+
+def fill(parameters: list[Tensor], constraints: list[Manifold], fresh: list[bool], ranks: list[int]) -> list[Bucket]:
     """Buckets of the marked parameters of one group, of each its constraint, whether it is fresh, and its rank."""
     shared: dict[object, list[int]] = {}
     for index, (parameter, constraint) in enumerate(zip(parameters, constraints, strict=True)):
-        block = parameter.numel() // constraint.blocks * parameter.element_size()
         key = (parameter.shape, parameter.dtype, parameter.device, constraint, fresh[index])
-        alone = block > SMALL or constraint.dim != 0 or (parameter.ndim > 2 and not parameter.is_contiguous())
-        shared.setdefault(index if alone else key, []).append(index)
+        shared.setdefault(key if _small(parameter, constraint) else index, []).append(index)
     return [
         Bucket(
             [parameters[i] for i in some],
             constraints[some[0]],
+            part,
+            before,
             fresh[some[0]],
             [None] * len(some),
             [ranks[i] for i in some],
         )
         for members in shared.values()
         for some in _portions(parameters, members)
+        for part, before in _parts(parameters[some[0]], constraints[some[0]])
     ]
+
+
+def _parts(parameter: Tensor, constraint: Manifold) -> Iterator[tuple[Part, int]]:
+    """The parts of a parameter, and how many points come before each."""
+    before = 0
+    for part in constraint.parts(parameter.shape):
+        yield part, before
+        before += len(points_of(part, parameter.detach()))
+
+
+def _small(parameter: Tensor, constraint: Manifold) -> bool:
+    """Whether a parameter is to be gathered with others like it."""
+    parts = constraint.parts(parameter.shape)
+    part = parts[0]
+    if isinstance(part, Slices):
+        return parameter.nbytes <= SMALL
+    if len(parts) > 1 or part.dim != 0 or part.length is not None:
+        return False
+    rows = parameter.shape[part.first] if part.flatten else parameter.numel() // parameter.shape[-1]
+    return parameter.nbytes // (rows // part.size) <= SMALL
 
 
 def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
     """Members in portions of at most ``BATCH`` bytes and, but for small change, at most a third of all."""
-    size = parameters[members[0]].nbytes
-    tiny = parameters[members[0]].numel() // parameters[members[0]].shape[0] <= TINY
+    first = parameters[members[0]]
+    size = first.nbytes
+    tiny = first.shape[-1:].numel() <= TINY
     limit = min(COPIED if tiny else BATCH, max(size * len(members) // 3, SMALL))
     count = max(1, limit // size)
     for start in range(0, len(members), count):

@@ -1,4 +1,4 @@
-"""What a parameter promises: each of its blocks is ``gain`` times a point of the Stiefel manifold.
+"""What a parameter promises: its points lie on a manifold.
 
 The promise is an attribute of the parameter. The parameter stays the plain ``nn.Parameter`` it was, under
 its own name, with its own storage.
@@ -6,69 +6,80 @@ its own name, with its own storage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+import itertools
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .blocks import block_view
-from .orthogonalizer import basin, nearest_orthogonal, orthogonalizer, spectral_bound
-from .precision import FullPrecision
-from .stiefel import error, error_at_rounding
+from .blocks import Part, points_of, put_
+from .manifolds import MANIFOLDS, Manifold, Orthogonal
+from .manifolds.geoopt import constraint_of_geoopt, release
+from .orthogonalizer import basin, orthogonalizer, spectral_bound
+from .precision import LOW, FullPrecision, working_dtype
 
-DTYPES = (torch.float32, torch.float64)  # of parameters that can be marked
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
 _ATTRIBUTE = "_manifold_opt_constraint"
+Record = tuple[Any, ...]
 T = TypeVar("T", bound=Tensor)
 
 
-@dataclass(frozen=True)
-class Orthogonal:
-    """The constraint of a marked parameter: every block is ``gain`` times an orthogonal matrix.
-
-    Attributes:
-        blocks: number of equal blocks stacked along ``dim``.
-        dim: dimension along which they are stacked.
-        gain: the singular values of every block.
-    """
-
-    blocks: int = 1
-    dim: int = 0
-    gain: float = 1.0
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The wide blocks ``(blocks, p, n)`` of the parameter, or of a tensor shaped like it."""
-        return block_view(tensor, self.blocks, self.dim)
-
-
 @torch.no_grad()
-def off_manifold(parameter: Tensor, constraint: Orthogonal, slack: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Which blocks are not orthogonal, ``(blocks,)``, and the nearest values of those that are not.
+def off_manifold(parameter: Tensor, constraint: Manifold, slack: float = 0.0) -> list[tuple[Part, Tensor, Tensor]]:
+    """Of every part of a parameter which points are off their manifold, and the nearest values of those.
 
-    Not orthogonal to rounding, or where ``slack`` allows for more, to an error of ``slack`` a row.
+    Off by more than rounding, or where ``slack`` allows for more, than that. Empty if none is.
 
     Raises:
         ValueError: one of them is not finite or rank-deficient.
     """
-    return off_blocks(constraint.view(parameter.detach()), constraint.gain, slack)
+    if parameter.is_meta:
+        return []  # it has no value yet; the first step puts it back
+    found = (
+        (part, *constraint.off(points_of(part, parameter.detach()), slack))
+        for part in constraint.parts(parameter.shape)
+    )
+    return [(part, off, values) for part, off, values in found if bool(off.any())]
 
 
-def off_blocks(blocks: Tensor, gain: float, slack: float = 0.0) -> tuple[Tensor, Tensor]:
-    """:func:`off_manifold` of wide blocks ``(B, p, n)``."""
-    w = blocks / gain
-    p, n = w.shape[-2:]
-    off = ~(error(w) <= max(error_at_rounding(p, n, w.dtype), slack * p**0.5))  # a NaN is off
-    return off, gain * nearest_orthogonal(w[off])
+@torch.no_grad()
+def put_back_(parameter: Tensor, found: list[tuple[Part, Tensor, Tensor]]) -> None:
+    """Write what :func:`off_manifold` has found."""
+    for part, off, values in found:
+        put_(part, parameter.detach(), off, values)
 
 
-def attach(parameter: Tensor, constraint: Orthogonal) -> None:
+def record_of(constraint: Manifold | None) -> Record | None:
+    """A constraint as primitives, which a checkpoint can hold: its name, and what it is made of."""
+    if constraint is None:
+        return None
+    kind = type(constraint)
+    name = next((name for name, known in MANIFOLDS.items() if known is kind), kind.__qualname__)
+    return (name, *constraint.options())
+
+
+def recalled(record: Record) -> Manifold | None:
+    """The constraint that a record says, where it is of this package; None of another."""
+    name, *options = record
+    return MANIFOLDS[name](*options) if name in MANIFOLDS and name != "geoopt" else None
+
+
+def described(record: Record) -> str:
+    """A record in words."""
+    known = recalled(record)
+    return repr(known) if known is not None else f"{record[0]}{record[1:]}"
+
+
+def attach(parameter: Tensor, constraint: Manifold) -> None:
     """Tag a parameter. What it promises has to be true already: marking.py sees to that."""
     setattr(parameter, _ATTRIBUTE, constraint)
 
 
 def unmark(parameter: T) -> T:
     """Take the constraint off a parameter; its value stays. One that has none is returned as it is.
+
+    A geoopt.ManifoldParameter gets the Euclidean manifold.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal, unmark
@@ -78,7 +89,15 @@ def unmark(parameter: T) -> T:
     """
     if constraint_of(parameter) is not None:
         setattr(parameter, _ATTRIBUTE, None)
+        release(parameter)
     return parameter
+
+
+def adopt(parameter: Tensor) -> None:
+    """Tag a parameter that says by itself what it is: a graph that torch.compile traces sees the tag, not the rest."""
+    constraint = constraint_of(parameter)
+    if constraint is not None and not hasattr(parameter, _ATTRIBUTE):
+        attach(parameter, constraint)
 
 
 def was_unmarked(parameter: Tensor) -> bool:
@@ -86,7 +105,7 @@ def was_unmarked(parameter: Tensor) -> bool:
     return hasattr(parameter, _ATTRIBUTE) and constraint_of(parameter) is None
 
 
-def constraint_of(parameter: Tensor) -> Orthogonal | None:
+def constraint_of(parameter: Tensor) -> Manifold | None:
     """The constraint a parameter was marked with, or None.
 
     >>> import torch
@@ -94,7 +113,10 @@ def constraint_of(parameter: Tensor) -> Orthogonal | None:
     >>> constraint_of(mark_orthogonal(torch.nn.Parameter(torch.eye(4).repeat(3, 1)), blocks=3))
     Orthogonal(blocks=3, dim=0, gain=1.0)
     """
-    return getattr(parameter, _ATTRIBUTE, None)
+    found = getattr(parameter, _ATTRIBUTE, None)
+    if type(parameter) is nn.Parameter or (found is None and hasattr(parameter, _ATTRIBUTE)):
+        return found
+    return constraint_of_geoopt(parameter) or found  # its manifold may be another one by now
 
 
 @torch.no_grad()
@@ -106,7 +128,7 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
     squared at ``beta = 0.5``.
 
     Args:
-        tensor: marked parameter or ``(..., p, n)`` of float32 or float64.
+        tensor: marked parameter or ``(..., p, n)`` of a floating-point or complex dtype.
         beta: rate, in (0, 1).
         steps: number of iterations, at least 1.
 
@@ -127,10 +149,22 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
         raise ValueError(f"orthogonalize_: beta must lie in (0, 1), got {beta}; 0.5 converges fastest.")
     if steps < 1:
         raise ValueError(f"orthogonalize_: steps must be at least 1, got {steps}.")
-    matrices, gain = matrices_of(tensor, "orthogonalize_")
-    w = matrices / gain
+    dtype = working_dtype(tensor.dtype)
+    found = matrices_of(tensor, "orthogonalize_")
+    for matrices, gain in found:
+        _check_basin(matrices.to(dtype) / gain, beta)
+    mark = constraint_of(tensor)
+    parts = mark.parts(tensor.shape) if isinstance(mark, Orthogonal) else ()
+    for (matrices, gain), part in itertools.zip_longest(found, parts):
+        with FullPrecision(tensor.device.type):
+            new = (gain * orthogonalizer(matrices.to(dtype) / gain, beta=beta, steps=steps)).to(tensor.dtype)
+        matrices.copy_(new) if part is None else put_(part, tensor.detach(), ..., new)
+    return tensor
+
+
+def _check_basin(w: Tensor, beta: float) -> None:
     with FullPrecision(w.device.type):
-        gram = w.mT @ w if w.shape[-2] > w.shape[-1] else w @ w.mT
+        gram = w.mH @ w if w.shape[-2] > w.shape[-1] else w @ w.mH
         # The cheap bound decides nearly always; the SVD cannot be asked where an entry is not finite.
         if not bool((spectral_bound(gram) < basin(beta) ** 2).all()) and not (
             bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < basin(beta)).all())
@@ -139,18 +173,16 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
                 f"orthogonalize_: a singular value is not below {basin(beta):.3g}, from where beta={beta} does not "
                 "converge to the nearest orthogonal matrix; use nearest_orthogonal."
             )
-        matrices.copy_(gain * orthogonalizer(w, beta=beta, steps=steps))
-    return tensor
 
 
-def matrices_of(tensor: Tensor, name: str) -> tuple[Tensor, float]:
-    """The matrices that ``tensor`` stands for, as a view, and the gain they are to be divided by."""
+def matrices_of(tensor: Tensor, name: str) -> list[tuple[Tensor, float]]:
+    """The matrices that ``tensor`` stands for, views where they can be, and the gain they are to be divided by."""
     constraint = constraint_of(tensor)
-    if constraint is not None:
-        return constraint.view(tensor.detach()), constraint.gain
+    if isinstance(constraint, Orthogonal):
+        return [(points_of(part, tensor.detach()), constraint.gain) for part in constraint.parts(tensor.shape)]
     if tensor.ndim < 2 or tensor.dtype not in DTYPES:
         raise ValueError(
-            f"{name}: needs a marked parameter or matrices (..., p, n) of float32 or float64, got shape "
+            f"{name}: needs a marked parameter or matrices (..., p, n) of a floating-point or complex dtype, got shape "
             f"{tuple(tensor.shape)} of {tensor.dtype}."
         )
-    return tensor.detach(), 1.0
+    return [(tensor.detach(), 1.0)]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 from torch import Tensor, nn
 
-from .blocks import block_view
+from .blocks import points_of
 from .constraint import constraint_of, matrices_of
-from .stiefel import error
+from .manifolds import Orthogonal
+from .stiefel import error, float64
+
+Sizes = int | Sequence[int]
 
 
 @overload
-def orthogonality_error(x: Tensor, blocks: int | None = None) -> float: ...
+def orthogonality_error(x: Tensor, blocks: Sizes | None = None) -> float: ...
 @overload
 def orthogonality_error(x: nn.Module) -> dict[str, float]: ...
 @overload
-def orthogonality_error(x: Tensor | nn.Module, blocks: int | None = None) -> float | dict[str, float]: ...
-def orthogonality_error(x: Tensor | nn.Module, blocks: int | None = None) -> float | dict[str, float]:
+def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> float | dict[str, float]: ...
+def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> float | dict[str, float]:
     r"""Distance from orthogonality, the largest :math:`\|I - W W^\top\|_F` over the matrices of ``x``.
 
     Computed in float64; :math:`\|I - W^\top W\|_F` for tall matrices. NaN if an entry is.
@@ -25,14 +29,15 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: int | None = None) -> flo
     Args:
         x: a marked parameter, whose blocks are divided by their gain first; any other tensor
             ``(..., p, n)`` as a batch of matrices; or a module.
-        blocks: cut an unmarked tensor into so many blocks along dim 0 first, as mark_orthogonal would.
+        blocks: cut an unmarked tensor into so many blocks along dim 0 first, or blocks of so many rows, as
+            mark_orthogonal would.
 
     Returns:
-        The largest error as a float. For a module, ``{name: error}`` of its marked parameters.
+        The largest error as a float. For a module, ``{name: error}`` of its parameters marked as orthogonal.
 
     Raises:
-        ValueError: a tensor with fewer than two dimensions, or not float32 or float64; ``blocks`` that do not
-            divide dim 0, that contradict the mark, or of a module.
+        ValueError: a tensor with fewer than two dimensions, or not of a floating-point or complex dtype; ``blocks``
+            that do not divide dim 0, that contradict the mark, or of a module.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal, orthogonality_error
@@ -50,15 +55,16 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: int | None = None) -> flo
         return {
             name: float(orthogonality_error(parameter))
             for name, parameter in x.named_parameters()
-            if constraint_of(parameter) is not None
+            if isinstance(constraint_of(parameter), Orthogonal)
         }
-    matrices, gain = matrices_of(x, "orthogonality_error")
+    mark = constraint_of(x)
+    matrices = matrices_of(x, "orthogonality_error")
     if blocks is not None:
-        mark = constraint_of(x)
-        if blocks < 1 or x.shape[0] % blocks or (mark is not None and mark.blocks != blocks):
+        cut = Orthogonal(blocks if isinstance(blocks, int) else tuple(blocks))
+        if cut.problem(x) or (isinstance(mark, Orthogonal) and mark.blocks != cut.blocks):
             raise ValueError(
                 f"orthogonality_error: blocks={blocks} must divide dim 0 of shape {tuple(x.shape)}, and be those of "
                 f"its mark if it has one, here {mark}."
             )
-        matrices = matrices if mark is not None else block_view(matrices, blocks)
-    return float(error(matrices.double() / gain).max())
+        matrices = matrices if mark is not None else [(points_of(part, x.detach()), 1.0) for part in cut.parts(x.shape)]
+    return max(float(error(float64(w) / gain).max()) for w, gain in matrices)

@@ -3,7 +3,8 @@ r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns
 ``length`` times a tangent direction V at ``w`` (``-lr`` is the length of a step), on square blocks its skew
 :math:`\Omega`, and writes to nothing else but ``room``. Hyperparameters and the keys of the state are those of
-torch.optim.
+torch.optim. Of complex blocks every transpose is the conjugate one, and the real and the imaginary part of an entry
+are as two entries are, each with its own second moment.
 
 On square blocks the moments are those of the gradient in the *frame* of W,
 
@@ -22,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .products import matmul, matmul_add, may_read, norm, transpose
+from .products import adjoint, components, matmul, matmul_add, may_read, norm, transpose
 from .room import Room
 from .stiefel import Metric
 
@@ -124,37 +125,44 @@ def adam_element(
         D = N - N W^\top W + \Omega W.
 
     (Entries of M that happen to be small at the optimum would else step without end.)
+
+    Complex: the numerator is :math:`\hat M_{ij} - \overline{\hat M_{ji}}`, on the diagonal too, and its real and its
+    imaginary part are divided and clipped each by itself. Into r go the mean squares of both, for W mixes them.
     """
     square = w.shape[-2] == w.shape[-1]
-    new = _along(w, g, room) if square else g
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    _average(m, new, decay.beta1, sound)
-    _average_square(v, new, decay.beta2, sound)
+    new = _along(w, g, room) if square else g.resolve_conj()
+    m, v = state["exp_avg"], components(state["exp_avg_sq"])
+    _average(components(m), components(new), decay.beta1, sound)
+    _average_square(v, components(new), decay.beta2, sound)
     if "max_exp_avg_sq" in state:
-        v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
+        largest = components(state["max_exp_avg_sq"])
+        v = largest.clamp_min_(v)  # maximum(out=...) of transposed ones is none that torch.compile knows
     # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) sqrt(c2) / c1
     root = decay.correction2**0.5
     offset, scale = eps * root, root / decay.correction1
     if square:
-        other = transpose(v, out=room("second", w.shape, like=w))
-        size = torch.minimum(v, other, out=other).sqrt_().add_(offset)
-        omega = torch.sub(m, transpose(m, out=new), out=new).div_(size).clamp_(-1 / scale, 1 / scale)
+        other = transpose(v, out=components(room("second", w.shape, like=w)))
+        size = other.clamp_max_(v).sqrt_().add_(offset)
+        omega = torch.sub(m, adjoint(m, out=new), out=new)
+        components(omega).div_(size).clamp_(-1 / scale, 1 / scale)
         return omega.mul_(_in_frame(length, metric) * scale)
 
     # Numbers are taken into the products, tensors cannot be.
     number = scale if isinstance(scale, float) else 1.0
-    along = matmul(m, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w), alpha=number)
+    along = matmul(m, w.mH, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w), alpha=number)
     normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), beta=number, alpha=-1)
     if isinstance(scale, Tensor):
         along, normal = along.mul_(scale), normal.mul_(scale)
     rows = v.mean(-1, keepdim=True)
-    size = torch.maximum(v, _FLOOR * rows, out=room("third", w.shape, like=w)).sqrt_().add_(offset)
-    normal.div_(size).clamp_(-1, 1)
-    other = transpose(along, out=room("third", along.shape, like=w))
+    if w.is_complex():
+        rows = rows.mean(0)
+    third = components(room("third", w.shape, like=w))
+    components(normal).div_(torch.maximum(v, _FLOOR * rows, out=_memory(third)).sqrt_().add_(offset)).clamp_(-1, 1)
+    other = adjoint(along, out=room("third", along.shape, like=w))
     omega = along.sub_(other)
     rows = rows.sqrt().add_(offset)
-    omega.div_(torch.minimum(rows, rows.mT, out=other)).clamp_(-1, 1)
-    omega -= matmul(normal, w.mT, out=other)
+    components(omega.div_(torch.minimum(rows, rows.mT, out=_memory(other.real)))).clamp_(-1, 1)
+    omega -= matmul(normal, w.mH, out=other)
     if isinstance(length, Tensor) or metric == "canonical":
         return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
     return matmul_add(normal, omega, w, out=normal, beta=length, alpha=length)
@@ -174,9 +182,9 @@ def adam_block(
 ) -> Tensor:
     r"""Adam with one second moment a block, the mean square of its Riemannian gradient: 1 T square, 4 T rectangular.
 
-    Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)``. A mean, not a sum, so that
-    the step has the length of torch.optim.Adam's at the same learning rate. On rectangular blocks the first moment
-    is a tangent, transported by projection.
+    Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)`` and real. A mean, not a sum,
+    over the real and imaginary parts if complex, so that the step has the length of torch.optim.Adam's at the same
+    learning rate. On rectangular blocks the first moment is a tangent, transported by projection.
 
     Reference: Becigneul & Ganea (ICLR 2019), with one block as one manifold.
     """
@@ -188,16 +196,17 @@ def adam_block(
         transported = _project(w, state["exp_avg"], room, "third")
         state["exp_avg"].copy_(transported) if sound is None else _keep(state["exp_avg"], transported, sound)
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    _average(m, new, decay.beta1, sound)
+    _average(components(m), components(new), decay.beta1, sound)
     # |Omega W| = |Omega|: an orthogonal factor keeps every mean square.
     square_norm = norm(new, keepdim=True).square_()
-    _average(v, square_norm / (w.shape[-2] * w.shape[-1]), decay.beta2, sound)
+    count = w.shape[-2] * w.shape[-1] * (2 if w.is_complex() else 1)
+    _average(v, square_norm / count, decay.beta2, sound)
     if "max_exp_avg_sq" in state:
-        v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
+        v = state["max_exp_avg_sq"].clamp_min_(v)
     d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
     if square:
         return _skew_(d, room).mul_(_in_frame(length, metric))  # again: m may come from an element-wise run
-    scale = ((v / decay.correction2).sqrt() + eps) * (w.shape[-2] * w.shape[-1]) ** 0.5
+    scale = ((v / decay.correction2).sqrt() + eps) * count**0.5
     d = _tangent_(w, d.mul_(length), norm(g, keepdim=True) * _size(length) / scale, room)
     return _in_metric(w, d, metric, room)
 
@@ -208,25 +217,38 @@ ADAM = {"element": adam_element, "block": adam_block}
 def to_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
     r"""A moment of G at square ``w`` as the one of :math:`A = G W^\top`.
 
-    Exact for a mean, and for a mean square as if the entries of G were independent.
+    Exact for a mean, and for a mean square as if the entries of G were independent, and the parts of complex ones.
     """
-    return moment @ (w * w if key.endswith("_sq") else w).mT
+    return _square_mixed(moment, w.mH) if key.endswith("_sq") else moment @ w.mH
 
 
 def from_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
     """The inverse of :func:`to_frame`, for a mean square as if the entries of A were independent."""
-    return moment @ (w * w if key.endswith("_sq") else w)
+    return _square_mixed(moment, w) if key.endswith("_sq") else moment @ w
+
+
+def _square_mixed(v: Tensor, w: Tensor) -> Tensor:
+    r"""Mean squares of the entries of M W, of the real and the imaginary parts if complex, from those v of M."""
+    if not w.is_complex():
+        return v @ (w * w)
+    real, imaginary = w.real.square(), w.imag.square()
+    return torch.complex(v.real @ real + v.imag @ imaginary, v.imag @ real + v.real @ imaginary)
 
 
 def _along(w: Tensor, g: Tensor, room: Room) -> Tensor:
     """A = G W^T, ``(B, p, p)``."""
-    return matmul(g, w.mT, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
+    return matmul(g, w.mH, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
 
 
 def _skew_(a: Tensor, room: Room) -> Tensor:
     """(A - A^T)/2 in place."""
-    other = transpose(a, out=room("second", a.shape, like=a))
+    other = adjoint(a, out=room("second", a.shape, like=a))
     return a.sub_(other).mul_(0.5)
+
+
+def _memory(x: Tensor) -> Tensor | None:
+    """Where to write to: torch.compile refuses parts of complex numbers, and finds a place by itself."""
+    return None if torch.compiler.is_compiling() else x
 
 
 def _in_frame(length: Number, metric: Metric) -> Number:
@@ -237,7 +259,7 @@ def _in_frame(length: Number, metric: Metric) -> Number:
 def _project(w: Tensor, g: Tensor, room: Room, role: str) -> Tensor:
     """G - sym(G W^T) W on rectangular blocks: 2 T."""
     along = _along(w, g, room)
-    symmetric = (along + along.mT).mul_(0.5)
+    symmetric = (along + along.mH).mul_(0.5)
     return matmul_add(g, symmetric, w, out=room(role, w.shape, like=w), alpha=-1)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from .constraint import Orthogonal, constraint_of, off_manifold, was_unmarked
+from .constraint import constraint_of, off_manifold, put_back_, was_unmarked
+from .manifolds import Manifold, Orthogonal
+from .manifolds.geoopt import kept_by
 from .options import check_marked
+from .precision import working_dtype
 from .retractions import RETRACTIONS
 from .survival import records_of
 
@@ -42,7 +46,7 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     """  # noqa: E501
     opt = getattr(opt, "optim", opt)  # what torch's ZeroRedundancyOptimizer wraps
     ours = hasattr(opt, "_plans")
-    marks: dict[Tensor, Orthogonal | None] = getattr(opt, "_marks", {})
+    marks: dict[Tensor, Manifold | None] = getattr(opt, "_marks", {})
     moved = {id(p): group for group in opt.param_groups for p in group["params"]}
     named = dict(model.named_parameters(remove_duplicate=False))
     problems = list(_lost(model))
@@ -56,12 +60,12 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
         if id(p) not in moved:
             if p.requires_grad:
                 problems.append(f"{name} is marked, but not in the optimizer: nothing moves it.")
-        elif not ours:
+        elif not ours and not kept_by(opt, p):
             problems.append(
                 f"{name} is marked, but moved by {type(opt).__module__}.{type(opt).__name__}, which does not keep it "
-                "orthogonal: use the one of manifold_opt."
+                f"{_adjective(constraint)}: use the one of manifold_opt."
             )
-        else:
+        elif ours:
             problems.extend(_unwell(name, p, opt))
     present = {id(p) for p in named.values()}
     for group in opt.param_groups:
@@ -103,22 +107,34 @@ def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
     if p.is_meta:
         return
     try:
-        check_marked(name, p)
+        check_marked(name, p, group)
         if not bool(p.isfinite().all()):
             yield f"{name} has entries that are not finite."
-        elif RETRACTIONS[group["retraction"]].exact and bool(off_manifold(p, constraint)[0].any()):
-            yield f"{name} is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+        elif _is_exact(constraint, group) and off_manifold(p, constraint):
+            yield (
+                f"{name} is not {_adjective(constraint)} to rounding: project_(model) puts it back, and so does the "
+                "next step."
+            )
     except ValueError as refusal:  # what the next step would raise
         reason = str(refusal).removeprefix(f"{name}: ").removeprefix("nearest_orthogonal: ")
-        yield f"{name} cannot be kept orthogonal: {reason}"
+        yield f"{name} cannot be kept {_adjective(constraint)}: {reason}"
+    dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number a block is real
     for key, value in opt.state.get(p, {}).items():
         if isinstance(value, Tensor) and not value.is_meta and not bool(value.isfinite().all()):
             yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
-        if isinstance(value, Tensor) and key != "step" and (value.dtype, value.device) != (p.dtype, p.device):
+        if isinstance(value, Tensor) and key != "step" and (value.dtype not in dtypes or value.device != p.device):
             yield (
                 f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "
                 "it."
             )
+
+
+def _is_exact(constraint: Manifold, group: dict[str, Any]) -> bool:
+    return not isinstance(constraint, Orthogonal) or RETRACTIONS[group["retraction"]].exact
+
+
+def _adjective(constraint: Manifold) -> str:
+    return "orthogonal" if isinstance(constraint, Orthogonal) else f"on {constraint}"
 
 
 @torch.no_grad()
@@ -144,10 +160,9 @@ def project_(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         constraint = constraint_of(p)
         if constraint is not None:
-            found.append((p, constraint, *off_manifold(p, constraint)))
-    for p, constraint, off, values in found:
-        if bool(off.any()):
-            constraint.view(p.detach())[off] = values
+            found.append((p, off_manifold(p, constraint)))
+    for p, off in found:
+        put_back_(p, off)
     return model
 
 
@@ -186,8 +201,7 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
             )
         constraint = marks[current.data_ptr()]
         if constraint is not None:
-            off, values = off_manifold(mean, constraint)
-            constraint.view(mean)[off] = values
+            put_back_(mean, off_manifold(mean, constraint))
         return mean
 
     return average

@@ -6,15 +6,18 @@ The name ends where torch.nn.init's would: ``init.orthogonal_``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
-from .blocks import block_view
+from .blocks import points_of, put_
 from .constraint import constraint_of
-from .stiefel import random
+from .manifolds import Orthogonal
+from .orthogonalizer import check_determinant, determinant
+from .stiefel import in_double, random
 
 T = TypeVar("T", bound=Tensor)
 
@@ -22,21 +25,23 @@ T = TypeVar("T", bound=Tensor)
 @torch.no_grad()
 def orthogonal_(
     tensor: T,
-    blocks: int | None = None,
+    blocks: int | Sequence[int] | None = None,
     gain: float | None = None,
     scheme: str = "haar",
     *,
+    det: int | None = None,
     generator: Generator | None = None,
 ) -> T:
     r"""Fill a tensor in place with orthogonal blocks, ``gain`` times a point of the Stiefel manifold each.
 
     Args:
-        tensor: ``(blocks * p, n)``, or more dimensions, flattened to (first, rest). It need not be marked.
-        blocks: number of equal blocks stacked along dim 0. Default: those of its mark, else 1.
+        tensor: ``(blocks * p, n)``, or more dimensions, flattened to (first, rest). It need not be marked. A complex
+            one gets unitary blocks.
+        blocks: number of equal blocks stacked along dim 0, or the rows of each. Default: those of its mark, else 1.
         gain: singular values of every block. Default: that of its mark, else 1.
         scheme: how each block is drawn.
 
-            - ``"haar"``: uniformly from all orthogonal matrices (as torch.nn.init.orthogonal_).
+            - ``"haar"``: uniformly from all orthogonal matrices (as torch.nn.init.orthogonal_), or unitary ones.
             - ``"henaff"``: 2 x 2 rotations along the diagonal, by angles uniform in :math:`[-\pi, \pi)`
               (Henaff, Szlam & LeCun 2016). What makes orthogonal RNNs learn long delays.
             - ``"cayley"``: the same with angles uniform in :math:`[0, \pi/2)`, the Cayley transform of
@@ -44,15 +49,17 @@ def orthogonal_(
             - ``"identity"``: ones on the diagonal (Le, Jaitly & Hinton 2015).
 
             An odd last row has a one on the diagonal; of a rectangular block these are the leading rows
-            or columns.
+            or columns. All but the first are real.
+        det: 1 for rotations, of determinant +1 but for the gain, -1 for the other component; real square blocks only.
+            ``"haar"`` is uniform over the component. The other schemes give rotations by themselves.
         generator: source of random numbers, as in torch.nn.init.
 
     Returns:
         The same tensor.
 
     Raises:
-        ValueError: unknown scheme, blocks that do not divide dim 0, a gain that is not above 0, or
-            arguments that contradict the tensor's mark. Nothing has been written then.
+        ValueError: unknown scheme, blocks that do not divide dim 0, a gain that is not above 0, a determinant that
+            the blocks cannot have, or arguments that contradict the tensor's mark. Nothing has been written then.
 
     >>> import torch
     >>> from manifold_opt import init, orthogonality_error
@@ -60,53 +67,70 @@ def orthogonal_(
     >>> weight = init.orthogonal_(gru.weight_hh_l0, blocks=3, scheme="henaff")
     >>> orthogonality_error(weight.unflatten(0, (3, 8))) < 1e-6
     True
+    >>> rotation = init.orthogonal_(torch.empty(3, 3, dtype=torch.float64), det=1)
+    >>> round(float(torch.linalg.det(rotation)), 12)
+    1.0
     """
+    constraint = _checked(tensor, blocks, gain, scheme)
+    parts = constraint.parts(tensor.shape)
+    views = [points_of(part, tensor.detach()) for part in parts]
+    for view in views:
+        if det is not None:
+            check_determinant("init.orthogonal_", det, view)
+    for part, view in zip(parts, views, strict=True):
+        count, p, n = view.shape
+        drawn = _SCHEMES[scheme](count, p, n, in_double(view.dtype), generator)
+        if det is not None:
+            drawn[:, -1] *= det * determinant(drawn)[:, None]
+        put_(part, tensor.detach(), ..., constraint.gain * drawn.to(view))
+    return tensor
+
+
+def _checked(tensor: Tensor, blocks: int | Sequence[int] | None, gain: float | None, scheme: str) -> Orthogonal:
+    """What the blocks are to be, as the arguments and the mark say, or a ValueError."""
     mark = constraint_of(tensor)
     if scheme not in _SCHEMES:
         raise ValueError(f"init.orthogonal_: scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}.")
-    if mark is not None and (blocks not in (None, mark.blocks) or gain not in (None, mark.gain)):
+    present = mark if isinstance(mark, Orthogonal) else Orthogonal()
+    if mark not in (None, present) or (
+        mark is not None and (blocks not in (None, present.blocks) or gain not in (None, present.gain))
+    ):
         raise ValueError(
             f"init.orthogonal_: blocks={blocks}, gain={gain} contradict the mark {mark}; leave them out to follow "
             "it, or unmark the parameter first."
         )
-    blocks = blocks if blocks is not None else mark.blocks if mark else 1
-    gain = gain if gain is not None else mark.gain if mark else 1.0
-    dim = mark.dim if mark else 0
-    if tensor.ndim < 2 or not tensor.is_floating_point():
-        raise ValueError(
-            "init.orthogonal_: needs a real floating-point tensor of at least 2 dimensions, got "
-            f"{tuple(tensor.shape)} of {tensor.dtype}."
-        )
-    if blocks < 1 or tensor.shape[dim] % blocks:
-        raise ValueError(
-            f"init.orthogonal_: blocks={blocks} must divide dim {dim} of shape {tuple(tensor.shape)}. nn.GRU has 3 "
-            "gate blocks, nn.LSTM 4."
-        )
-    if not 0 < gain < math.inf:
-        raise ValueError(f"init.orthogonal_: gain must be finite and above 0, got {gain}.")
-    view = block_view(tensor.detach(), blocks, dim)
-    count, p, n = view.shape
-    view.copy_(gain * _SCHEMES[scheme](count, p, n, generator).to(view))
-    return tensor
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"init.orthogonal_: needs a floating-point or complex tensor, got {tensor.dtype}.")
+    given: dict[str, Any] = {name: value for name, value in (("blocks", blocks), ("gain", gain)) if value is not None}
+    given["blocks"] = _as_tuple(given.get("blocks", present.blocks))
+    constraint = replace(present, **given)
+    problem = constraint.problem(tensor)
+    if problem:
+        raise ValueError(f"init.orthogonal_: the tensor {problem}")
+    return constraint
 
 
-def _haar(count: int, p: int, n: int, generator: Generator | None) -> Tensor:
-    return random(count, p, n, dtype=torch.float64, device=_device(generator), generator=generator)
+def _as_tuple(blocks: Any) -> Any:
+    return tuple(blocks) if isinstance(blocks, Iterable) else blocks
 
 
-def _henaff(count: int, p: int, n: int, generator: Generator | None) -> Tensor:
-    return _rotations((2 * _uniform(count, n // 2, generator) - 1) * math.pi, p, n)
+def _haar(count: int, p: int, n: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    return random(count, p, n, dtype=dtype, device=_device(generator), generator=generator)
 
 
-def _cayley(count: int, p: int, n: int, generator: Generator | None) -> Tensor:
-    return _rotations(_uniform(count, n // 2, generator) * math.pi / 2, p, n)
+def _henaff(count: int, p: int, n: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    return _rotations((2 * _uniform(count, n // 2, generator) - 1) * math.pi, p, n).to(dtype)
 
 
-def _identity(count: int, p: int, n: int, generator: Generator | None) -> Tensor:
-    return torch.eye(p, n, dtype=torch.float64, device=_device(generator)).repeat(count, 1, 1)
+def _cayley(count: int, p: int, n: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    return _rotations(_uniform(count, n // 2, generator) * math.pi / 2, p, n).to(dtype)
 
 
-_SCHEMES: dict[str, Callable[[int, int, int, Generator | None], Tensor]] = {
+def _identity(count: int, p: int, n: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    return torch.eye(p, n, dtype=dtype, device=_device(generator)).repeat(count, 1, 1)
+
+
+_SCHEMES: dict[str, Callable[[int, int, int, torch.dtype, Generator | None], Tensor]] = {
     "haar": _haar,
     "henaff": _henaff,
     "cayley": _cayley,

@@ -1,25 +1,18 @@
-"""How a parameter comes to its constraint: found, checked, put on the manifold, tagged.
-
-Everything is refused here that cannot be kept later, with the remedy, before anything is written.
-"""
+"""How a parameter comes to be orthogonal: mark_orthogonal, and what finds the weights of known layers."""
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import SupportsIndex, TypeVar, overload
+from typing import Any, SupportsIndex, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
-from .constraint import DTYPES, Orthogonal, attach, constraint_of, off_manifold
-from .survival import record
+from .door import check_markable, label_of, mark, mark_found, named_parameter
+from .manifolds import Orthogonal
 
 _GATES: dict[type[nn.Module], int] = {
     nn.RNN: 1,
@@ -36,30 +29,51 @@ _RECURRENT = re.compile(r"(weight_hh(?:_l\d+(?:_reverse)?)?)(?:_g|_v|_orig|_raw)
 T = TypeVar("T", bound=Tensor)
 
 
+Sizes = int | Sequence[int]
+
+
 @overload
 def mark_orthogonal(
-    target: nn.Module, name: str, blocks: int | None = None, *, dim: int = 0, gain: float = 1.0
+    target: nn.Module,
+    name: str,
+    blocks: Sizes | None = None,
+    *,
+    which: Sequence[int] | None = None,
+    dim: int = 0,
+    gain: float = 1.0,
+    flatten: bool = True,
 ) -> nn.Parameter: ...
 @overload
 def mark_orthogonal(
-    target: T, name: int | None = None, blocks: int | None = None, *, dim: int = 0, gain: float = 1.0
+    target: T,
+    name: Sizes | None = None,
+    blocks: Sizes | None = None,
+    *,
+    which: Sequence[int] | None = None,
+    dim: int = 0,
+    gain: float = 1.0,
+    flatten: bool = True,
 ) -> T: ...
 @overload
 def mark_orthogonal(  # what an attribute of a module is to a type checker, as in mark_orthogonal(net.weight_hh_l0)
     target: Tensor | nn.Module,
-    name: str | int | None = None,
-    blocks: int | None = None,
+    name: str | Sizes | None = None,
+    blocks: Sizes | None = None,
     *,
+    which: Sequence[int] | None = None,
     dim: int = 0,
     gain: float = 1.0,
+    flatten: bool = True,
 ) -> Tensor: ...
 def mark_orthogonal(
     target: nn.Module | T,
-    name: str | int | None = None,
-    blocks: int | None = None,
+    name: str | Sizes | None = None,
+    blocks: Sizes | None = None,
     *,
+    which: Sequence[int] | None = None,
     dim: int = 0,
     gain: float = 1.0,
+    flatten: bool = True,
 ) -> T | nn.Parameter:
     r"""Mark a parameter as orthogonal, block by block, and put it there.
 
@@ -69,13 +83,18 @@ def mark_orthogonal(
     keep it there.
 
     Args:
-        target: a leaf tensor of float32 or float64 with at least two dimensions, those beyond the second
-            flattened; or a module that has one.
+        target: a leaf tensor with at least two dimensions, or a module that has one: float32, float64, bfloat16,
+            float16, or complex64 and complex128, which become unitary.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
-        blocks: number of equal blocks stacked along ``dim``, 1 unless said. On nn.RNN, nn.GRU, nn.LSTM
-            and their cells it is the number of gates unless said.
-        dim: dimension along which the blocks are stacked, 0 or 1.
+        blocks: number of equal blocks stacked along ``dim``, or the rows of each, as in ``(64, 64, 128)``. 1 unless
+            said; on nn.RNN, nn.GRU, nn.LSTM and their cells the number of gates.
+        which: the blocks to mark, by number; all unless given. The rows of the others train as torch trains them, bit
+            for bit: ``which=(2,)`` is the candidate gate of a GRU alone.
+        dim: dimension along which the blocks are stacked, 0, or 1 of a matrix.
         gain: singular values of every block, above 0.
+        flatten: dimensions beyond the second are flattened to (first, rest), as torch.nn.init.orthogonal_ does: the
+            filters of a convolution. With False the last two are one of a batch of matrices, as
+            torch.nn.utils.parametrizations.orthogonal takes them.
 
     Returns:
         The parameter, the same object.
@@ -96,24 +115,21 @@ def mark_orthogonal(
     (True, True)
     """
     if isinstance(target, nn.Module):
-        if not isinstance(name, str):
-            raise ValueError(
-                'mark_orthogonal: a module needs the name of its parameter, as in mark_orthogonal(gru, "weight_hh_l0").'
-            )
-        parameter: T | nn.Parameter = _parameter_of(target, name)
-        blocks = blocks if blocks is not None else _gates_of(target, name)
-        label = f"{type(target).__name__}.{name}"
+        parameter: T | nn.Parameter = named_parameter("mark_orthogonal", target, name)
+        blocks = blocks if blocks is not None or not flatten else _gates_of(target, str(name))
     else:
         if isinstance(name, str) or (name is not None and blocks is not None):
             raise ValueError("mark_orthogonal: a tensor takes no name; give mark_orthogonal(param, blocks=...).")
         parameter = target
         blocks = name if blocks is None else blocks
-        label = "the parameter"
+    label = label_of(target, name)
     gain = float(gain) if isinstance(gain, Real) else gain
-    constraint = Orthogonal(1 if blocks is None else _whole(blocks), _whole(dim), gain)
-    _check(parameter, constraint, label)
+    sizes = 1 if blocks is None else _whole_numbers(blocks)
+    constraint = Orthogonal(sizes, _whole(dim), gain, _numbered(which, sizes), flatten)
+    check_markable("mark_orthogonal", parameter, constraint, label)
     if (
         blocks is None
+        and flatten
         and parameter.ndim == 2
         and parameter.shape[0] in (3 * parameter.shape[1], 4 * parameter.shape[1])
     ):
@@ -124,19 +140,18 @@ def mark_orthogonal(
             f"matrix a gate give blocks={gates}; blocks=1 says that one tall matrix is meant.",
             stacklevel=2,
         )
-    _mark([(parameter, constraint, label)])
-    if isinstance(target, nn.Module) and isinstance(name, str):
-        _remember(target, name, parameter, constraint)
-    return parameter
+    return mark("mark_orthogonal", target, name, parameter, constraint)
 
 
-def mark_recurrent(module: nn.Module) -> list[str]:
+def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gain: float = 1.0) -> list[str]:
     """Mark every recurrent weight inside a module, one orthogonal matrix a gate.
 
     Takes ``weight_hh`` of every nn.RNN, nn.GRU, nn.LSTM, of all layers and directions, and of their cells.
 
     Args:
         module: the module, or any module that contains such.
+        which: the gates to mark, by number (nn.GRU: r, z, n; nn.LSTM: i, f, g, o); all unless given.
+        gain: singular values of every matrix, above 0.
 
     Returns:
         The names of the marked parameters, as in ``module.named_parameters()``.
@@ -157,55 +172,92 @@ def mark_recurrent(module: nn.Module) -> list[str]:
         names = {key.removeprefix("parametrizations.").split(".")[0] for key, _ in child.named_parameters()}
         for name in sorted({hit[1] for n in names if (hit := _RECURRENT.match(n))}):
             label = f"{path}.{name}" if path else name
-            constraint = Orthogonal(gates)
-            parameter = _parameter_of(child, name)
-            _check(parameter, constraint, label)
+            constraint = Orthogonal(gates, gain=float(gain), which=_numbered(which, gates))
+            parameter = named_parameter("mark_orthogonal", child, name)
+            check_markable("mark_orthogonal", parameter, constraint, label)
             found.append((parameter, constraint, label))
     if not found:
         raise ValueError(
             f"mark_recurrent: found no nn.RNN, nn.GRU, nn.LSTM or cell in {type(module).__name__}; mark other "
             "weights one by one with mark_orthogonal(module, name, blocks)."
         )
-    _mark(found)
-    for parameter, constraint, label in found:
-        _remember(module, label, parameter, constraint)
-    return [label for _, _, label in found]
+    return mark_found("mark_recurrent", module, found)
 
 
-def _remember(module: nn.Module, name: str, parameter: Tensor, constraint: Orthogonal) -> None:
-    tied = [key for key, p in module.named_parameters(remove_duplicate=False) if p is parameter]
-    for key in {name, *tied}:
-        path, _, leaf = key.rpartition(".")
-        record(module.get_submodule(path), leaf, parameter, constraint)
+def mark_attention(module: nn.Module, which: str = "qk", *, per_head: bool = True, gain: float = 1.0) -> list[str]:
+    """Mark the projections of every nn.MultiheadAttention inside a module, one orthogonal matrix a head.
 
+    A head's matrix is ``(head_dim, embed_dim)``, its rows orthonormal.
 
-def _parameter_of(module: nn.Module, name: str) -> nn.Parameter:
-    path, _, leaf = name.rpartition(".")
-    kind = type(module).__name__
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        owner = None
-    if owner is not None and ("parametrizations" in path.split(".") or is_parametrized(owner, leaf)):
+    Args:
+        module: the module, or any module that contains such, like nn.TransformerEncoder.
+        which: of the projections of queries, keys and values those to mark: letters of ``"qkv"``.
+        per_head: one matrix a head; False makes it one a projection.
+        gain: singular values of every matrix, above 0.
+
+    Returns:
+        The names of the marked parameters, as in ``module.named_parameters()``.
+
+    Raises:
+        ValueError: no nn.MultiheadAttention found, or one that cannot be marked; nothing has been written then.
+
+    >>> import torch
+    >>> from manifold_opt import constraint_of, mark_attention
+    >>> attention = torch.nn.MultiheadAttention(8, num_heads=2)
+    >>> mark_attention(attention)
+    ['in_proj_weight']
+    >>> constraint_of(attention.in_proj_weight)
+    Orthogonal(blocks=6, dim=0, gain=1.0, which=(0, 1, 2, 3))
+    """
+    gain = float(gain) if isinstance(gain, Real) else gain
+    if not isinstance(which, str) or not which or not set(which) <= set("qkv"):
+        raise ValueError(f'mark_attention: which names projections by letters of "qkv", got {which!r}.')
+    found: list[tuple[nn.Parameter, Orthogonal, str]] = []
+    for path, child in module.named_modules():
+        if not isinstance(child, nn.MultiheadAttention):
+            continue
+        heads = child.num_heads if per_head else 1
+        chosen = [k * heads + head for k, letter in enumerate("qkv") if letter in which for head in range(heads)]
+        together = Orthogonal(3 * heads, gain=gain, which=_numbered(chosen, 3 * heads))
+        own = {"in_proj_weight": together}
+        if child.in_proj_weight is None:
+            own = {f"{letter}_proj_weight": Orthogonal(heads, gain=gain) for letter in "qkv" if letter in which}
+        for name, constraint in own.items():
+            label = f"{path}.{name}" if path else name
+            parameter = named_parameter("mark_attention", child, name)
+            check_markable("mark_attention", parameter, constraint, label)
+            found.append((parameter, constraint, label))
+    if not found:
         raise ValueError(
-            f"mark_orthogonal: {name} of {kind} is parametrized, so the weight is computed anew at every use and not "
-            "trained itself. First call torch.nn.utils.parametrize.remove_parametrizations(module, name), which "
-            "keeps its value, then mark it."
+            f"mark_attention: found no nn.MultiheadAttention in {type(module).__name__}; mark the weight of other "
+            "attentions with mark_orthogonal(module, name, blocks=3 * heads, which=...)."
         )
-    value = getattr(owner, leaf, None)
-    if not isinstance(value, nn.Parameter):
-        known = ", ".join(key for key, _ in module.named_parameters()) or "none"
-        raise ValueError(
-            f"mark_orthogonal: {kind} has no parameter {name!r}; it has {known}. (A weight that hooks compute is not "
-            "one: first undo them with torch.nn.utils.remove_weight_norm or remove_spectral_norm.)"
-        )
-    return value
+    return mark_found("mark_attention", module, found)
 
 
 def _whole(number: SupportsIndex) -> int:
-    """An int, also from numpy; anything else as it is, for _check to refuse."""
+    """An int, also from numpy; anything else as it is, for the door to refuse."""
     whole = hasattr(number, "__index__") and not isinstance(number, bool)
     return operator.index(number) if whole else number  # type: ignore[return-value]
+
+
+def _whole_numbers(blocks: Any) -> Any:
+    """One whole number, or a tuple of them."""
+    some = isinstance(blocks, Iterable) and not isinstance(blocks, str)
+    return tuple(_whole(size) for size in blocks) if some else _whole(blocks)
+
+
+def _numbered(which: Any, sizes: Any) -> Any:
+    """Numbers of blocks, sorted, counted from the front; None for all of them."""
+    if which is None or not isinstance(which, Iterable) or isinstance(which, str):
+        return which
+    numbers, count = tuple(_whole(k) for k in which), len(sizes) if isinstance(sizes, tuple) else sizes
+    if not all(isinstance(k, int) and not isinstance(k, bool) for k in (*numbers, count)):
+        return numbers
+    if not all(-count <= k < count for k in numbers):
+        return numbers
+    numbers = tuple(sorted({k % count for k in numbers}))
+    return None if numbers == tuple(range(count)) else numbers
 
 
 def _gates_of(module: nn.Module, name: str) -> int | None:
@@ -214,79 +266,3 @@ def _gates_of(module: nn.Module, name: str) -> int | None:
     if leaf.startswith(("weight_hh", "weight_ih")):
         return next((gates for kind, gates in _GATES.items() if isinstance(owner, kind)), None)
     return 1 if leaf.startswith("weight_hr") and isinstance(owner, nn.LSTM) else None
-
-
-def _check(parameter: Tensor, constraint: Orthogonal, label: str) -> None:
-    """Raise a ValueError that names the rule and the remedy, unless ``parameter`` can be so marked."""
-    problem = _problem(parameter, constraint)
-    if problem:
-        raise ValueError(f"mark_orthogonal: {label} {problem}")
-
-
-def _problem(parameter: Tensor, constraint: Orthogonal) -> str | None:
-    if not isinstance(parameter, Tensor):
-        return f"must be a tensor or a module, got {type(parameter).__name__}."
-    if is_lazy(parameter):
-        return "is lazy and has no shape yet; run one batch through the module first."
-    shape = tuple(parameter.shape)
-    if not parameter.is_leaf:
-        return (
-            "is not a leaf: it is computed from other tensors, like the weight of a parametrized module, and an "
-            "optimizer cannot move it. Remove the parametrization first (torch.nn.utils.parametrize."
-            "remove_parametrizations keeps the value; torch.nn.utils.remove_weight_norm for old hooks)."
-        )
-    if not isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
-        return (
-            "is neither an nn.Parameter nor a tensor that requires a gradient, like a buffer or param.data; mark the "
-            "parameter itself."
-        )
-    if parameter.layout is not torch.strided:
-        return f"is sparse ({parameter.layout}); only dense parameters can be orthogonal. Use .to_dense()."
-    if parameter.dtype not in DTYPES:
-        return (
-            f"has dtype {parameter.dtype}; only float32 and float64 can be marked. Keep the weight in float32; "
-            "torch.autocast computes with it in lower precision."
-        )
-    if parameter.ndim < 2:
-        return f"must have at least 2 dimensions, got shape {shape}; a vector has no orthogonal blocks."
-    if parameter.numel() == 0:
-        return f"is empty, shape {shape}."
-    blocks, dim, gain = constraint.blocks, constraint.dim, constraint.gain
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-        return f"needs a whole number of blocks >= 1, got blocks={blocks!r}."
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim not in (0, 1) or (dim == 1 and parameter.ndim != 2):
-        return f"has shape {shape}; its blocks are stacked along dim 0, or dim 1 of a matrix, got dim={dim!r}."
-    if shape[dim] % blocks:
-        return (
-            f"has shape {shape}: blocks={blocks} must divide dim {dim}. nn.RNN has 1 block, nn.GRU 3 gate blocks, "
-            "nn.LSTM 4."
-        )
-    if not (isinstance(gain, (int, float)) and 0 < gain < math.inf):
-        return f"needs a finite gain above 0, got gain={gain!r}."
-    if any(stride == 0 < length - 1 for stride, length in zip(parameter.stride(), shape, strict=True)):
-        return f"has strides {parameter.stride()}: some of its entries are one and the same; use .clone() first."
-    try:
-        constraint.view(parameter.detach())
-    except RuntimeError:
-        return f"has strides {parameter.stride()} that cannot be seen as a matrix; use .contiguous() first."
-    present = constraint_of(parameter)
-    if present is not None and present != constraint:
-        return f"is already marked as {present}, not {constraint}; call unmark on it first."
-    return None
-
-
-@torch.no_grad()
-def _mark(marks: Iterable[tuple[Tensor, Orthogonal, str]]) -> None:
-    """Project and mark all, or none."""
-    marks = list(marks)
-    projected = []
-    for parameter, constraint, label in marks:
-        try:
-            projected.append(off_manifold(parameter, constraint))
-        except ValueError as refusal:
-            reason = str(refusal).removeprefix("nearest_orthogonal: ")
-            raise ValueError(f"mark_orthogonal: {label}: {reason}") from None
-    for (parameter, constraint, _), (off, values) in zip(marks, projected, strict=True):
-        if bool(off.any()):
-            constraint.view(parameter.detach())[off] = values
-        attach(parameter, constraint)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .blocks import point_norm, points_of
 from .constraint import constraint_of
 from .diagnostics import orthogonality_error
-from .precision import FullPrecision
-from .stiefel import project
+from .manifolds import Orthogonal
+from .precision import FullPrecision, working_dtype
 from .tally import NAMES
 
 
@@ -18,6 +20,8 @@ def metrics(self: Optimizer) -> dict[str, float]:
 
     Returns:
         ``orthogonality_error``: the largest :math:`\|I - W W^\top\|_F` of a block.
+
+        ``manifold_error``: the largest distance from its manifold of any other point, as that manifold measures it.
 
         ``tangent_norm``: the largest :math:`\|P_W(G)\|_F` of a block, for the gradients that are there now; zero at a
         constrained optimum.
@@ -37,16 +41,26 @@ def metrics(self: Optimizer) -> dict[str, float]:
     1.0
     """
     marked = [p for group in self.param_groups for p in group["params"] if constraint_of(p) is not None]
-    norms = [0.0]
-    for p in marked:
-        constraint = constraint_of(p)
-        if p.grad is not None and constraint is not None:
-            w = constraint.view(p.detach()) / constraint.gain
-            g = constraint.view(p.grad.contiguous())
-            with FullPrecision(w.device.type):
-                norms.append(float(torch.linalg.matrix_norm(project(w, g)).max()))
+    orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     return {
-        "orthogonality_error": max((orthogonality_error(p) for p in marked), default=0.0),
-        "tangent_norm": max(norms),
+        "orthogonality_error": max((orthogonality_error(p) for p in orthogonal), default=0.0),
+        "manifold_error": max((_error(p) for p in set(marked) - set(orthogonal)), default=0.0),
+        "tangent_norm": max((_tangent_norm(p) for p in marked), default=0.0),
         **{name: self._tally.total(name) for name in NAMES},  # type: ignore[attr-defined]
     }
+
+
+def _error(p: Tensor) -> float:
+    constraint = constraint_of(p)
+    assert constraint is not None
+    return max(float(constraint.error(points_of(part, p.detach())).max()) for part in constraint.parts(p.shape))
+
+
+def _tangent_norm(p: Tensor) -> float:
+    constraint, norms = constraint_of(p), [0.0]
+    if p.grad is not None and constraint is not None:
+        for part in constraint.parts(p.shape):
+            x, g = (points_of(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
+            with FullPrecision(x.device.type):
+                norms.append(float(point_norm(constraint.project(x, g), part.dims).max()))
+    return max(norms)

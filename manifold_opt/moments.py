@@ -2,7 +2,7 @@
 
 Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. The optimizer knows
 under which constraint each parameter's state is held, and records it in ``group["constraints"]``, as
-``(position, blocks, dim, gain)`` each, so that a checkpoint of torch's own, or of a parameter that has been marked or
+``(position, name, ...)`` each, so that a checkpoint of torch's own, or of a parameter that has been marked or
 unmarked since, is converted when it is met.
 """
 
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .blocks import Part, can_be_viewed, points_of, put_
 from .buckets import Bucket
-from .constraint import Orthogonal, constraint_of, off_blocks
+from .constraint import Record, constraint_of, described, off_manifold, put_back_, recalled, record_of
 from .direction import from_frame, to_frame
-from .precision import FullPrecision
+from .manifolds import Manifold, Orthogonal
+from .precision import LOW, FullPrecision, working_dtype
 
 Group = dict[str, Any]
+MASTER = "master"  # key of the values in float32 of a parameter of low precision
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -28,31 +31,64 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
 
     ``keys`` are those of all moments, ``scalars`` of those that hold one number a block, ``(blocks, 1, 1)`` a member.
     """
-    first = bucket.parameters[0]
     for key in keys:
         present = [
             _shaped(optimizer.state[p].get(key), key in scalars, p, bucket.constraint) for p in bucket.parameters
         ]
         if not bucket.gathered:
-            shown = [present[0]]
-            bucket.moments[key] = present[0] if key in scalars else bucket.constraint.view(present[0])
+            shown = present
+            if key not in scalars and not can_be_viewed(bucket.part, present[0]):  # it lies as where it was loaded from
+                present[0] = torch.empty_like(bucket.parameters[0], dtype=present[0].dtype).copy_(present[0])
+            own = present[0][bucket.before : bucket.before + bucket.each] if key in scalars else present[0]
+            bucket.moments[key] = own if key in scalars else bucket.part.view(own)
         elif key in scalars:
             storage = torch.cat(present)
-            shown = list(storage.split(bucket.constraint.blocks))  # type: ignore[no-untyped-call]
+            shown = list(storage.split(bucket.each))  # type: ignore[no-untyped-call]
             bucket.moments[key] = storage
         else:
-            storage = torch.cat([moment.reshape(len(moment), -1) for moment in present])
+            storage = torch.cat([bucket.part.rows(moment, copy=True) for moment in present])
             shown = bucket.split(storage)
-            bucket.moments[key] = bucket.wide(storage)
+            bucket.moments[key] = bucket.part.points(storage)
         bucket.shown[key] = shown
         for parameter, moment in zip(bucket.parameters, shown, strict=True):
             optimizer.state[parameter][key] = moment
+    _hold_master(optimizer, bucket)
+    _hold_count(optimizer, group, bucket)
+
+
+def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
+    """Give members of low precision their values in float32: those they have, new ones from the nearest points."""
+    bucket.master = None
+    if bucket.dtype not in LOW:
+        for parameter in bucket.parameters:
+            optimizer.state[parameter].pop(MASTER, None)
+        return
+    masters = []
+    for parameter in bucket.parameters:
+        master = optimizer.state[parameter].get(MASTER)
+        if master is None or master.shape != parameter.shape:
+            master = parameter.detach().float()
+            put_back_(master, off_manifold(master, bucket.constraint))
+        masters.append(master.to(parameter.device, torch.float32))
+    if bucket.gathered:
+        storage = torch.cat([bucket.part.rows(master, copy=True) for master in masters])
+        masters, bucket.master = bucket.split(storage), bucket.part.points(storage)
+    else:
+        bucket.master = bucket.part.view(masters[0])
+    bucket.shown[MASTER] = masters
+    for parameter, master in zip(bucket.parameters, masters, strict=True):
+        optimizer.state[parameter][MASTER] = master
+
+
+def _hold_count(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
     # torch's Adam counts on the host unless it is capturable; its SGD does not count.
-    device = first.device if group.get("capturable", True) else torch.device("cpu")
+    device = bucket.parameters[0].device if group.get("capturable", True) else torch.device("cpu")
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=dtype, device=device)
     counts = [torch.as_tensor(optimizer.state[p].get("step", zero)).to(zero) for p in bucket.parameters]
     bucket.steps = torch.stack(counts)
+    if bucket.before:
+        return
     bucket.shown["step"] = list(bucket.steps.unbind())
     for parameter, count in zip(bucket.parameters, bucket.shown["step"], strict=True):
         optimizer.state[parameter]["step"] = count
@@ -70,9 +106,9 @@ def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
 @torch.no_grad()
 def convert(optimizer: Any, group: Group) -> None:
     """Bring the state of a group from the constraints that it is held under to those of today, and record them."""
-    held: dict[Tensor, Orthogonal] = optimizer._held
+    held: dict[Tensor, Record] = optimizer._held
     for parameter in group["params"]:
-        old, new = held.get(parameter), constraint_of(parameter)
+        old, new = held.get(parameter), record_of(constraint_of(parameter))
         if old == new:
             continue
         state = optimizer.state.get(parameter)
@@ -81,11 +117,11 @@ def convert(optimizer: Any, group: Group) -> None:
         if state and new is not None:
             _change(state, parameter, new, to_frame)
         if new is None:
+            _as_torch_holds_it(state or {}, parameter)
             del held[parameter]
         else:
             held[parameter] = new
-    marked = ((i, constraint) for i, p in enumerate(group["params"]) if (constraint := held.get(p)) is not None)
-    group["constraints"] = tuple((i, c.blocks, c.dim, c.gain) for i, c in marked)
+    group["constraints"] = tuple((i, *held[p]) for i, p in enumerate(group["params"]) if p in held)
 
 
 def check_recorded(optimizer: Optimizer, groups: list[Group]) -> None:
@@ -97,25 +133,31 @@ def check_recorded(optimizer: Optimizer, groups: list[Group]) -> None:
         return
     name = type(optimizer).__name__
     for index, group in enumerate(groups):
-        for position, blocks, dim, gain in group.get("constraints", ()):
-            parameter, then = group["params"][position], Orthogonal(blocks, dim, gain)
+        for position, *record in group.get("constraints", ()):
+            parameter, then = group["params"][position], _tuples(record)
             now = constraint_of(parameter)
-            if now != then:
+            if record_of(now) != then:
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
                 raise ValueError(
                     f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
-                    f"{tuple(parameter.shape)}, marked as {then}; here it is {'not marked' if now is None else now}. "
+                    f"{tuple(parameter.shape)}, marked as {described(then)}; here it is "
+                    f"{'not marked' if now is None else now}. "
                     "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
                 )
 
 
-def recorded(groups: list[Group]) -> dict[Tensor, Orthogonal]:
+def recorded(groups: list[Group]) -> dict[Tensor, Record]:
     """The constraints that state is held under, as the groups of a checkpoint record them."""
     return {
-        group["params"][position]: Orthogonal(blocks, dim, gain)
+        group["params"][position]: _tuples(record)
         for group in groups
-        for position, blocks, dim, gain in group.get("constraints", ())
+        for position, *record in group.get("constraints", ())
     }
+
+
+def _tuples(record: Any) -> Any:
+    """A record whose tuples have become lists on a way that knows none, like JSON's."""
+    return tuple(map(_tuples, record)) if isinstance(record, (list, tuple)) else record
 
 
 def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
@@ -127,44 +169,93 @@ def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
                 state[key] = shown[index].clone()
 
 
-def _change(state: dict[str, Any], parameter: Tensor, constraint: Orthogonal, change: Any) -> None:
+def _change(state: dict[str, Any], parameter: Tensor, record: Record, change: Any) -> None:
     """Every moment of one parameter into the frame of its square blocks, or out of it, as tensors of its shape.
 
     The frame is that of the point that the next step starts from, where a value just loaded is still to be put back.
     """
-    w = constraint.view(parameter.detach()).clone()
-    off, values = off_blocks(w, constraint.gain)
-    w[off] = values
-    w = w / constraint.gain
+    constraint = recalled(record)
+    if constraint is None:
+        return
+    framed = {}
     for key, moment in state.items():
-        if key != "step" and isinstance(moment, Tensor):
+        if key not in ("step", MASTER) and isinstance(moment, Tensor):
             held = _shaped(moment, False, parameter, constraint)
             state[key] = held if held is not moment else moment.clone(memory_format=torch.preserve_format)
-            if w.shape[-2] == w.shape[-1] and moment.shape == parameter.shape:
-                blocks = constraint.view(state[key])
-                with FullPrecision(w.device.type):
-                    blocks.copy_(change(w, key, blocks.to(w)))
+            if moment.shape == parameter.shape:
+                framed[key] = state[key]
+    if not isinstance(constraint, Orthogonal):
+        return
+    for part in constraint.parts(parameter.shape):
+        value = state.get(MASTER, parameter.detach())
+        w = points_of(part, value).to(working_dtype(value.dtype), copy=True)
+        if w.shape[-2] != w.shape[-1]:
+            continue
+        off, values = constraint.off(w)
+        w[off] = values
+        w = w / constraint.gain
+        for key, moment in framed.items():
+            with FullPrecision(w.device.type):
+                put_(part, moment, ..., change(w, key, points_of(part, moment).to(w)))
 
 
-def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Orthogonal) -> Tensor:
-    """A moment as its rule holds it, ``(blocks, 1, 1)`` or like the parameter: new, as it is, or from the other rule's.
+def _as_torch_holds_it(state: dict[str, Any], parameter: Tensor) -> None:
+    """Moments of a parameter that is marked no more in its own dtype, and nothing in float32 beside it."""
+    state.pop(MASTER, None)
+    for key, value in state.items():
+        if key != "step" and isinstance(value, Tensor) and parameter.dtype in LOW:
+            state[key] = value.to(parameter.dtype)
+
+
+def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Manifold) -> Tensor:
+    """A moment as its rule holds it, one number a point or like the parameter: new, as it is, or from the other rule's.
 
     The other shape is what a checkpoint brings that was written with another ``second_moment``, or by torch itself.
     """
-    blocks = constraint.view(parameter.detach())
-    one = blocks[:, :1, :1]
-    shape = one.shape if scalar else parameter.shape
+    parts = constraint.parts(parameter.shape)
+    ones = [_one(part, parameter.detach()) for part in parts]
+    count = sum(map(len, ones))
+    shape = torch.Size((count, *ones[0].shape[1:])) if scalar else parameter.shape
+    dtype = working_dtype(parameter.dtype)
+    dtype = dtype.to_real() if scalar else dtype
     if moment is not None and moment.shape == shape:
-        return moment.to(parameter)
+        return moment.to(parameter.device, dtype)
     if moment is not None and scalar and moment.shape == parameter.shape:
-        return constraint.view(moment).mean((-2, -1), keepdim=True)
-    value = torch.zeros_like(one if scalar else parameter, memory_format=torch.preserve_format)
-    if moment is not None:
-        if moment.numel() > 1 and moment.shape[1:] != one.shape[1:]:
-            raise RuntimeError(
-                f"a marked parameter has shape {tuple(parameter.shape)}, what the optimizer holds for it "
-                f"{tuple(moment.shape)}. After changing the shape of a parameter, del opt.state[param]."
-            )
-        per_block = moment if moment.shape == one.shape else moment.mean()
-        (value if scalar else constraint.view(value)).copy_(per_block)
+        return torch.cat([_mean(part, moment) for part in parts]).to(parameter.device, dtype)
+    like = ones[0].new_empty(shape) if scalar else parameter
+    value = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
+    if moment is None:
+        return value
+    if moment.numel() > 1 and moment.shape[1:] != ones[0].shape[1:]:
+        raise RuntimeError(
+            f"a marked parameter has shape {tuple(parameter.shape)}, what the optimizer holds for it "
+            f"{tuple(moment.shape)}. After changing the shape of a parameter, del opt.state[param]."
+        )
+    a_point = moment if moment.numel() == count else moment.mean().expand(count, *ones[0].shape[1:])
+    if scalar:
+        return value.copy_(a_point)
+    if value.is_complex():
+        a_point = torch.complex(a_point, a_point)  # of either part of an entry
+    value.fill_(a_point.mean().item())
+    start = 0
+    for part, one in zip(parts, ones, strict=True):
+        put_(part, value, ..., a_point[start : start + len(one)].to(value))
+        start += len(one)
     return value
+
+
+def _one(part: Part, tensor: Tensor) -> Tensor:
+    """One number of each point of a part, ``(B, 1, ..)``."""
+    points = points_of(part, tensor)
+    for dim in range(points.ndim - part.dims, points.ndim):
+        points = points.narrow(dim, 0, 1)
+    return points
+
+
+def _mean(part: Part, tensor: Tensor) -> Tensor:
+    """The mean of each point of a part, ``(B, 1, ..)``, over the real and imaginary parts of complex ones."""
+    if tensor.is_complex():
+        tensor = (tensor.real + tensor.imag) / 2
+    points = points_of(part, tensor)
+    dims = tuple(range(points.ndim - part.dims, points.ndim))
+    return points.mean(dims, keepdim=True) if dims else points

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
+from .loading import load_state_dict
 from .metrics import metrics
 from .moments import check_recorded
 from .options import OnFault, add_param_group, fill_options, with_options
@@ -19,15 +20,22 @@ from .plan import forget_plans, prepare
 from .rules import adam_moments, rule_of_adam, rule_of_sgd, sgd_moments
 from .step import Closure, check_capture, step
 from .stiefel import Metric
-from .unmarked import lists_of_adam, lists_of_sgd, step_unmarked_adam, step_unmarked_sgd
+from .unmarked import (
+    lists_of_adam,
+    lists_of_sgd,
+    step_rests_adam,
+    step_rests_sgd,
+    step_unmarked_adam,
+    step_unmarked_sgd,
+)
 
 
 class SGD(torch.optim.SGD):
-    r"""torch.optim.SGD that keeps marked parameters orthogonal.
+    r"""torch.optim.SGD that keeps marked parameters on their manifold: orthogonal ones orthogonal.
 
     Unmarked parameters train bit for bit as with torch.optim.SGD. A marked one follows its Riemannian
     gradient, with a momentum that moves along with it, and is retracted onto the manifold in every step.
-    Weight decay does not act on it: its length is fixed.
+    Weight decay does not act on orthogonal ones and those of unit norm: their length is fixed.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
@@ -35,7 +43,7 @@ class SGD(torch.optim.SGD):
         retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
         metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
             canonical one is twice as long.
-        orthogonal_lr_scale: learning rate of marked blocks as a multiple of their group's.
+        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
         on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
@@ -104,6 +112,7 @@ class SGD(torch.optim.SGD):
         forget_plans(self)
 
     add_param_group = add_param_group
+    load_state_dict = load_state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state["param_groups"])
@@ -120,17 +129,17 @@ class SGD(torch.optim.SGD):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
-        return step(self, closure, lists_of_sgd, step_unmarked_sgd, rule_of_sgd)
+        return step(self, closure, lists_of_sgd, step_unmarked_sgd, step_rests_sgd, rule_of_sgd)
 
     metrics = metrics
 
 
 class Adam(torch.optim.Adam):
-    r"""torch.optim.Adam that keeps marked parameters orthogonal.
+    r"""torch.optim.Adam that keeps marked parameters on their manifold: orthogonal ones orthogonal.
 
     Unmarked parameters train bit for bit as with torch.optim.Adam. The direction of a marked one is made
-    tangent, and it is retracted onto the manifold in every step. Weight decay does not act on it: its
-    length is fixed.
+    tangent, and it is retracted onto the manifold in every step. Weight decay does not act on orthogonal ones
+    and those of unit norm: their length is fixed.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
@@ -139,7 +148,7 @@ class Adam(torch.optim.Adam):
         retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
         metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
             canonical one is twice as long.
-        orthogonal_lr_scale: learning rate of marked blocks as a multiple of their group's.
+        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's.
         second_moment: ``"element"`` holds one mean square an entry, as torch does, and learns fastest.
             ``"block"`` holds one mean square a block, equivariant under rotations.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
@@ -218,6 +227,7 @@ class Adam(torch.optim.Adam):
         forget_plans(self)
 
     add_param_group = add_param_group
+    load_state_dict = load_state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state["param_groups"])
@@ -235,16 +245,16 @@ class Adam(torch.optim.Adam):
             closure: reevaluates the model and returns the loss, which is handed back.
         """
         check_capture(self)
-        return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)
+        return step(self, closure, lists_of_adam, step_unmarked_adam, step_rests_adam, rule_of_adam)
 
     metrics = metrics
 
 
 class AdamW(torch.optim.AdamW):
-    r"""torch.optim.AdamW that keeps marked parameters orthogonal.
+    r"""torch.optim.AdamW that keeps marked parameters on their manifold: orthogonal ones orthogonal.
 
-    Everything as in :class:`Adam`, but that weight decay is decoupled, on by default (0.01), and acts on
-    the unmarked parameters only: a decoupled decay would pull a marked one off its manifold.
+    Everything as in :class:`Adam`, but that weight decay is decoupled, on by default (0.01). It acts on unmarked
+    parameters, and on those whose manifold it does not lead away from: of bounded spectral norm, and positive ones.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
@@ -311,6 +321,7 @@ class AdamW(torch.optim.AdamW):
         forget_plans(self)
 
     add_param_group = add_param_group
+    load_state_dict = load_state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state["param_groups"])
@@ -328,6 +339,6 @@ class AdamW(torch.optim.AdamW):
             closure: reevaluates the model and returns the loss, which is handed back.
         """
         check_capture(self)
-        return step(self, closure, lists_of_adam, step_unmarked_adam, rule_of_adam)
+        return step(self, closure, lists_of_adam, step_unmarked_adam, step_rests_adam, rule_of_adam)
 
     metrics = metrics

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .constraint import DTYPES, Orthogonal, constraint_of, was_unmarked
+from .blocks import can_be_moved, point_norm, points_of
+from .constraint import DTYPES, adopt, constraint_of, was_unmarked
 from .direction import ADAM
+from .manifolds import Manifold, Orthogonal
+from .precision import working_dtype
 from .retractions import check_retraction
 
 Group = dict[str, Any]
@@ -43,10 +46,11 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
 
 def remember_marks(optimizer: Any, parameters: list[Tensor]) -> None:
     """Keep the marks that parameters have, and those that they have had and lost: :func:`check` will ask for them."""
-    marks: dict[Tensor, Orthogonal | None] = optimizer.__dict__.setdefault("_marks", {})
+    marks: dict[Tensor, Manifold | None] = optimizer.__dict__.setdefault("_marks", {})
     for p in parameters:
         if constraint_of(p) is not None or was_unmarked(p):
             marks[p] = constraint_of(p)
+            adopt(p)
 
 
 def check_group(name: str, group: Group) -> None:
@@ -56,7 +60,7 @@ def check_group(name: str, group: Group) -> None:
     marked = [p for p in parameters if isinstance(p, Tensor) and constraint_of(p) is not None]
     check_options(name, group, marked=bool(marked))
     for parameter in marked:
-        check_marked(name, parameter)
+        check_marked(name, parameter, group)
 
 
 def _listed(members: Any) -> Any:
@@ -88,22 +92,34 @@ def largest_gradient(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).max) / 16
 
 
-def check_marked(name: str, parameter: Tensor) -> None:
-    """Raise a ValueError unless the dtype and the memory format let a marked parameter step."""
+def check_marked(name: str, parameter: Tensor, group: Group) -> None:
+    """Raise a ValueError unless the dtype, the memory format and the group's options let a marked parameter step."""
     shape = tuple(parameter.shape)
     if parameter.dtype not in DTYPES:
         raise ValueError(
-            f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32 and float64 "
-            "can be kept orthogonal. Keep it in float32 and compute under torch.autocast."
+            f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32, "
+            "float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
         )
     constraint = constraint_of(parameter)
-    try:
-        _ = constraint is None or constraint.view(parameter.detach())
-    except RuntimeError:
+    if isinstance(constraint, Orthogonal) and constraint.which is not None:
+        _check_rest(name, parameter, group)
+    problem = None if constraint is None or isinstance(constraint, Orthogonal) else constraint.problem(parameter)
+    if problem:
+        raise ValueError(f"{name}: a marked parameter of shape {shape} {problem}")
+    if isinstance(constraint, Orthogonal) and not can_be_moved(constraint.parts(shape), parameter.detach()):
         raise ValueError(
             f"{name}: the blocks of a marked parameter of shape {shape} and strides {parameter.stride()} cannot be "
             "seen as matrices any more; keep it contiguous (memory_format=torch.contiguous_format)."
-        ) from None
+        )
+
+
+def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
+    """Rows in no block are torch's to step, which holds a moment for every entry, in the parameter's dtype."""
+    if group.get("second_moment") == "block":
+        raise ValueError(
+            f"{name}: second_moment='block' holds none for the rows of a parameter of shape {tuple(parameter.shape)} "
+            "that are in none of its marked blocks. Mark all of its blocks, or make two parameters of it."
+        )
 
 
 def check_gradients(name: str, parameters: list[Tensor], gradients: list[Tensor]) -> None:
@@ -134,18 +150,22 @@ def check_finite(name: str, parameters: list[Tensor], gradients: list[Tensor], s
     Gradients may be scaled: a step will divide them by ``scale``.
     """
     for p, scaled in zip(parameters, gradients, strict=True):
-        g = scaled if scale is None else scaled / scale.to(scaled)
+        g = scaled.to(working_dtype(scaled.dtype))
+        g = g if scale is None else g / scale.to(g)
         limit = largest_gradient(g.dtype)
         if float(torch.linalg.vector_norm(g)) <= limit:
             continue
         constraint = constraint_of(p)
         assert constraint is not None
-        sound = torch.linalg.vector_norm(constraint.view(g.contiguous()), dim=(-2, -1)) <= limit
-        if not bool(sound.all()):
-            raise FloatingPointError(
-                f"{name}: the gradient of block {int((~sound).nonzero()[0])} of a marked parameter of shape "
-                f"{tuple(p.shape)} is not finite, or its squares are not, and on_fault='raise'. Nothing was changed."
-            )
+        for part in constraint.parts(p.shape):
+            points = points_of(part, g)
+            sound = point_norm(points, part.dims) <= limit
+            if not bool(sound.all()):
+                raise FloatingPointError(
+                    f"{name}: the gradient of block {int((~sound).nonzero()[0, 0])} of a marked parameter of shape "
+                    f"{tuple(p.shape)} is not finite, or its squares are not, and on_fault='raise'. Nothing was "
+                    "changed."
+                )
 
 
 def fill_options(optimizer: Optimizer) -> None:

@@ -48,48 +48,94 @@ def basin(beta: float) -> float:
     return ((1 + beta) / beta) ** 0.5
 
 
-def nearest_orthogonal(x: Tensor) -> Tensor:
+def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     r"""Nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
 
-    The polar factor: with :math:`X = U S V^\top` it is :math:`U V^\top`, by SVD in float64. It is for
-    the door; the optimizers do without.
+    The polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`, by SVD in float64. It is for
+    the door; the optimizers do without. The nearest of a given determinant is :math:`U D V^\top` with D the identity,
+    or, where that has the other determinant, with -1 in the direction of the smallest singular value.
 
     Args:
-        x: ``(..., p, n)``, wide or tall, of full rank.
+        x: ``(..., p, n)``, wide or tall, real or complex, of full rank; with ``det`` real and square.
+        det: 1 for the nearest rotation, in SO(n), and -1 for the nearest in the other component of O(n).
 
     Returns:
         Same shape and dtype.
 
     Raises:
-        ValueError: values that are not finite, or rank-deficient, where the nearest is not unique.
+        ValueError: values that are not finite, or rank-deficient, or of the other determinant and with a smallest
+            singular value that is double, where the nearest is not unique; ``det`` other than 1 or -1, or where it
+            has no meaning.
 
-    Reference: Higham (2008), *Functions of Matrices*, theorem 8.4.
+    References: Higham (2008), *Functions of Matrices*, theorem 8.4; Kabsch (1976) and Umeyama (1991) for ``det``.
 
     >>> import torch
     >>> from manifold_opt import nearest_orthogonal
     >>> nearest_orthogonal(torch.tensor([[3.0, 0.0], [0.0, -0.1]]))
     tensor([[ 1.,  0.],
             [ 0., -1.]])
+    >>> nearest_orthogonal(torch.tensor([[3.0, 0.0], [0.0, -0.1]]), det=1)
+    tensor([[1., 0.],
+            [0., 1.]])
+    >>> nearest_orthogonal(torch.tensor([[3.0j]]))
+    tensor([[0.+1.j]])
     """
-    if x.ndim < 2 or not x.is_floating_point():
+    if x.ndim < 2 or not (x.is_floating_point() or x.is_complex()):
         raise ValueError(
-            f"nearest_orthogonal: needs real floating-point matrices (..., p, n), got {tuple(x.shape)} of {x.dtype}."
+            "nearest_orthogonal: needs floating-point matrices (..., p, n), real or complex, got "
+            f"{tuple(x.shape)} of {x.dtype}."
         )
+    if det is not None:
+        check_determinant("nearest_orthogonal", det, x)
     if not bool(x.isfinite().all()):
         raise ValueError(f"nearest_orthogonal: the value has entries that are not finite. {_REMEDY}")
     u, s, vh = torch.linalg.svd(float64(x), full_matrices=False)
-    smallest, largest = s[..., -1], s[..., 0]
-    if bool((smallest <= max(x.shape[-2:]) * torch.finfo(x.dtype).eps * largest).any()):
+    tolerance = max(x.shape[-2:]) * torch.finfo(x.dtype).eps * s[..., 0]
+    if det is not None:
+        u = _towards(det, u, s, vh, tolerance)
+    elif bool((s[..., -1] <= tolerance).any()):
         raise ValueError(
             "nearest_orthogonal: the value is rank-deficient (smallest singular value "
-            f"{float(smallest.min()):.1e}), so the nearest orthogonal matrix is not unique. {_REMEDY}"
+            f"{float(s[..., -1].min()):.1e}), so the nearest orthogonal matrix is not unique. {_REMEDY}"
         )
     # The product of two rounded factors is 2 to 6 times as far off as one Newton-Schulz step leaves it.
     return orthogonalizer(u @ vh).to(x)
 
 
+def _towards(det: int, u: Tensor, s: Tensor, vh: Tensor, tolerance: Tensor) -> Tensor:
+    """``u`` with the sign of its last column such that ``u @ vh`` has determinant ``det``.
+
+    Unique unless the two smallest singular values, the last one with that sign, add up to zero (Umeyama 1991).
+    """
+    sign = det * determinant(u @ vh)
+    if u.shape[-1] > 1 and bool((s[..., -2] + sign * s[..., -1] <= tolerance).any()):
+        raise ValueError(
+            f"nearest_orthogonal: the nearest matrix of determinant {det} is not unique: the value has the other "
+            "determinant and a smallest singular value that is double, like an orthogonal matrix, or lacks two of "
+            f"full rank. Negate a row first, or initialize it with manifold_opt.init.orthogonal_(..., det={det})."
+        )
+    return torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], -1)
+
+
+def determinant(w: Tensor) -> Tensor:
+    """The determinant of orthogonal matrices, 1 or -1: ``(...)``. One by one: batches of LU fail on some CPUs."""
+    signs = [torch.linalg.det(matrix).sign() for matrix in w.reshape(-1, *w.shape[-2:])]
+    return torch.stack(signs).view(w.shape[:-2]) if signs else w.new_ones(w.shape[:-2])
+
+
+def check_determinant(name: str, det: int, x: Tensor) -> None:
+    """Raise a ValueError unless matrices like those of ``x`` can have the determinant ``det``, 1 or -1."""
+    if isinstance(det, bool) or det not in (1, -1):
+        raise ValueError(f"{name}: det must be 1, for rotations, -1 or None, got {det!r}.")
+    if x.is_complex() or x.shape[-2] != x.shape[-1]:
+        raise ValueError(
+            f"{name}: det={det} needs real square matrices, got {tuple(x.shape[-2:])} of {x.dtype}: those of other "
+            "shapes have no determinant, and unitary ones any on the unit circle. Leave det out."
+        )
+
+
 def spectral_bound(a: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Upper bound on the spectral norm of symmetric ``a``, ``(...)``: the smaller of two cheap norms.
+    """Upper bound on the spectral norm of symmetric or Hermitian ``a``, ``(...)``: the smaller of two cheap norms.
 
     The Frobenius norm and, from some rows on, the largest row sum of magnitudes, which go to ``spare`` if given, and
     are taken a few rows at a time if not.
@@ -98,7 +144,7 @@ def spectral_bound(a: Tensor, spare: Tensor | None = None) -> Tensor:
     if a.shape[-1] < _MANY:
         return frobenius
     if spare is not None:
-        sums = torch.abs(a, out=spare).sum(-1)
+        sums = torch.abs(a, out=spare.real).sum(-1)
     else:
         sums = torch.cat([rows.abs().sum(-1) for rows in a.split(a.shape[-1] // 4, -2)], -1)  # type: ignore[no-untyped-call]
     return torch.minimum(frobenius, sums.amax(-1))

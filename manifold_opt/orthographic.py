@@ -28,7 +28,8 @@ from .room import Room
 from .schemes import polar
 from .stiefel import skew
 
-INTERVAL = {torch.float32: 4, torch.float64: 2}  # steps from one look at the orthogonality of a block to the next
+# Steps from one look at the orthogonality of a block to the next.
+INTERVAL = {torch.float32: 4, torch.float64: 2, torch.complex64: 4, torch.complex128: 2}
 SEAM = 2.0**-5.375  # norm of the bend up to which this retraction is for: steps of spectral norm 0.155
 
 
@@ -45,7 +46,7 @@ def orthographic(w: Tensor, v: Tensor) -> Tensor:
     if w.shape[-2] != w.shape[-1]:
         return polar(w, v)
     room, points = Room(), w.reshape(-1, *w.shape[-2:]).clone()
-    omega = skew(v.reshape(points.shape) @ points.mT)
+    omega = skew(v.reshape(points.shape) @ points.mH)
     bent = bend_of(omega, room)
     short = bent.size <= SEAM
     if may_read(w) and not bool(short.any()):
@@ -66,12 +67,14 @@ class Bend(NamedTuple):
 def bend_of(omega: Tensor, room: Room) -> Bend:
     r""":math:`B = \Omega\Omega^\top` of skew ``(batch, p, p)``, and how large it is: 1 T."""
     bend = gram(omega, out=room("second", omega.shape, like=omega))
-    # The eigenvalues of Omega come in pairs, +-i t: those of B, t^2, are double.
-    size = norm(bend).mul_(0.5**0.5)
+    size = norm(bend)
+    if not bend.is_complex():
+        # The eigenvalues of a real Omega come in pairs, +-i t: those of B, t^2, are double.
+        size.mul_(0.5**0.5)
     # With many eigenvalues of like size that is far more than the largest. Closer looks while they can matter.
-    if not may_read(omega) or not bool((size <= _TAYLOR[omega.dtype]).all()):
+    if not may_read(omega) or not bool((size <= _TAYLOR[size.dtype]).all()):
         size = torch.minimum(size, spectral_bound(bend))
-    easy = _EASY[omega.dtype]
+    easy = _EASY[size.dtype]
     if may_read(omega) and omega.shape[-1] >= LARGE and bool((size > easy).any()):
         size = probed(bend, size, easy)
     return Bend(bend, size)
@@ -103,9 +106,9 @@ def rotate(w: Tensor, omega: Tensor, bend: Bend, *, room: Room, due: slice | Ten
 def _turn_(omega: Tensor, bent: Bend) -> Tensor:
     """Q - I, written to ``omega``."""
     bend, size = bent
-    if bool((size <= _TAYLOR[omega.dtype]).all()):
+    if bool((size <= _TAYLOR[size.dtype]).all()):
         return omega.add_(bend, alpha=-0.5)
-    coefficients = TABLES[omega.dtype]
+    coefficients = TABLES[size.dtype]
     row = ((size.log2() * _OCTAVE).ceil() - _FIRST).nan_to_num_(nan=0.0).clamp_(0, len(coefficients) - 1).long()
     chosen = coefficients[row]
     degree = int((chosen != 0).any(0).nonzero().max())
@@ -118,7 +121,7 @@ def _add_polynomial_(omega: Tensor, bend: Tensor, c: list[Tensor], degree: int) 
     Where there are higher ones, for float64, by Horner's rule in B^2, whose bits do not depend on the degree.
     Elsewhere without memory, for B is overwritten.
     """
-    horner = _MOST[omega.dtype] > 2 or degree > 2
+    horner = _MOST[c[0].dtype] > 2 or degree > 2
     if horner and degree > 1:
         square = matmul(bend, bend, out=torch.empty_like(bend))
         total = square * c[degree]
@@ -129,7 +132,7 @@ def _add_polynomial_(omega: Tensor, bend: Tensor, c: list[Tensor], degree: int) 
     omega.addcmul_(bend, c[1])
     omega.diagonal(dim1=-2, dim2=-1).add_(c[0][..., 0])
     if degree == 2 and not horner:
-        add_gram_(omega, bend.mul_((-c[2]).sqrt()), alpha=-1)  # c_2 is negative, and B symmetric
+        add_gram_(omega, bend.mul_((-c[2]).sqrt()), alpha=-1)  # c_2 is negative, and B symmetric, or Hermitian
     return omega
 
 
@@ -153,7 +156,7 @@ def _fixed_turn_(omega: Tensor, bent: Bend) -> Tensor:
     """Q - I, written to ``omega``, by one polynomial for all steps up to the longest, to which it shortens."""
     bend, size = bent
     share = (LONGEST_FIXED / size).clamp_max(1)[:, None, None]
-    c = [omega.new_full((1, 1, 1), x) for x in _FIXED[omega.dtype]]
+    c = [size.new_full((1, 1, 1), x) for x in _FIXED[size.dtype]]
     return _add_polynomial_(omega.mul_(share.sqrt()), bend.mul_(share), c, len(c) - 1)
 
 

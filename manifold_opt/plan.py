@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, fill
-from .constraint import Orthogonal, constraint_of
+from .constraint import constraint_of
+from .manifolds import Manifold, Orthogonal
 from .moments import convert, hold, leave, recorded, still_shown
 from .options import Group, check_finite, check_gradients, check_marked, check_options, remember_marks
 from .retractions import RETRACTIONS
@@ -21,6 +22,27 @@ from .tally import Tally
 SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
 Keys = tuple[list[str], list[str]]
 Facts = tuple[list[Any], ...]
+
+
+@dataclass
+class Rest:
+    """Rows or columns of a marked parameter that are in none of its blocks: unmarked, for torch to step.
+
+    Attributes:
+        parameter: whose they are.
+        dim, start, length: where.
+        fresh: whether they have had no momentum yet.
+    """
+
+    parameter: Tensor
+    dim: int
+    start: int
+    length: int
+    fresh: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same rows or columns of a tensor of the parameter's shape, a view."""
+        return tensor.detach().narrow(self.dim, self.start, self.length)
 
 
 @dataclass
@@ -34,15 +56,17 @@ class Plan:
         facts: what of these a bucket depends on.
         keys: the moments that the group's options ask for, and which of them are one number a block.
         buckets: of these parameters.
+        rests: what of these is in none of their blocks.
         versions: of the members that are in none, when they last were.
     """
 
     members: list[Tensor] = field(default_factory=list)
-    marks: list[Orthogonal | None] = field(default_factory=list)
+    marks: list[Manifold | None] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
     facts: Facts = ()
     keys: Keys = field(default_factory=lambda: ([], []))
     buckets: list[Bucket] = field(default_factory=list)
+    rests: list[Rest] = field(default_factory=list)
     versions: dict[int, int | None] = field(default_factory=dict)
 
 
@@ -109,7 +133,7 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     same = _are(plan.members, members) and plan.marks == marks and _are(plan.parameters, live) and plan.facts == facts
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
         for parameter in live:
-            check_marked(name, parameter)
+            check_marked(name, parameter, group)
         remember_marks(optimizer, members)
         if optimizer._before is not None:
             optimizer._before.take()
@@ -134,7 +158,7 @@ def refuse(optimizer: Any) -> None:
             check_finite(type(optimizer).__name__, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
-def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Orthogonal | None], list[Tensor]]:
+def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Manifold | None], list[Tensor]]:
     """The members of a group, their marks, and those that are marked and have gradients, which are checked.
 
     No tuple a parameter: ten thousand of them a step would keep Python's garbage collector busy.
@@ -168,10 +192,19 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     """Give a plan its buckets, and those their moments and versions, of which the old plan has some."""
     damped = "momentum_buffer" in new.keys[0] and group["dampening"] != 0
     parameters = new.parameters
-    fresh = [damped and "momentum_buffer" not in optimizer.state.get(p, {}) for p in parameters]
+    waiting = {id(p) for bucket in old.buckets if bucket.fresh for p in bucket.parameters}
+    waiting.update(id(rest.parameter) for rest in old.rests if rest.fresh)  # a GradScaler has skipped the first step
+    first = [id(p) in waiting or optimizer.state.get(p, {}).get("momentum_buffer") is None for p in parameters]
+    fresh = [damped and none_yet for none_yet in first]
     marked = itertools.count()
     rank = {id(p): next(marked) for p, mark in zip(new.members, new.marks, strict=True) if mark is not None}
     new.buckets = fill(parameters, new.facts[0], fresh, [rank[id(p)] for p in parameters])
+    new.rests = [
+        Rest(p, constraint.dim, *interval, none_yet)
+        for p, constraint, none_yet in zip(parameters, new.facts[0], first, strict=True)
+        if isinstance(constraint, Orthogonal)
+        for interval in constraint.rest(p.shape)
+    ]
     versions = dict(old.versions)
     for bucket in old.buckets:
         if bucket.parameters[0].dtype == bucket.dtype:  # rounded to another one, they are to be looked at

@@ -66,7 +66,7 @@ def polar_factor_(
     polynomials: Iterable[Polynomial]
     square: Tensor | None = None
     if may_read(x):
-        easy = _EASY[x.dtype]
+        easy = _EASY[size.dtype]
         if x.shape[-2] >= LARGE and bool(((size > easy) & (size <= 4 * easy)).any()):
             size = probed(defect, size, easy)
         if not bool((size <= easy).all()):
@@ -77,12 +77,13 @@ def polar_factor_(
         polynomials = _tabulated(size)
     else:
         if start is not None:
-            longest = _LONGEST_FIXED[x.dtype] ** 2
+            longest = _LONGEST_FIXED[size.dtype] ** 2
             share = (longest / size).clamp_max(1)[..., None, None]
             if tally is not None:
                 tally.add("clamped_steps", share < 1)
-            x, defect, size = torch.lerp(start, x, share.sqrt()), defect.mul_(share), size.clamp_max(longest)
-        polynomials = _newton_schulz(size, _FIXED_COUNT[x.dtype])[0]
+            x = torch.lerp(start, x, share.sqrt().to(x.dtype))
+            defect, size = defect.mul_(share), size.clamp_max(longest)
+        polynomials = _newton_schulz(size, _FIXED_COUNT[size.dtype])[0]
     for step, polynomial in enumerate(polynomials):
         if step > 0:
             defect = _defect(x, room)
@@ -103,7 +104,7 @@ def probed(defect: Tensor, bound: Tensor, easy: float) -> Tensor:
     """
     z = _probes(defect.shape[-1]).to(defect).expand(len(defect), -1, -1)
     scale = norm(defect)
-    rank = (defect.diagonal(dim1=-2, dim2=-1).sum(-1) / scale).square()
+    rank = (defect.diagonal(dim1=-2, dim2=-1).sum(-1).real / scale).square()
     for _ in range(3):
         z = (z @ defect) / scale[:, None, None]
     estimate = 1.2 * norm(z) ** (1 / 3) * scale

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+LOW = (torch.bfloat16, torch.float16)  # what a parameter may be stored in, but not moved in
 _FULL = ("ieee", "none")
 _BACKENDS: tuple[Any, ...] = tuple(
     backend.matmul
@@ -57,6 +58,11 @@ class FullPrecision:
             inherited = value == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else value
         self._autocast.__exit__(*error)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of this dtype is moved in: float32 for those of low precision."""
+    return torch.float32 if dtype in LOW else dtype
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

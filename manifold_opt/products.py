@@ -4,6 +4,8 @@ On a CPU a few large matrices are multiplied one by one, each with every thread,
 thread a matrix; of a Gram matrix only one triangle is computed, the other mirrored; and where tiny matrices lie
 *across*, entry (i, j) of all of them side by side, a product is a few element-wise ones of vectors as long as the
 batch.
+
+Matrices are real or complex; the Gram matrix is with the conjugate transpose, norms are real.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ def across(x: Tensor) -> bool:
     return x.stride(0) == 1 and x.shape[0] > 1 and x.numel() > x.shape[0]
 
 
+def components(x: Tensor) -> Tensor:
+    """A real tensor as it is, of a complex one the real and the imaginary parts, a view ``(2, ...)``."""
+    return torch.view_as_real(x).movedim(-1, 0) if x.is_complex() else x
+
+
 def norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
     """Frobenius norm of every matrix, ``(B,)`` or ``(B, 1, 1)``."""
     if x.ndim == 3 and across(x):
-        return (x * x).sum((-2, -1), keepdim=keepdim).sqrt_()
+        return (x * x.conj()).real.sum((-2, -1), keepdim=keepdim).sqrt_()
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=keepdim)
 
 
@@ -65,27 +72,27 @@ def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1
 
 
 def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``x @ x.mT`` for wide ``x``, ``(..., p, n)``, written to ``out`` if given: 1 product, 5/8 where split."""
+    """``x @ x.mH`` for wide ``x``, ``(..., p, n)``, written to ``out`` if given: 1 product, 5/8 where split."""
     p = x.shape[-2]
     if out is None:
         batch = x.reshape(-1, *x.shape[-2:])
         return gram(batch, out=batch.new_empty(len(batch), p, p)).view(*x.shape[:-2], p, p)
     if not may_read(x) or p < _SPLIT:
-        return matmul(x, x.mT, out=out)
+        return matmul(x, x.mH, out=out)
     for rows, before, upto in _slabs(p):
-        torch.bmm(x[:, rows], x[:, upto].mT, out=out[:, rows, upto])
-        out[:, before, rows] = out[:, rows, before].mT
+        torch.bmm(x[:, rows], x[:, upto].mH, out=out[:, rows, upto])
+        out[:, before, rows] = out[:, rows, before].mH
     return out
 
 
 def add_gram_(out: Tensor, x: Tensor, *, alpha: float) -> Tensor:
-    """``out + alpha * x @ x.mT`` in place, for batches ``(B, p, n)``: 1 product, 5/8 where split."""
+    """``out + alpha * x @ x.mH`` in place, for batches ``(B, p, n)``: 1 product, 5/8 where split."""
     if not may_read(x) or x.shape[-2] < _SPLIT:
-        return matmul_add(out, x, x.mT, out=out, alpha=alpha)
+        return matmul_add(out, x, x.mH, out=out, alpha=alpha)
     for rows, before, upto in _slabs(x.shape[-2]):
-        slab = torch.bmm(x[:, rows], x[:, upto].mT)
+        slab = torch.bmm(x[:, rows], x[:, upto].mH)
         out[:, rows, upto].add_(slab, alpha=alpha)
-        out[:, before, rows].add_(slab[..., before].mT, alpha=alpha)
+        out[:, before, rows].add_(slab[..., before].mH, alpha=alpha)
     return out
 
 
@@ -100,9 +107,14 @@ def transpose(a: Tensor, *, out: Tensor) -> Tensor:
     """``a.mT`` for square ``a``, written to ``out``: torch walks a lone matrix in tiles, a batch across the grain."""
     if _one_by_one(a):
         for a_i, out_i in zip(a.unbind(), out.unbind(), strict=True):
-            out_i.copy_(a_i.t())
+            out_i.copy_(a_i.mT)
         return out
     return out.copy_(a.mT)
+
+
+def adjoint(a: Tensor, *, out: Tensor) -> Tensor:
+    """``a.mH`` for square ``a``, written to ``out``."""
+    return transpose(a.conj(), out=out)
 
 
 def _one_by_one(a: Tensor) -> bool:

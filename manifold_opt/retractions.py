@@ -32,7 +32,7 @@ class Retraction:
             for both metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones.
             First order everywhere.
         polished: followed by one Newton-Schulz step, because alone it would carry an error in
-            ``w @ w.mT = I`` along for ever.
+            ``w @ w.mH = I`` along for ever.
         options: names of the keyword options it honours.
         temporaries: memory of a step beyond its workspaces, as a multiple of that of the blocks that move; where the
             host reads values, a step of unusual length can take more.
@@ -95,7 +95,8 @@ def retract(
     r"""Move from the points ``w`` along the tangents ``v``, and stay on the manifold.
 
     Args:
-        w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns, float32 or float64.
+        w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns: float32, float64, complex64 or
+            complex128.
         v: tangents at ``w``, same shape and dtype. Of any size for the exact schemes; one beyond a spectral
             norm of 1e5, where W is lost in the rounding of W + V, is shortened to it.
         method: a name in :data:`RETRACTIONS`.
@@ -116,6 +117,9 @@ def retract(
     >>> retract(w, v, "cayley")  # a quarter turn: twice the arc tangent of one
     tensor([[ 0.,  1.],
             [-1.,  0.]])
+    >>> w, v = torch.tensor([[1.0 + 0.0j]]), torch.tensor([[2.0j]])
+    >>> retract(w, v, "cayley")  # the same, on the unit circle
+    tensor([[0.+1.j]])
     """
     check_retraction("retract", method, metric=metric, beta=beta, correction_steps=correction_steps)
     check_pair("retract", w, v)
@@ -167,8 +171,8 @@ def _shorten(v: Tensor, longest: float) -> Tensor:
 
 def _spectral_norm_bound(v: Tensor, squarings: int = 3) -> Tensor:
     r"""Upper bound :math:`(\sum_i \sigma_i^{32})^{1/32}` on the spectral norm, at most :math:`p^{1/32}` times it."""
-    power = v @ v.mT
-    exponent, log_scale = 2.0, torch.zeros_like(v[..., 0, 0])
+    power = v @ v.mH
+    exponent, log_scale = 2.0, torch.zeros_like(v[..., 0, 0].real)
     for _ in range(squarings):
         size = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(v.dtype).tiny)
         power = power / size[..., None, None]

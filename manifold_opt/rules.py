@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from . import direction
+from . import direction, riemannian
 from .buckets import Bucket
 from .direction import ADAM, Decay, Number
 from .options import Group
 from .products import may_read
 
-Rule = Callable[..., Tensor]
+Rule = Callable[..., Any]
 
 
 def sgd_moments(group: Group) -> tuple[list[str], list[str]]:
@@ -29,10 +30,12 @@ def adam_moments(group: Group) -> tuple[list[str], list[str]]:
 
 def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
     """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
-    options = {key: group[key] for key in ("metric", "momentum", "nesterov")}
-    dampening = 0.0 if bucket.fresh else group["dampening"]
+    options = {key: group[key] for key in ("momentum", "nesterov")}
+    options["dampening"] = 0.0 if bucket.fresh else group["dampening"]
     bucket.fresh = False
-    return functools.partial(direction.sgd, dampening=dampening, **options)
+    if not bucket.stiefel:
+        return functools.partial(riemannian.sgd, bucket.constraint, **options)
+    return functools.partial(direction.sgd, metric=group["metric"], **options)
 
 
 def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
@@ -43,7 +46,10 @@ def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
     # None yet is possible: a GradScaler has skipped the first.
     steps: Number = float(max(bucket.lockstep or 1, 1)) if readable else _per_block(bucket)
     decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
-    return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], decay=decay, eps=group["eps"])
+    options = {"decay": decay, "eps": group["eps"]}
+    if not bucket.stiefel:
+        return functools.partial(riemannian.adam, bucket.constraint, dims=bucket.part.dims, **options)
+    return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], **options)
 
 
 def _number(beta: Number) -> Number:
@@ -53,5 +59,6 @@ def _number(beta: Number) -> Number:
 def _per_block(bucket: Bucket) -> Tensor:
     """Step counts ``(B, 1, 1)`` in the dtype and on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
     assert bucket.steps is not None
-    steps = bucket.steps.to(bucket.parameters[0], non_blocking=True)
-    return (steps.repeat_interleave(bucket.constraint.blocks) if bucket.gathered else steps)[:, None, None]
+    first = bucket.parameters[0]
+    steps = bucket.steps.to(first.device, bucket.real, non_blocking=True)
+    return bucket.a_point(steps)

@@ -1,7 +1,7 @@
 r"""The schemes of :mod:`~manifold_opt.retractions`, each one function of a point and a tangent, ``(..., p, n)``, wide.
 
 In the wide convention :math:`V = \Omega W + N` with :math:`\Omega = V W^\top` skew (p x p) and
-:math:`N W^\top = 0`; on square matrices N is zero.
+:math:`N W^\top = 0`; on square matrices N is zero. Of complex matrices every transpose is the conjugate one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .orthogonalizer import orthogonalizer, spectral_bound
 from .polar_factor import polar_factor, polar_factor_
 from .products import gram, may_read
 from .room import Room
-from .stiefel import Metric, coordinates, skew, transport
+from .stiefel import Metric, coordinates, in_double, skew, transport
 from .tally import Tally
 
 Scheme = Callable[..., Tensor]
@@ -25,7 +25,7 @@ LONG = 32.0  # Frobenius norm of a step beyond which rounding in W and V is felt
 
 
 def _with_care_where_long(scheme: Scheme) -> Scheme:
-    """Redo the blocks with a step beyond ``LONG`` in float64, from a point and a tangent that are so in float64.
+    """Redo the blocks with a step beyond ``LONG`` in double precision, from a point and a tangent that are so in it.
 
     Rounding in the input is magnified by the length of the step: what makes W W^T differ from I, and V from a
     tangent, has to go first, and what is left in the result is taken back by the polar factor. Where the host may
@@ -41,8 +41,9 @@ def _with_care_where_long(scheme: Scheme) -> Scheme:
         long = length[..., 0, 0] > LONG
         if not bool(long.any()):
             return result
-        point = orthogonalizer(w[long].double())
-        tangent = transport(point, transport(point, v[long].double()))
+        double = in_double(w.dtype)
+        point = orthogonalizer(w[long].to(double))
+        tangent = transport(point, transport(point, v[long].to(double)))
         # In place, so that the memory layout, and with it the bits of the other blocks' products, stay.
         result[long] = polar_factor(scheme(point, tangent, **options)).to(w.dtype)
         return result
@@ -116,13 +117,13 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
     """
     if w.shape[-2] != w.shape[-1]:
         omega, normal = coordinates(w, v)
-        return orthogonalizer(_solve_shifted_skew(normal @ normal.mT / 4, omega / 2, 2 * w + normal) - w)
+        return orthogonalizer(_solve_shifted_skew(normal @ normal.mH / 4, omega / 2, 2 * w + normal) - w)
     defect = gram(v) / 4
     size = spectral_bound(defect)[..., None, None]
-    near = size <= _NEAR[w.dtype]
+    near = size <= _NEAR[size.dtype]
     all_near = may_read(w) and bool(near.all())
     half = w if all_near else polar(w, v / 2)
-    far = w if all_near else orthogonalizer(half @ w.mT @ half)
+    far = w if all_near else orthogonalizer(half @ w.mH @ half)
     if may_read(w) and not bool(near.any()):
         return far
     # s/(1+s) on [0, size], to size^2/6; and a quarter of W W^T - I, which 2W + V turns into half of it.
@@ -145,7 +146,7 @@ def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:
     y = w + v
     for _ in range(2):
         mean = (w + y) / 2
-        y = w + ((mean @ w.mT) @ v - (mean @ normal[0].mT) @ w if normal else omega @ mean)
+        y = w + ((mean @ w.mH) @ v - (mean @ normal[0].mH) @ w if normal else omega @ mean)
     return y
 
 
@@ -171,7 +172,7 @@ def exp(w: Tensor, v: Tensor, *, metric: Metric = "euclidean") -> Tensor:
         return _matrix_exp(omega) @ w
     # Not v itself: what rounding has left in it that is no tangent would be followed for the whole length.
     across = omega @ w + normal[0] if metric == "euclidean" else normal[0]
-    gram = across @ across.mT
+    gram = across @ across.mH
     size = spectral_bound(gram).sqrt().clamp_min(torch.finfo(w.dtype).tiny)[..., None, None]
     identity = torch.eye(w.shape[-2], dtype=w.dtype, device=w.device)
     corner = omega if metric == "euclidean" else torch.zeros_like(omega)
@@ -210,8 +211,8 @@ def _solve_shifted_skew(s: Tensor, k: Tensor, b: Tensor) -> Tensor:
     identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     lower, _ = torch.linalg.cholesky_ex(identity + s)
     half = torch.linalg.solve_triangular(lower, k, upper=False)
-    k = skew(torch.linalg.solve_triangular(lower, half.mT, upper=False).mT)
+    k = skew(torch.linalg.solve_triangular(lower, half.mH, upper=False).mH)
     y = torch.linalg.solve_triangular(lower, b, upper=False)
-    normal_equations, _ = torch.linalg.cholesky_ex(identity + k.mT @ k)
+    normal_equations, _ = torch.linalg.cholesky_ex(identity + k.mH @ k)
     y = torch.cholesky_solve(y + k @ y, normal_equations)
-    return torch.linalg.solve_triangular(lower.mT, y, upper=True)
+    return torch.linalg.solve_triangular(lower.mH, y, upper=True)

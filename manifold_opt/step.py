@@ -12,36 +12,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import general, walk
+from .blocks import point_norm, points_of, put_
 from .buckets import Bucket
-from .constraint import off_blocks
-from .options import Group, largest_gradient
-from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, Bend, bend_of, rotate
-from .plan import SCALED, Before, Plan, refuse
+from .desk import Desk
+from .moments import MASTER
+from .options import Group
+from .plan import SCALED, Before, Plan, Rest, refuse
 from .precision import FullPrecision, warn_unless_full, without_autocast
-from .products import matmul, may_read, norm
-from .retractions import RETRACTIONS, advance
-from .room import Room
+from .products import may_read
+from .retractions import RETRACTIONS
 from .rules import Rule
-from .schemes import LONG, polar_
-from .tally import Tally
 from .unmarked import Lists
 
-
-class Desk(NamedTuple):
-    """What a step works with: workspaces, counts, and what a GradScaler has left for a fused step to do."""
-
-    room: Room
-    tally: Tally
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-
 Closure = Callable[[], Any]
+Found = tuple[Bucket, list[Tensor], Tensor, Tensor]  # tensors, which of their points, and the values
 Prepared = list[tuple[Group, Lists, bool]]
 
 _FAR = 0.1  # distance from the manifold above which a value is no matter of rounding, and worth a warning
@@ -52,12 +42,13 @@ def step(
     closure: Closure | None,
     lists_of: Callable[[Any, Group], Lists],
     step_unmarked: Callable[[Any, Group, Lists, bool], None],
+    step_rests: Callable[[Any, Group, list[Rest]], None],
     rule_of: Callable[[Group, Bucket], Rule],
 ) -> Any:
     """One step of every group: the closure, then the unmarked parameters, then the marked ones.
 
     ``lists_of`` makes the empty lists that torch's ``_init_group`` fills, ``step_unmarked`` is torch's own step of
-    what they have been filled with, and ``rule_of`` gives the direction of a bucket,
+    what they have been filled with, ``step_rests`` of rows in no block, and ``rule_of`` gives a bucket's direction,
     ``(w, g, moments, room, length=..., sound=...) -> v``.
     """
     loss = None
@@ -74,15 +65,24 @@ def step(
         for group, lists, flag in prepared:
             if lists[0]:
                 step_unmarked(optimizer, group, lists, flag)
-    desk = Desk(optimizer._room, optimizer._tally, *(getattr(optimizer, key, None) for key in SCALED))
+    decoupled = isinstance(optimizer, torch.optim.AdamW)
+    desk = Desk(optimizer._room, optimizer._tally, decoupled, *(getattr(optimizer, key, None) for key in SCALED))
     if desk.found_inf is not None and may_read(desk.found_inf) and float(desk.found_inf) != 0:
         return loss
+    for group, plan in zip(optimizer.param_groups, plans, strict=True):
+        if plan.rests:
+            with torch.no_grad():
+                step_rests(optimizer, group, plan.rests)
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
         for bucket in plan.buckets:
             with torch.no_grad(), precision(bucket.parameters[0].device.type):
                 assert bucket.steps is not None
                 bucket.count(1 if desk.found_inf is None else 1 - desk.found_inf.to(bucket.steps))
-                _move(bucket, group, rule_of(group, bucket), desk)
+                (walk.move if bucket.stiefel else general.move)(bucket, group, rule_of(group, bucket), desk)
+    if not compiling:
+        for plan in plans:
+            for bucket in plan.buckets:
+                bucket.versions = [p._version for p in bucket.parameters]
     return loss
 
 
@@ -104,7 +104,7 @@ def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists])
     before = optimizer._before = Before(optimizer)
     try:
         prepared = _ready(optimizer, lists_of)
-        _restore(optimizer._plans, optimizer.param_groups)
+        _restore(optimizer)
     except BaseException:
         before.bring_back()
         raise
@@ -114,151 +114,91 @@ def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists])
 
 
 @torch.no_grad()
-def _restore(plans: list[Plan], groups: list[Group]) -> None:
+def _restore(optimizer: Any) -> None:
     """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold.
 
     An inexact scheme leaves its parameters near the manifold, not on it: what it may have left itself stays.
     """
-    found = []
-    for plan, group in zip(plans, groups, strict=True):
+    found: list[Found] = []
+    for plan, group in zip(optimizer._plans, optimizer.param_groups, strict=True):
+        inexact = not RETRACTIONS[group["retraction"]].exact
         for bucket in plan.buckets:
-            slack = 0.0 if RETRACTIONS[group["retraction"]].exact else 1.0
-            constraint = bucket.constraint
-            versions = [p._version for p in bucket.parameters]
-            if versions == bucket.versions:
+            if bucket.master is None and [p._version for p in bucket.parameters] == bucket.versions:
                 continue
-            pairs = zip(bucket.parameters, bucket.versions, versions, strict=True)
-            views = [constraint.view(p.detach()) for p, before, now in pairs if before != now]
-            blocks = torch.cat(views) if len(views) > 1 else views[0]
-            off, values = off_blocks(blocks, constraint.gain, slack)
-            if bool(off.any()):
-                found.append((views, blocks, off, values))
-    for _, blocks, off, values in found:
-        distance = float(torch.linalg.matrix_norm(blocks[off] - values).max())
-        if distance > _FAR:
-            shape = tuple(blocks.shape[1:])
-            warnings.warn(
-                f"A block of shape {shape} of a marked parameter was {distance:.2g} away from its manifold, changed "
-                "outside the optimizer since it was marked or last stepped (load_state_dict?). It was put back to "
-                "the nearest orthogonal value.",
-                stacklevel=7,  # the caller of opt.step(), past its hooks and decorators
-            )
-    for views, blocks, off, values in found:
-        blocks[off] = values
-        if len(views) > 1:
-            for k, view in enumerate(views):
-                rows = slice(k * len(view), (k + 1) * len(view))
-                view[off[rows]] = blocks[rows][off[rows]]
+            pairs = zip(bucket.parameters, bucket.versions, strict=True)
+            # What is held in float32 shows even what has been written through .data.
+            written = [p for p, before in pairs if p._version != before or _shows(optimizer, p)]
+            try:
+                if written:
+                    found += _looked_at(optimizer, bucket, written, 1.0 if inexact and bucket.stiefel else 0.0)
+            except ValueError as refusal:
+                shape = tuple(written[0].shape)
+                raise ValueError(
+                    f"{type(optimizer).__name__}: a marked parameter of shape {shape} has been written to: {refusal}"
+                ) from None
+    for bucket, tensors, which, values in found:
+        counts = [int(some.sum()) for some in which.split(bucket.each)]  # type: ignore[no-untyped-call]
+        for tensor, some, nearest in zip(tensors, which.split(bucket.each), values.split(counts), strict=True):  # type: ignore[no-untyped-call]
+            if bool(some.any()):
+                put_(bucket.part, tensor, some, nearest.to(tensor.dtype))
 
 
-def _move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
-    """View or gather, gradient, direction, retraction, and back in place: the walk of one bucket."""
-    room, gain = desk.room, bucket.constraint.gain
-    points = bucket.view(bucket.parameters, "point", room)
-    gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", room)  # type: ignore[misc]
-    lr = group["lr"] * (group["orthogonal_lr_scale"] / gain)
-    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    # Other retractions have no products for matrices that lie across.
-    across = bucket.tiny and may_read(points) and group["retraction"] in ("orthographic", "polar")
-    for piece in bucket.pieces(across):
-        point, g = points[piece], gradients[piece]
-        moments = held = {key: moment[piece] for key, moment in bucket.moments.items()}
-        w = point
-        if across:
-            w, g = room.across("w", point), room.across("g", g)
-            moments = {key: room.across(key, moment) for key, moment in held.items()}
-        if gain != 1:
-            w = torch.div(point, gain, out=w if across else room("unscaled", point.shape, like=point))
-        g, sound = _sound(g if desk.grad_scale is None else g / desk.grad_scale.to(g), desk)
-        g = -g if group["maximize"] else g
-        v = rule(w, g, moments, room, length=-lr, sound=sound)
-        due = bucket.due(INTERVAL[w.dtype], piece)
-        moved = _retract_(w, v if sound is None else torch.where(sound, v, 0), group, desk, due)
-        if w is not point:
-            scaled = w if gain == 1 else w * gain
-            point.copy_(scaled if moved is None else torch.where(moved, scaled, point))
-        for key, moment in moments.items():
-            if moment is not held[key]:
-                held[key].copy_(moment)
-    if bucket.gathered:
-        bucket.write_back(points)
-    if not torch.compiler.is_compiling():
-        bucket.versions = [p._version for p in bucket.parameters]
+def _shows(optimizer: Any, parameter: Tensor) -> bool:
+    """Whether what is held in float32 shows that a parameter has been written to, or that it has not moved yet."""
+    master = optimizer.state[parameter].get(MASTER)
+    return master is not None and may_read(master) and not torch.equal(parameter, master.to(parameter.dtype))
 
 
-def _sound(g: Tensor, desk: Desk) -> tuple[Tensor, Tensor | None]:
-    """The gradient, and which blocks of it, ``(B, 1, 1)``, are finite and have squares that are; others set to zero.
+def _looked_at(optimizer: Any, bucket: Bucket, written: list[Tensor], slack: float) -> list[Found]:
+    """What is to be written to members that were written to, and to what is held of them in float32."""
+    members = [p.detach() for p in written]
+    if bucket.master is None:
+        return [(bucket, members, *_off(bucket, members, slack))]
+    masters = [optimizer.state[p][MASTER] for p in written]
+    overwritten, off, values = _overwritten(bucket, members, masters)
+    if not bool(overwritten.any() | off.any()):
+        return []
+    return [(bucket, masters, overwritten, values[overwritten]), (bucket, members, off, values[off])]
 
-    None where the host can see that all are.
+
+def _off(bucket: Bucket, members: list[Tensor], slack: float) -> tuple[Tensor, Tensor]:
+    """Which points of some members are off their manifold, and the nearest values of those."""
+    points = torch.cat([points_of(bucket.part, p) for p in members])
+    off, values = bucket.constraint.off(points, slack)
+    _warn_if_far(bucket, points[off] - values)
+    return off, values
+
+
+def _overwritten(bucket: Bucket, members: list[Tensor], masters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which points of some members are not the rounding of what is held in float32, which are off, and what to hold.
+
+    That is the nearest value, as it has been from the beginning for those that have not moved yet.
     """
-    limit = largest_gradient(g.dtype)
-    if may_read(g) and float(torch.linalg.vector_norm(g)) <= limit:
-        return g, None
-    sound = norm(g, keepdim=True) <= limit  # a NaN is not
-    desk.tally.add("skipped_blocks", ~sound)
-    if desk.found_inf is not None:  # seen above where it can be read: then there is nothing to do here
-        sound = sound & (desk.found_inf.to(g.device) == 0)
-    return torch.where(sound, g, 0), sound
+    points = torch.cat([points_of(bucket.part, p) for p in members])
+    values = torch.cat([points_of(bucket.part, master) for master in masters])
+    dims = bucket.part.dims
+    other = values.to(points.dtype) != points
+    other = other.flatten(other.ndim - dims).any(-1) if dims else other
+    off = other.clone()
+    if bool(other.any()):
+        now = points[other].float()
+        out, nearest = bucket.constraint.off(now)
+        now[out] = nearest
+        values[other] = now
+        off[other] = ~(bucket.constraint.error(points[other]) <= bucket.constraint.rounding(points))
+        _warn_if_far(bucket, points[off] - values[off])
+    return other, off, values
 
 
-def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk, due: slice | Tensor) -> Tensor | None:
-    """Move ``w`` in place along its direction: V, or on square blocks the skew Omega of V = Omega W.
-
-    A block without a step keeps its bits, and so does one whose result cannot be right. The orthographic retraction
-    looks at the orthogonality of the blocks that are ``due``, the others at that of all.
-
-    Returns which blocks have moved, ``(B, 1, 1)``; None if all have.
-    """
-    method, room, tally = group["retraction"], desk.room, desk.tally
-    if w.shape[-2] == w.shape[-1]:
-        if method == "orthographic":
-            bent = bend_of(v, room)
-            if not may_read(w) or bool((bent.size <= SEAM).any()):
-                return _rotate_(w, v, bent, desk, due)
-        v = matmul(v, w, out=room("second", w.shape, like=w))
-    if method == "orthographic":
-        method = "polar"
-    length = norm(v, keepdim=True)
-    if may_read(w) and method == "polar":
-        shortest, longest = (float(x) for x in length.aminmax())
-        if shortest > 0 and longest <= LONG:
-            polar_(w, v, out=w, room=room)
-            return None
-    if method == "polar" and not may_read(w):
-        new = polar_(w, v, out=room("result", w.shape, like=w), room=room, tally=tally)
-    else:
-        options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
-        new = advance(w, v, method, tally=tally, **options)
-    return _write_back_(w, new, length != 0, tally)
-
-
-def _rotate_(w: Tensor, omega: Tensor, bent: Bend, desk: Desk, due: slice | Tensor) -> Tensor | None:
-    """The orthographic retraction on square blocks, some of which at least are short enough; polar for the others."""
-    room, tally = desk.room, desk.tally
-    stepped = bent.size[:, None, None] != 0  # of a NaN nobody knows
-    if not may_read(w):
-        tally.add("clamped_steps", bent.size > LONGEST_FIXED)
-        return _write_back_(w, rotate(w, omega, bent, room=room, due=due), stepped, tally)
-    short = (bent.size <= SEAM)[:, None, None]
-    if bool(short.all()):
-        new = rotate(w, omega, bent, room=room, due=due)
-        if bool(stepped.all()):
-            w.copy_(new)
-            return None
-        return _write_back_(w, new, stepped, tally)
-    v = matmul(omega, w, out=torch.empty_like(w)).masked_fill_(short, 0)
-    far = advance(w, v, "polar", tally=tally, beta=0.5)
-    near = rotate(w, omega, bent, room=room, due=due)
-    return _write_back_(w, torch.where(short, near, far), stepped, tally)
-
-
-def _write_back_(w: Tensor, new: Tensor, stepped: Tensor, tally: Tally) -> Tensor:
-    """Write the blocks that have made a step, and whose result can be right: no orthogonal entry exceeds one."""
-    within = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
-    moved = within & stepped
-    tally.add("skipped_blocks", stepped & ~within)
-    w.copy_(torch.where(moved, new, w))
-    return moved
+def _warn_if_far(bucket: Bucket, gap: Tensor) -> None:
+    distance = float(point_norm(gap, bucket.part.dims).max()) if len(gap) else 0.0
+    if distance > _FAR:
+        warnings.warn(
+            f"A block of shape {tuple(bucket.point)} of a marked parameter was {distance:.2g} away from its manifold, "
+            f"{bucket.constraint}, changed outside the optimizer since it was marked or last stepped "
+            "(load_state_dict?). It was put back to the nearest value.",
+            stacklevel=10,  # the caller of opt.step(), past its hooks and decorators
+        )
 
 
 def check_capture(optimizer: Any) -> None:

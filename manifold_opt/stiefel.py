@@ -1,13 +1,19 @@
-r"""The geometry of the Stiefel manifold, as pure functions on batches ``(..., p, n)``.
+r"""The geometry of the Stiefel manifold, as pure functions on batches ``(..., p, n)``, real or complex.
 
-A point is a *wide* matrix (``p <= n``) with orthonormal rows, :math:`W W^\top = I_p`. A tall matrix
+A point is a *wide* matrix (``p <= n``) with orthonormal rows, :math:`W W^\mathsf{H} = I_p`. A tall matrix
 (``p > n``, orthonormal columns) is the transpose of such a point and is treated as one. The tangent
 space at :math:`W` is
 
-.. math:: T_W = \{V : V W^\top + W V^\top = 0\}
-              = \{\Omega W + N : \Omega^\top = -\Omega,\; N W^\top = 0\},
+.. math:: T_W = \{V : V W^\mathsf{H} + W V^\mathsf{H} = 0\}
+              = \{\Omega W + N : \Omega^\mathsf{H} = -\Omega,\; N W^\mathsf{H} = 0\},
 
-with a rotational part :math:`\Omega = V W^\top` and a normal part :math:`N`, absent when ``p == n``.
+with a rotational part :math:`\Omega = V W^\mathsf{H}` and a normal part :math:`N`, absent when ``p == n``.
+
+:math:`A^\mathsf{H}` is the conjugate transpose, of real matrices the transpose :math:`A^\top`, and where a module is
+written with :math:`\top`, that is what is meant. Of complex matrices :math:`\Omega` keeps its imaginary diagonal. Inner
+products are those of the real and imaginary parts, :math:`\operatorname{Re} \operatorname{tr}(A^\mathsf{H} B)`, and
+gradients are as torch has them, :math:`\partial f/\partial \operatorname{Re} W + i\,\partial f/\partial
+\operatorname{Im} W`.
 
 Reference: Edelman, Arias & Smith (1998), *The geometry of algorithms with orthogonality constraints*.
 """
@@ -23,6 +29,7 @@ from torch import Tensor
 
 Metric = Literal["euclidean", "canonical"]
 METRICS: tuple[str, ...] = get_args(Metric)
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of points
 
 
 def is_tall(x: Tensor) -> bool:
@@ -31,7 +38,10 @@ def is_tall(x: Tensor) -> bool:
 
 
 def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a function written for wide matrices take tall ones too, as transposes of wide ones."""
+    """Let a function written for wide matrices take tall ones too, as transposes of wide ones.
+
+    Without a conjugate, also where they are complex: orthonormal columns are the rows of the transpose.
+    """
 
     @functools.wraps(function)
     def on_wide(*matrices: Tensor, **options: object) -> Tensor:
@@ -43,27 +53,28 @@ def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def sym(a: Tensor) -> Tensor:
-    r"""Symmetric part :math:`(A + A^\top)/2`."""
-    return 0.5 * (a + a.mT)
+    r"""Symmetric part :math:`(A + A^\top)/2`, Hermitian if complex."""
+    return 0.5 * (a + a.mH)
 
 
 def skew(a: Tensor) -> Tensor:
-    r"""Skew-symmetric part :math:`(A - A^\top)/2`."""
-    return (a - a.mT) / 2
+    r"""Skew-symmetric part :math:`(A - A^\top)/2`, skew-Hermitian if complex."""
+    return (a - a.mH) / 2
 
 
 def project(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
     r"""Riemannian gradient at ``w`` of a function with Euclidean gradient ``g``.
 
     .. math::
-        \text{euclidean: } G - \operatorname{sym}(G W^\top) W \qquad
-        \text{canonical: } G - W G^\top W
+        \text{euclidean: } G - \operatorname{sym}(G W^\mathsf{H}) W \qquad
+        \text{canonical: } G - W G^\mathsf{H} W
 
     The first is also the orthogonal projection onto the tangent space: it leaves tangents as they are.
     The second is not; on a square matrix it is twice the first.
 
     Args:
-        w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns.
+        w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns: float32, float64, complex64 or
+            complex128.
         g: Euclidean gradients, same shape and dtype.
         metric: ``"euclidean"`` or ``"canonical"``.
 
@@ -81,6 +92,8 @@ def project(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
     >>> project(w, torch.tensor([[5.0, 1.0], [3.0, 7.0]]))
     tensor([[ 0., -1.],
             [ 1.,  0.]])
+    >>> project(torch.tensor([[1.0j]]), torch.tensor([[3.0 + 4.0j]]))  # the unit circle, at its top
+    tensor([[3.+0.j]])
     """
     check_metric("project", metric)
     check_pair("project", w, g)
@@ -90,10 +103,10 @@ def project(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
 @wide
 def _project(w: Tensor, g: Tensor, *, metric: Metric) -> Tensor:
     if metric == "canonical":
-        return g - w @ g.mT @ w
+        return g - w @ g.mH @ w
     if w.shape[-2] == w.shape[-1]:
-        return skew(g @ w.mT) @ w
-    return g - sym(g @ w.mT) @ w
+        return skew(g @ w.mH) @ w
+    return g - sym(g @ w.mH) @ w
 
 
 def transport(w: Tensor, v: Tensor) -> Tensor:
@@ -106,13 +119,13 @@ def transport(w: Tensor, v: Tensor) -> Tensor:
 
 def coordinates(w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     r"""Coordinates :math:`(\Omega, N)` of the projection of ``g``, wide; :math:`(\Omega)` alone if square."""
-    along = g @ w.mT
+    along = g @ w.mH
     return (skew(along),) if w.shape[-2] == w.shape[-1] else (skew(along), g - along @ w)
 
 
 def from_coordinates(w: Tensor, omega: Tensor, normal: Tensor | None = None) -> Tensor:
     r"""The tangent :math:`\Omega W + N`, wide; what of ``normal`` is not normal to ``w`` is dropped."""
-    return omega @ w if normal is None else normal + (omega - normal @ w.mT) @ w
+    return omega @ w if normal is None else normal + (omega - normal @ w.mH) @ w
 
 
 def random(
@@ -121,19 +134,20 @@ def random(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Points of shape ``(..., p, n)`` drawn from the uniform (Haar) distribution."""
+    """Points of shape ``(..., p, n)`` drawn from the uniform (Haar) distribution: unitary ones for a complex dtype."""
     *batch, p, n = shape
-    gaussian = torch.randn(*batch, max(p, n), min(p, n), dtype=torch.float64, device=device, generator=generator)
+    dtype = dtype or torch.get_default_dtype()
+    gaussian = torch.randn(*batch, max(p, n), min(p, n), dtype=in_double(dtype), device=device, generator=generator)
     q, r = torch.linalg.qr(gaussian)
-    # QR alone is not uniform: the signs of its diagonal depend on the algorithm (Mezzadri 2007).
-    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    return (q if p >= n else q.mT).to(dtype or torch.get_default_dtype())
+    # QR alone is not uniform: the phases of its diagonal depend on the algorithm (Mezzadri 2007).
+    q = q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)
+    return (q if p >= n else q.mT).to(dtype)
 
 
 def error(x: Tensor) -> Tensor:
-    r"""Distance from orthogonality, :math:`\|I - W W^\top\|_F` of each matrix, in float64: ``(...)``."""
+    r"""Distance from orthogonality, :math:`\|I - W W^\mathsf{H}\|_F` of each matrix, in float64: ``(...)``."""
     x = float64(x)
-    gram = x.mT @ x if is_tall(x) else x @ x.mT
+    gram = x.mH @ x if is_tall(x) else x @ x.mH
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.matrix_norm(identity - gram)
 
@@ -142,15 +156,23 @@ def error_at_rounding(p: int, n: int, dtype: torch.dtype) -> float:
     """Largest :func:`error` that still counts as orthogonal to rounding in ``dtype``.
 
     Backward stable algorithms leave a few units of roundoff a row, and rows add up as their root. Measuring it in
-    float64 adds the rounding of sums of n products.
+    float64 adds the rounding of sums of n products. In bfloat16 and float16 nothing is computed: their entries are
+    rounded once, and such errors add up as a random walk does.
     """
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.finfo(dtype).eps * (1 + 0.4 * min(p, n) ** 0.5)
     measured = torch.finfo(torch.float64).eps * max(p, n) ** 0.5
     return (8 * torch.finfo(dtype).eps + measured) * min(p, n) ** 0.5
 
 
 def float64(x: Tensor) -> Tensor:
-    """``x`` in float64, on the CPU where the device has none."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    """``x`` in float64, or complex128, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).to(in_double(x.dtype))
+
+
+def in_double(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of double precision, real or complex as ``dtype`` is."""
+    return torch.promote_types(dtype, torch.float64)
 
 
 def check_metric(name: str, metric: str) -> None:
@@ -160,10 +182,10 @@ def check_metric(name: str, metric: str) -> None:
 
 
 def check_pair(name: str, w: Tensor, v: Tensor) -> None:
-    """Raise a ValueError unless ``w`` and ``v`` are matrices of one shape and one floating dtype."""
-    if w.ndim < 2 or w.shape != v.shape or w.dtype != v.dtype or w.dtype not in (torch.float32, torch.float64):
+    """Raise a ValueError unless ``w`` and ``v`` are matrices of one shape and one dtype of :data:`DTYPES`."""
+    if w.ndim < 2 or w.shape != v.shape or w.dtype != v.dtype or w.dtype not in DTYPES:
         raise ValueError(
-            f"{name}: needs two real floating-point tensors (..., p, n) of the same shape and dtype, "
-            f"float32 or float64, got "
+            f"{name}: needs two floating-point tensors (..., p, n) of the same shape and dtype, float32, float64, "
+            "complex64 or complex128, got "
             f"{tuple(w.shape)} {w.dtype} and {tuple(v.shape)} {v.dtype}."
         )

@@ -9,6 +9,7 @@ unnoticed.
 
 from __future__ import annotations
 
+import copy
 import functools
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 
-from .constraint import Orthogonal, attach, constraint_of
+from .constraint import attach, constraint_of
+from .manifolds import MANIFOLDS, Manifold
 
 _RECORDS = "_manifold_opt_records"
-Record = tuple[Tensor, Orthogonal]
+Record = tuple[Tensor, Manifold]
 
 
-def record(module: nn.Module, name: str, parameter: Tensor, constraint: Orthogonal) -> None:
+def record(module: nn.Module, name: str, parameter: Tensor, constraint: Manifold) -> None:
     """Remember in a module that its own parameter ``name`` has been marked; copied and pickled along with it."""
     if _RECORDS not in module.__dict__:
         module.__dict__[_RECORDS] = {}
@@ -54,7 +56,7 @@ def _deepcopy_with_mark(self: nn.Parameter, memo: dict[int, Any]) -> nn.Paramete
     copied: nn.Parameter = _deepcopy(self, memo)  # type: ignore[no-untyped-call]
     constraint = constraint_of(self)
     if constraint is not None:
-        attach(copied, constraint)
+        attach(copied, copy.deepcopy(constraint, memo))  # what is learnt of it is the copy's own
     return copied
 
 
@@ -65,12 +67,12 @@ def _reduce_with_mark(parameter: nn.Parameter) -> Any:
     return _rebuild_with_mark, (constraint, *reduce_tensor(parameter))  # type: ignore[no-untyped-call]
 
 
-def _rebuild_with_mark(constraint: Orthogonal, rebuild: Any, arguments: Any) -> Tensor:
+def _rebuild_with_mark(constraint: Manifold, rebuild: Any, arguments: Any) -> Tensor:
     parameter: Tensor = rebuild(*arguments)
     attach(parameter, constraint)
     return parameter
 
 
 nn.Parameter.__deepcopy__ = _deepcopy_with_mark  # type: ignore[method-assign, assignment]
-torch.serialization.add_safe_globals([Orthogonal])  # so that a saved parameter loads with weights_only=True
+torch.serialization.add_safe_globals(list(MANIFOLDS.values()))  # so that a saved parameter loads with weights_only=True
 ForkingPickler.register(nn.Parameter, _reduce_with_mark)

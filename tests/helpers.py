@@ -21,6 +21,8 @@ SQUARE = [(1, 1), (2, 2), (5, 5), (16, 16)]
 WIDE = [(1, 4), (3, 8), (10, 12), (8, 32)]
 TALL = [(4, 1), (8, 3), (12, 10)]
 DTYPES = [torch.float32, torch.float64]
+UNITARY = [torch.complex64, torch.complex128]
+FIELDS = [torch.float64, torch.complex128]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -32,7 +34,7 @@ def point(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=seeded(seed)).to(dtype)
+    return torch.randn(shape, dtype=stiefel.in_double(dtype), generator=seeded(seed)).to(dtype)
 
 
 def tangent(w: Tensor, length: float, seed: int = 1) -> Tensor:
@@ -89,6 +91,12 @@ def never_read(monkeypatch) -> None:
     for module in vars(manifold_opt).values():
         if isinstance(module, ModuleType) and hasattr(module, "may_read"):
             monkeypatch.setattr(module, "may_read", lambda _: False)
+
+
+def blocks_of(parameter: Tensor) -> Tensor:
+    """The wide blocks of a marked parameter whose blocks are all alike."""
+    (part,) = manifold_opt.constraint_of(parameter).parts(parameter.shape)
+    return part.view(parameter.detach())
 
 
 def benchmark(name: str) -> ModuleType:

@@ -1,6 +1,7 @@
-"""The oracle: one matrix at a time, in float64, by the textbook, with no thought of speed.
+"""The oracle: one matrix at a time, in float64 or complex128, by the textbook, with no thought of speed.
 
-A point is ``(p, n)`` with ``p <= n`` and orthonormal rows. Nothing here is shared with the package.
+A point is ``(p, n)`` with ``p <= n`` and orthonormal rows. ^H is the conjugate transpose, of real matrices the
+transpose. Nothing here is shared with the package.
 """
 
 from __future__ import annotations
@@ -12,26 +13,27 @@ from torch import Tensor
 
 
 def tangent_projection(w: Tensor, g: Tensor) -> Tensor:
-    """G - sym(G W^T) W, Edelman, Arias & Smith (1998), eq. 2.2."""
-    product = g @ w.T
-    return g - 0.5 * (product + product.T) @ w
+    """G - sym(G W^H) W, Edelman, Arias & Smith (1998), eq. 2.2."""
+    product = g @ w.mH
+    return g - 0.5 * (product + product.mH) @ w
 
 
 def gradient(w: Tensor, g: Tensor, metric: str) -> Tensor:
     """Riemannian gradient: eq. 2.53 for the canonical metric."""
-    return g - w @ g.T @ w if metric == "canonical" else tangent_projection(w, g)
+    return g - w @ g.mH @ w if metric == "canonical" else tangent_projection(w, g)
 
 
 def generator(w: Tensor, v: Tensor) -> Tensor:
-    """The n x n skew A with W A = V: (P V)^T W - W^T (P V), P = I - W^T W / 2 from the right (Wen & Yin 2013)."""
-    half = v @ (torch.eye(w.shape[1], dtype=w.dtype) - 0.5 * w.T @ w)
-    return w.T @ half - half.T @ w
+    """The n x n skew A with W A = V: (P V)^H W - W^H (P V), P = I - W^H W / 2 from the right (Wen & Yin 2013)."""
+    half = v @ (torch.eye(w.shape[1], dtype=w.dtype) - 0.5 * w.mH @ w)
+    return w.mH @ half - half.mH @ w
 
 
 def qr(w: Tensor, v: Tensor) -> Tensor:
-    q, r = torch.linalg.qr((w + v).T)
-    sign = torch.tensor([-1.0 if entry < 0 else 1.0 for entry in r.diagonal()], dtype=w.dtype)
-    return (q * sign).T
+    """The factor Q^H of (W + V)^H = Q R with a diagonal of R that is real and positive."""
+    q, r = torch.linalg.qr((w + v).mH)
+    phase = torch.tensor([complex(x / x.abs()) if x != 0 else 1.0 for x in r.diagonal()], dtype=torch.complex128)
+    return (q * (phase if w.is_complex() else phase.real).to(w.dtype)).mH
 
 
 def polar(w: Tensor, v: Tensor) -> Tensor:
@@ -41,11 +43,12 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
 
 def orthographic(w: Tensor, v: Tensor) -> Tensor:
     """(Omega + (I + Omega^2)^(1/2)) W of a short step on a square matrix of few rows; polar for all others."""
-    omega = 0.5 * (v @ w.T - w @ v.T)
-    if w.shape[0] != w.shape[1] or torch.linalg.matrix_norm(omega @ omega) / math.sqrt(2) > 2**-5.375:
+    omega = 0.5 * (v @ w.mH - w @ v.mH)
+    multiplicity = 1 if w.is_complex() else 2  # of every eigenvalue of Omega^2
+    if w.shape[0] != w.shape[1] or torch.linalg.matrix_norm(omega @ omega) / math.sqrt(multiplicity) > 2**-5.375:
         return polar(w, v)
     squares, basis = torch.linalg.eigh(omega @ omega)
-    return (omega + (basis * (1 + squares).sqrt()) @ basis.T) @ w
+    return (omega + (basis * (1 + squares).sqrt()) @ basis.mH) @ w
 
 
 def cayley(w: Tensor, v: Tensor) -> Tensor:
@@ -72,18 +75,18 @@ def exp(w: Tensor, v: Tensor, metric: str) -> Tensor:
 
 
 def euclidean_geodesic(w: Tensor, v: Tensor) -> Tensor:
-    """Solve W'' + (W' W'^T) W = 0 (eq. 2.7) from W, W' = V to time one: Runge-Kutta 4, Richardson-extrapolated."""
+    """Solve W'' + (W' W'^H) W = 0 (eq. 2.7) from W, W' = V to time one: Runge-Kutta 4, Richardson-extrapolated."""
 
     def integrate(steps: int) -> Tensor:
         h, x, y = 1.0 / steps, w.clone(), v.clone()
         for _ in range(steps):
-            k1x, k1y = y, -(y @ y.T) @ x
+            k1x, k1y = y, -(y @ y.mH) @ x
             k2x = y + h / 2 * k1y
-            k2y = -(k2x @ k2x.T) @ (x + h / 2 * k1x)
+            k2y = -(k2x @ k2x.mH) @ (x + h / 2 * k1x)
             k3x = y + h / 2 * k2y
-            k3y = -(k3x @ k3x.T) @ (x + h / 2 * k2x)
+            k3y = -(k3x @ k3x.mH) @ (x + h / 2 * k2x)
             k4x = y + h * k3y
-            k4y = -(k4x @ k4x.T) @ (x + h * k3x)
+            k4y = -(k4x @ k4x.mH) @ (x + h * k3x)
             x = x + h / 6 * (k1x + 2 * k2x + 2 * k3x + k4x)
             y = y + h / 6 * (k1y + 2 * k2y + 2 * k3y + k4y)
         return x
@@ -93,7 +96,7 @@ def euclidean_geodesic(w: Tensor, v: Tensor) -> Tensor:
 
 
 def orthogonalizer(x: Tensor, beta: float) -> Tensor:
-    return (1 + beta) * x - beta * x @ x.T @ x
+    return (1 + beta) * x - beta * x @ x.mH @ x
 
 
 def retract(w: Tensor, v: Tensor, method: str, metric: str = "euclidean") -> Tensor:
@@ -109,7 +112,7 @@ def retract(w: Tensor, v: Tensor, method: str, metric: str = "euclidean") -> Ten
 class Momentum:
     """SGD with momentum.
 
-    Square: the buffer is one of the gradient in the frame, G W^T, of which the step takes the skew part. Otherwise
+    Square: the buffer is one of the gradient in the frame, G W^H, of which the step takes the skew part. Otherwise
     it is transported to each new point, then the new gradient is added.
     """
 
@@ -119,7 +122,7 @@ class Momentum:
 
     def direction(self, w: Tensor, g: Tensor) -> Tensor:
         square = w.shape[0] == w.shape[1]
-        new = g @ w.T if square else tangent_projection(w, g)
+        new = g @ w.mH if square else tangent_projection(w, g)
         if self.momentum == 0:
             return tangent_projection(w, g)
         if self.buffer is None:
@@ -128,60 +131,88 @@ class Momentum:
             old = self.buffer if square else tangent_projection(w, self.buffer)
             self.buffer = self.momentum * old + (1 - self.dampening) * new
         step = new + self.momentum * self.buffer if self.nesterov else self.buffer
-        return 0.5 * (step - step.T) @ w if square else step
+        return 0.5 * (step - step.mH) @ w if square else step
 
 
 class Adam:
-    """Adam with either second moment, entry by entry where it is element-wise."""
+    """Adam with either second moment, entry by entry where it is element-wise, and there part by part if complex."""
 
     def __init__(self, beta1: float, beta2: float, eps: float, second_moment: str, amsgrad: bool) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.block, self.amsgrad = second_moment == "block", amsgrad
         self.m: Tensor | float = 0.0
-        self.v: Tensor | float = 0.0
-        self.largest: Tensor | float = 0.0
+        self.v: list[Tensor] | None = None
+        self.largest: list[Tensor] | None = None
         self.t = 0
 
     def direction(self, w: Tensor, g: Tensor) -> Tensor:
         self.t += 1
         square = w.shape[0] == w.shape[1]
         if square:
-            g = g @ w.T
+            g = g @ w.mH
             if self.block:
-                g = 0.5 * (g - g.T)
+                g = 0.5 * (g - g.mH)
         elif self.block:
             g = tangent_projection(w, g)
             self.m = tangent_projection(w, self.m) if self.t > 1 else self.m
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
-        self.v = self.beta2 * self.v + (1 - self.beta2) * (g.square().mean() if self.block else g.square())
-        self.largest = torch.maximum(torch.as_tensor(self.largest, dtype=w.dtype), self.v)
-        m = self.m / (1 - self.beta1**self.t)
-        v = (self.largest if self.amsgrad else self.v) / (1 - self.beta2**self.t)
+        squares = [part.square() for part in parts(g)]
         if self.block:
-            d = m / (v.sqrt() + self.eps)
+            squares = [torch.stack(squares).mean()]
+        zeros = [torch.zeros_like(square) for square in squares]
+        self.v = [self.beta2 * old + (1 - self.beta2) * new for old, new in zip(self.v or zeros, squares, strict=True)]
+        self.largest = [torch.maximum(old, new) for old, new in zip(self.largest or zeros, self.v, strict=True)]
+        m = self.m / (1 - self.beta1**self.t)
+        v = [x / (1 - self.beta2**self.t) for x in (self.largest if self.amsgrad else self.v)]
+        if self.block:
+            d = m / (v[0].sqrt() + self.eps)
             return d @ w if square else d
         if square:
-            return self.rotation(m, v.sqrt()) @ w
-        means = [float(row.mean()) for row in v]
-        rows = torch.tensor(means, dtype=w.dtype).sqrt()
-        normal = m - m @ w.T @ w
-        for i in range(w.shape[0]):
-            for j in range(w.shape[1]):
-                normal[i, j] = self.bounded(float(normal[i, j]), max(float(v[i, j]), means[i] / 100) ** 0.5)
-        return self.rotation(m @ w.T, rows[:, None].expand(-1, len(rows))) @ w + normal - normal @ w.T @ w
+            return self.rotation(m, [x.sqrt() for x in v]) @ w
+        means = [float(sum(x[i].mean() for x in v)) / len(v) for i in range(w.shape[0])]
+        rows = torch.tensor(means, dtype=v[0].dtype).sqrt()
+        normal = m - m @ w.mH @ w
+        for part, scale in zip(parts(normal), v, strict=True):
+            for i in range(w.shape[0]):
+                for j in range(w.shape[1]):
+                    part[i, j] = self.bounded(float(part[i, j]), max(float(scale[i, j]), means[i] / 100) ** 0.5)
+        rotation = self.rotation(m @ w.mH, [rows[:, None].expand(-1, len(rows))] * len(v))
+        return rotation @ w + normal - normal @ w.mH @ w
 
-    def rotation(self, m: Tensor, scale: Tensor) -> Tensor:
-        """Omega_ij from M_ij - M_ji over the smaller of the two entries' scales."""
-        omega = torch.zeros_like(m)
-        for i in range(len(m)):
-            for j in range(len(m)):
-                omega[i, j] = self.bounded(float(m[i, j] - m[j, i]), min(float(scale[i, j]), float(scale[j, i])))
+    def rotation(self, m: Tensor, scales: list[Tensor]) -> Tensor:
+        """Omega_ij from M_ij - conj(M_ji), each part over the smaller of the two entries' scales of that part."""
+        omega = m - m.mH
+        for part, scale in zip(parts(omega), scales, strict=True):
+            for i in range(len(m)):
+                for j in range(len(m)):
+                    part[i, j] = self.bounded(float(part[i, j]), min(float(scale[i, j]), float(scale[j, i])))
         return omega
 
     def bounded(self, value: float, scale: float) -> float:
         return max(-1.0, min(1.0, value / (scale + self.eps)))
 
 
+def parts(x: Tensor) -> list[Tensor]:
+    """Views of the real and the imaginary part, or of all there is."""
+    return [x.real, x.imag] if x.is_complex() else [x]
+
+
 def in_metric(w: Tensor, tangent: Tensor, metric: str) -> Tensor:
     """The canonical gradient has twice the rotational part: Omega W + N -> 2 Omega W + N."""
-    return tangent if metric == "euclidean" else tangent + (tangent @ w.T) @ w
+    return tangent if metric == "euclidean" else tangent + (tangent @ w.mH) @ w
+
+
+def train(
+    w: Tensor, gradients: list[Tensor], name: str, options: dict, retraction: str, metric: str = "euclidean"
+) -> Tensor:
+    """One block, wide or tall, after steps of an optimizer by its name."""
+    if w.shape[0] > w.shape[1]:
+        return train(w.mT, [g.mT for g in gradients], name, options, retraction, metric).mT
+    if name == "SGD":
+        rule = Momentum(options.get("momentum", 0), options.get("dampening", 0), options.get("nesterov", False))
+    else:
+        rule = Adam(0.9, 0.999, 1e-8, options.get("second_moment", "element"), options.get("amsgrad", False))
+    for g in gradients:
+        d = in_metric(w, rule.direction(w, -g if options.get("maximize") else g), metric)
+        w = retract(w, -options["lr"] * d, retraction, metric)
+    return w

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manifold_opt.blocks import block_view
+from manifold_opt.blocks import Blocks, Slices, block_view
 
 
 def test_gates_by_hand():
@@ -44,3 +44,11 @@ def test_writing_through_the_view_writes_the_tensor(shape, dim, layout):
     view = block_view(x, shape[dim] // 1 if dim == 0 else 1, dim)
     view.fill_(1)
     assert bool((x == 1).all())
+
+
+@pytest.mark.parametrize(
+    "part", [Slices(3), Slices(3, 0), Slices(3, 1), Slices(3, 2), Slices(4), Slices(0), Blocks(2), Blocks(3, first=1)]
+)
+def test_rows_and_back(part):
+    x = torch.arange(120.0).view(2, 3, 4, 5)
+    assert torch.equal(part.unlike(part.rows(x, copy=True), x.shape), x)

@@ -9,13 +9,23 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, buckets, mark_orthogonal, orthogonality_error, unmark
+from manifold_opt import (
+    RETRACTIONS,
+    SGD,
+    Adam,
+    AdamW,
+    Orthogonal,
+    buckets,
+    mark_orthogonal,
+    orthogonality_error,
+    unmark,
+)
 from manifold_opt import step as step_module
 from manifold_opt.buckets import Bucket
 from manifold_opt.constraint import attach, constraint_of
 from manifold_opt.orthographic import INTERVAL
 
-from .helpers import Memory, gaussian, never_read, point
+from .helpers import Memory, blocks_of, gaussian, never_read, point
 
 RULES = {
     "adam": lambda p, **o: Adam(p, lr=1e-3, **o),
@@ -61,7 +71,7 @@ PRODUCTS = {  # square, wide 16 x 128; and square where steps are too long for a
 
 def products(opt, weight, scale=1.0):
     """Of a step, in T, on average over INTERVAL steps: in each of them other blocks are looked at."""
-    p = constraint_of(weight).view(weight.detach()).shape[-2]
+    p = blocks_of(weight).shape[-2]
     set_gradients([weight], 1, 0.0)
     opt.step()  # the first looks at the weights too, whether they are on their manifold
     with FlopCounterMode(display=False) as counter:
@@ -252,7 +262,7 @@ def test_moments_of_torch_are_brought_into_the_frame_and_back(optimizer):
     ours.step()
     w, moment = weight.detach().view(3, 4, 4), theirs.state[stock][key].view(3, 4, 4)
     torch.testing.assert_close(ours.state[weight][key].view(3, 4, 4), 0.9 * moment @ w.mT)
-    assert ours.param_groups[0]["constraints"] == ((0, 3, 0, 1.0),)
+    assert ours.param_groups[0]["constraints"] == ((0, "orthogonal", 3, 0, 1.0, None, True),)
     unmark(weight)
     weight.grad = None
     ours.step()
@@ -278,17 +288,19 @@ def test_the_frame_follows_a_parameter_wherever_it_goes():
     second.grad = zero
     opt.step()
     torch.testing.assert_close(opt.state[second]["momentum_buffer"], 0.9 * held @ second.detach())
-    assert opt.param_groups[0]["constraints"] == ((1, 1, 0, 1.0),)
+    assert opt.param_groups[0]["constraints"] == ((1, "orthogonal", 1, 0, 1.0, None, True),)
 
     (plain, first, second), opt, held = started()
     del opt.param_groups[0]["params"][0], opt.state[plain]  # torch cannot save a state that no group knows
     first.grad = second.grad = zero
     opt.step()
-    assert opt.param_groups[0]["constraints"] == ((0, 1, 0, 1.0), (1, 1, 0, 1.0))
+    assert opt.param_groups[0]["constraints"] == tuple((k, "orthogonal", 1, 0, 1.0, None, True) for k in (0, 1))
     torch.testing.assert_close(opt.state[second]["momentum_buffer"], 0.9 * held)
     resumed = SGD([first, second], **options)
     checkpoint = copy.deepcopy(opt.state_dict())
-    checkpoint["param_groups"][0]["constraints"] = [list(record) for record in ((0, 1, 0, 1.0), (1, 1, 0, 1.0))]
+    checkpoint["param_groups"][0]["constraints"] = [
+        list(record) for record in checkpoint["param_groups"][0]["constraints"]
+    ]
     resumed.load_state_dict(checkpoint)
     resumed.step()
     torch.testing.assert_close(resumed.state[second]["momentum_buffer"], 0.81 * held)
@@ -310,7 +322,7 @@ def test_gradients_that_come_and_go_leave_nothing_behind(monkeypatch):
     opt = Adam(weights, lr=1e-3)
     run(weights, opt, 1)
     looked = []
-    monkeypatch.setattr(step_module, "off_blocks", lambda *_: looked.append(1))
+    monkeypatch.setattr(Orthogonal, "off", lambda *_: looked.append(1))
     for step in range(10):
         set_gradients(weights, step)
         for k, weight in enumerate(weights):

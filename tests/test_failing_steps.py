@@ -8,10 +8,9 @@ from torch import nn
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, plan, tally, unmark
-from manifold_opt import step as step_module
 from manifold_opt.options import largest_gradient
 
-from .helpers import gaussian, point
+from .helpers import gaussian, never_read, point
 from .test_faults import RULES, assert_unchanged, everything, give, net
 
 
@@ -132,7 +131,7 @@ def test_state_replaced_by_hand_is_kept_where_the_gradient_has_gone():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_fused_scaler_skips_where_nothing_can_be_read(rule, monkeypatch):
-    monkeypatch.setattr(step_module, "may_read", lambda _: False)
+    never_read(monkeypatch)
     (group, _) = net()
     weight = group[0]
     opt = RULES[rule]([weight])
@@ -274,7 +273,7 @@ def test_a_long_gradient_beside_it_changes_no_bit(retraction, shape, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_scaler_that_skips_the_first_step_of_all(rule, monkeypatch):
     """Where the host may not look, steps are counted nevertheless, and none is none to divide by."""
-    monkeypatch.setattr(step_module, "may_read", lambda _: False)
+    never_read(monkeypatch)
     weight = net()[0][0]
     opt = RULES[rule]([weight])
     before = weight.detach().clone()

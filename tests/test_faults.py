@@ -75,7 +75,7 @@ def test_metrics_by_hand():
     weight = mark_orthogonal(nn.Parameter(torch.eye(2)))
     opt = SGD([weight], lr=0.1)
     assert opt.metrics() == dict.fromkeys(
-        ("orthogonality_error", "tangent_norm", "skipped_blocks", "clamped_steps"), 0.0
+        ("orthogonality_error", "manifold_error", "tangent_norm", "skipped_blocks", "clamped_steps"), 0.0
     )
     weight.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
     assert opt.metrics()["tangent_norm"] == pytest.approx(0.5**0.5)

@@ -7,19 +7,52 @@ from torch import nn
 from manifold_opt import constraint_of, init, mark_orthogonal, orthogonality_error
 from manifold_opt.stiefel import error
 
-from .helpers import DTYPES, SQUARE, TALL, WIDE, rounding, seeded
+from .helpers import DTYPES, SQUARE, TALL, UNITARY, WIDE, rounding, seeded
 
 SCHEMES = ["haar", "henaff", "cayley", "identity"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_every_block_is_orthogonal_times_the_gain(scheme, shape, dtype):
     x = torch.empty(3 * shape[0], shape[1], dtype=dtype)
     assert init.orthogonal_(x, blocks=3, gain=1.5, scheme=scheme, generator=seeded()) is x
     for block in x.chunk(3):
         assert error(block / 1.5) < rounding(block)
+    if dtype in UNITARY and scheme == "haar":
+        assert x.imag.abs().max() > 0.1
+    elif dtype in UNITARY:
+        real = init.orthogonal_(x.real.clone(), blocks=3, gain=1.5, scheme=scheme, generator=seeded())
+        assert torch.equal(x, real.to(dtype))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("det", [1, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_block_has_the_determinant(scheme, n, det, dtype):
+    x = init.orthogonal_(torch.empty(12 * n, n, dtype=dtype), 12, 2.0, scheme, det=det, generator=seeded())
+    blocks = x.view(12, n, n) / 2
+    assert error(blocks).max() < rounding(blocks)
+    torch.testing.assert_close(torch.linalg.det(blocks), torch.full((12,), float(det), dtype=dtype))
+    free = init.orthogonal_(torch.empty(12 * n, n, dtype=dtype), 12, 2.0, scheme, generator=seeded()).view(12, n, n)
+    kept = torch.linalg.det(free).sign() == det
+    assert torch.equal(2 * blocks[kept], free[kept])
+
+
+def test_haar_rotations_are_uniform():
+    """On SO(3): entries of mean 0 and mean square 1/3, and a trace of mean 0 and mean square 1."""
+    w = init.orthogonal_(torch.empty(12000, 3, dtype=torch.float64), 4000, det=1, generator=seeded()).view(4000, 3, 3)
+    tolerance = 5 / 4000**0.5
+    assert w.mean(0).abs().max() < 0.58 * tolerance
+    assert (w.square().mean(0) - 1 / 3).abs().max() < 0.3 * tolerance
+    trace = w.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert abs(float(trace.mean())) < tolerance
+    assert abs(float(trace.square().mean()) - 1) < 2 * tolerance  # E trace^4 = 3
+    # Uniform means that no direction is special: that of the axis is not, either.
+    axis = torch.stack([w[:, 2, 1] - w[:, 1, 2], w[:, 0, 2] - w[:, 2, 0], w[:, 1, 0] - w[:, 0, 1]])
+    assert (axis / axis.norm(dim=0)).mean(1).abs().max() < 0.58 * tolerance
 
 
 def test_blocks_differ():
@@ -98,6 +131,8 @@ def test_a_mark_gives_the_defaults():
         ({"blocks": 0}, "blocks=0"),
         ({"gain": 0.0}, "gain"),
         ({"gain": float("nan")}, "gain"),
+        ({"det": 1}, "real square"),
+        ({"blocks": 3, "det": 0}, "det must be 1"),
     ],
 )
 def test_refuses_and_writes_nothing(options, match):
@@ -114,3 +149,7 @@ def test_refuses_what_contradicts_the_mark():
             init.orthogonal_(weight, **options)
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         init.orthogonal_(torch.zeros(3))
+    with pytest.raises(ValueError, match="real square"):
+        init.orthogonal_(torch.zeros(3, 3, dtype=torch.complex64), det=1)
+    with pytest.raises(ValueError, match="floating-point or complex"):
+        init.orthogonal_(torch.zeros(3, 3, dtype=torch.int64))

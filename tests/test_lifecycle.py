@@ -157,15 +157,19 @@ def test_the_same_parameter_stays_marked(form, operation):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_half_precision_is_refused_and_not_forgotten(form):
+def test_half_precision_goes_on_in_float32_and_comes_back(form):
     net, opt = start(form)
+    opt.zero_grad()
     net.half()
     assert constraint_of(weight_of(net)) == CONSTRAINT
     weight_of(net).grad = torch.ones_like(weight_of(net))
-    with pytest.raises(ValueError, match=r"dtype torch.float16.*autocast"):
-        opt.step()
+    opt.step()
+    state = opt.state[weight_of(net)]
+    assert torch.equal(state["master"].half(), weight_of(net))
+    assert check(net, opt) == []
     net.float()
     train(net, opt)
+    assert "master" not in state
     assert check(net, opt) == []
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import manifold_opt
 from manifold_opt import (
     Adam,
     Orthogonal,
@@ -242,10 +243,8 @@ REFUSED = {
     "lazy": (lambda: (nn.LazyLinear(3).weight, {}), "lazy.*one batch"),
     "sparse": (lambda: (torch.eye(3).to_sparse().requires_grad_(), {}), r"sparse.*to_dense"),
     "integer": (lambda: (nn.Parameter(torch.eye(3, dtype=torch.int64), requires_grad=False), {}), "int64.*float32"),
-    "bfloat16": (lambda: (parameter(3, 3, dtype=torch.bfloat16), {}), "bfloat16.*float32"),
-    "complex": (lambda: (nn.Parameter(torch.eye(3, dtype=torch.complex64)), {}), "complex64.*float32"),
-    "channels last": (
-        lambda: (nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)), {}),
+    "channels last, and not all of it": (
+        lambda: (nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)), {"blocks": (3, 5)}),
         r"strides.*contiguous",
     ),
     "no tensor": (lambda: (3.0, {}), "tensor or a module"),
@@ -294,7 +293,7 @@ def test_the_remedies_work():
     dead = nn.Parameter(torch.zeros(3, 3))
     mark_orthogonal(init.orthogonal_(dead))
     conv = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
-    mark_orthogonal(nn.Parameter(conv.detach().contiguous()))
+    mark_orthogonal(nn.Parameter(conv.detach().contiguous()), blocks=(3, 5))
 
 
 def test_mark_recurrent_refuses_a_parametrized_weight():
@@ -359,9 +358,9 @@ def test_the_forum_case(orthogonal_map):
 
 
 def test_mark_recurrent_refuses_what_cannot_be_kept_before_it_writes():
-    net = nn.ModuleList([nn.GRU(3, 6), nn.GRU(3, 6).bfloat16()])
+    net = nn.ModuleList([nn.GRU(3, 6), nn.GRU(3, 6).to(torch.float8_e5m2)])
     before = net[0].weight_hh_l0.detach().clone()
-    with pytest.raises(ValueError, match=r"1\.weight_hh_l0 has dtype torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"1\.weight_hh_l0 has dtype torch.float8"):
         mark_recurrent(net)
     assert torch.equal(net[0].weight_hh_l0, before)
     net[1].float()
@@ -391,3 +390,31 @@ def test_numbers_from_numpy_become_pythons():
 def test_entries_that_are_one_and_the_same_are_refused():
     with pytest.raises(ValueError, match="one and the same"):
         mark_orthogonal(nn.Parameter(torch.ones(1).expand(4, 1)), blocks=4)
+
+
+def test_a_weight_without_a_value_is_marked_and_put_there_by_the_first_step():
+    layer = nn.Linear(4, 4, device="meta")
+    mark_orthogonal(layer, "weight")
+    layer.load_state_dict(nn.Linear(4, 4).state_dict(), assign=True)
+    assert constraint_of(layer.weight) == Orthogonal()
+    opt = manifold_opt.SGD(layer.parameters(), lr=0.1)
+    layer.weight.grad = torch.zeros(4, 4)
+    with pytest.warns(UserWarning, match="away from its manifold"):
+        opt.step()
+    assert orthogonality_error(layer.weight) < 1e-5
+
+
+def test_some_gates_of_every_recurrent_net():
+    net = nn.LSTM(3, 4, num_layers=2)
+    mark_recurrent(net, which=(2,), gain=2.0)
+    assert constraint_of(net.weight_hh_l1) == Orthogonal(4, gain=2.0, which=(2,))
+    gates = net.weight_hh_l1.detach().view(4, 4, 4)
+    assert float(error(gates[2] / 2)) < 1e-5
+    assert float(error(gates[0] / 2)) > 0.1
+
+
+def test_blocks_may_be_a_list_wherever_they_are_told():
+    stacked = nn.Parameter(torch.randn(24, 16))
+    init.orthogonal_(stacked, blocks=[8, 16])
+    assert orthogonality_error(stacked, blocks=[8, 16]) < 1e-5
+    assert constraint_of(mark_orthogonal(stacked, blocks=[8, 16])) == Orthogonal((8, 16))

@@ -5,28 +5,32 @@ from manifold_opt import mark_orthogonal, orthogonality_error, orthogonalize_, s
 from manifold_opt.orthogonalizer import basin, orthogonalizer
 
 from . import reference
-from .helpers import SQUARE, WIDE, gaussian, point
+from .helpers import FIELDS, SQUARE, TALL, WIDE, gaussian, point
 
 
-@pytest.mark.parametrize("shape", SQUARE + WIDE)
+@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
 @pytest.mark.parametrize("beta", [0.001, 0.3, 0.5])
-def test_orthogonalizer_is_its_formula(shape, beta):
-    x = 0.8 * point(*shape) + 0.01 * gaussian(*shape)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_orthogonalizer_is_its_formula(shape, beta, dtype):
+    x = 0.8 * point(*shape, dtype=dtype) + 0.01 * gaussian(*shape, dtype=dtype)
     torch.testing.assert_close(orthogonalizer(x, beta=beta), reference.orthogonalizer(x, beta))
 
 
 @pytest.mark.parametrize("beta", [0.001, 0.1, 0.5])
-def test_singular_values_follow_the_cubic(beta):
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_singular_values_follow_the_cubic(beta, dtype):
     """e' = (1 - 2b) e + (b^2 - 2b) e^2 + b^2 e^3 for e = s^2 - 1."""
     s = torch.tensor([0.7, 0.9, 1.0, 1.2], dtype=torch.float64)
     e = s**2 - 1
-    new = torch.linalg.svdvals(orthogonalizer(point(4, 4) @ torch.diag(s) @ point(4, 4, seed=5), beta=beta)).sort()[0]
+    x = point(4, 4, dtype=dtype) @ torch.diag(s).to(dtype) @ point(4, 4, seed=5, dtype=dtype)
+    new = torch.linalg.svdvals(orthogonalizer(x, beta=beta)).sort()[0]
     expected = (1 - 2 * beta) * e + (beta**2 - 2 * beta) * e**2 + beta**2 * e**3
     torch.testing.assert_close(new**2 - 1, expected.sort()[0], rtol=0, atol=1e-14)
 
 
-def test_convergence_is_quadratic_at_one_half_and_linear_below():
-    x = point(6, 6) * 1.01
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_convergence_is_quadratic_at_one_half_and_linear_below(dtype):
+    x = point(6, 6, dtype=dtype) * 1.01
     half = [float(stiefel.error(orthogonalizer(x, steps=k))) for k in (1, 2)]
     assert half[1] < half[0] ** 2
     small = [float(stiefel.error(orthogonalizer(x, beta=0.001, steps=k))) for k in (100, 200)]
@@ -74,7 +78,7 @@ def test_orthogonalize_refuses_options_out_of_range(options, match):
         orthogonalize_(torch.eye(2), **options)
 
 
-@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2).bfloat16()])
-def test_orthogonalize_needs_real_matrices(x):
+@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64)])
+def test_orthogonalize_needs_matrices(x):
     with pytest.raises(ValueError, match="matrices"):
         orthogonalize_(x)

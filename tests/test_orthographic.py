@@ -11,15 +11,17 @@ from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retrac
 from manifold_opt.orthographic import _FIRST, _FIXED, _OCTAVE, INTERVAL, LONGEST_FIXED, SEAM, TABLES
 
 from . import reference
-from .helpers import DTYPES, gaussian, never_read, point, rounding
+from .helpers import DTYPES, UNITARY, gaussian, never_read, point, rounding, tangent
 
 
 def rotation(*shape, t, dtype=torch.float64, rank=None, seed=1):
     """Skew matrices of spectral norm t, of full rank or of a given even one."""
-    a = gaussian(*shape, seed=seed)
+    double = stiefel.in_double(dtype)
+    a = gaussian(*shape, seed=seed, dtype=double)
     if rank is not None:
-        a = gaussian(*shape[:-1], rank // 2, seed=seed) @ gaussian(*shape[:-2], rank // 2, shape[-1], seed=seed + 1)
-    a = a - a.mT
+        a = gaussian(*shape[:-1], rank // 2, seed=seed, dtype=double)
+        a = a @ gaussian(*shape[:-2], rank // 2, shape[-1], seed=seed + 1, dtype=double)
+    a = a - a.mH
     return (t * a / torch.linalg.matrix_norm(a, 2, keepdim=True)).to(dtype)
 
 
@@ -52,19 +54,19 @@ def test_rotation_by_hand():
     torch.testing.assert_close(retract(w, v, "orthographic"), torch.tensor([[c, t], [-t, c]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 @pytest.mark.parametrize(("p", "rank"), [(2, None), (3, None), (8, 2), (40, None), (150, None), (150, 2), (150, 4)])
 @pytest.mark.parametrize("t", [1e-6, 1e-3, 0.01, 0.03, 0.06, 0.08])
 def test_short_steps(p, rank, t, dtype):
     """The reference by its eigenvalues; on the manifold; and what is left of the step is the step."""
     w = point(2, p, p, dtype=dtype)
-    omega = rotation(2, p, p, t=t, rank=rank)
-    moved = retract(w, (omega @ w.double()).to(dtype), "orthographic")
+    omega, start = rotation(2, p, p, t=t, rank=rank, dtype=stiefel.in_double(dtype)), stiefel.float64(w)
+    moved = retract(w, (omega @ start).to(dtype), "orthographic")
     assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
     if p < 100:
-        expected = torch.stack([reference.orthographic(a, b @ a) for a, b in zip(w.double(), omega, strict=True)])
-        torch.testing.assert_close(moved.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
-    turn = moved.double() @ w.double().mT
+        expected = torch.stack([reference.orthographic(a, b @ a) for a, b in zip(start, omega, strict=True)])
+        torch.testing.assert_close(stiefel.float64(moved), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    turn = stiefel.float64(moved) @ start.mH
     torch.testing.assert_close(stiefel.skew(turn), omega, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
@@ -77,7 +79,10 @@ def test_what_is_too_long_or_rectangular_moves_by_the_polar_retraction(shape):
 
 @pytest.mark.parametrize(
     ("t", "dtype", "products"),
-    [(0.01, DTYPES[0], 3), (0.08, DTYPES[0], 4), (0.003, DTYPES[1], 4), (0.08, DTYPES[1], 6)],
+    [
+        *((0.01, DTYPES[0], 3), (0.08, DTYPES[0], 4), (0.003, DTYPES[1], 4), (0.08, DTYPES[1], 6)),
+        *((0.01, UNITARY[0], 3), (0.08, UNITARY[0], 4), (0.003, UNITARY[1], 4), (0.08, UNITARY[1], 6)),
+    ],
 )
 def test_products(t, dtype, products):
     """As many as the length of the step calls for; here with the error of every block, and without the direction."""
@@ -96,6 +101,34 @@ def test_each_matrix_of_a_batch_moves_by_its_own_length():
         torch.testing.assert_close(moved[k], retract(w[k], v[k], "orthographic"))
     assert not torch.allclose(moved[1], retract(w[1], v[1], "polar"), rtol=0, atol=1e-5)
     torch.testing.assert_close(moved[2], retract(w[2], v[2], "polar"))
+
+
+@pytest.mark.parametrize("dtype", UNITARY)
+@pytest.mark.parametrize("p", [1, 4, 40, 150])
+@pytest.mark.parametrize("t", [0.02, 0.15, 0.2])
+def test_a_lone_eigenvalue_of_a_unitary_step(p, t, dtype):
+    """They do not come in pairs: of rank one, the bend is as large as its Frobenius norm, and no less."""
+    w = point(2, p, p, dtype=dtype)
+    u = point(2, 1, p, seed=4, dtype=dtype)
+    moved = retract(w, 1j * t * u.mH @ u @ w, "orthographic")
+    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    angle = math.asin(t) if t * t < SEAM else math.atan(t)
+    expected = w + (complex(math.cos(angle), math.sin(angle)) - 1) * u.mH @ u @ w
+    torch.testing.assert_close(moved, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", UNITARY)
+@pytest.mark.parametrize("length", [1e-6, 0.01, 0.2, 0.9, 40.0])
+def test_where_nothing_can_be_read_unitary_steps_are_exact_too(length, dtype, monkeypatch):
+    never_read(monkeypatch)
+    w = point(3, 6, 6, dtype=dtype)
+    v = tangent(w, length)
+    moved = retract(w, v, "orthographic")
+    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    skew = stiefel.skew(moved @ w.mH)
+    share = (skew.mH @ (v @ w.mH)).diagonal(dim1=-2, dim2=-1).sum(-1).real / torch.linalg.matrix_norm(v) ** 2
+    torch.testing.assert_close(skew, share[:, None, None] * (v @ w.mH), rtol=0, atol=16 * torch.finfo(dtype).eps)
+    assert (share > 0.99).all() if length < 0.4 else (share < 0.99).all()
 
 
 # In an optimizer.

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from manifold_opt import SGD, Adam, mark_orthogonal, stiefel
-from manifold_opt.products import across, add_gram_, gram, matmul, matmul_add, norm, transpose
+from manifold_opt.products import across, add_gram_, adjoint, components, gram, matmul, matmul_add, norm, transpose
 from manifold_opt.room import Room
 
-from .helpers import gaussian, point, rounding
+from .helpers import FIELDS, gaussian, point, rounding
 
 
 def lying(x, how):
@@ -17,28 +17,53 @@ def lying(x, how):
 
 @pytest.mark.parametrize("how", ["across", "along"])
 @pytest.mark.parametrize(("p", "k", "n"), [(3, 3, 3), (2, 5, 4), (1, 3, 1)])
-def test_products_of_matrices_that_lie_across(p, k, n, how):
-    a, b, x = gaussian(30, p, k), gaussian(30, k, n, seed=2), gaussian(30, p, n, seed=3)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_products_of_matrices_that_lie_across(p, k, n, how, dtype):
+    a, b, x = (gaussian(30, *shape, seed=s, dtype=dtype) for s, shape in ((1, (p, k)), (2, (k, n)), (3, (p, n))))
+    start = gaussian(30, p, p, dtype=dtype)
     one, two, three = lying(a, how), lying(b, how), lying(x, how)
     out = torch.empty_like(three)
     assert across(one) == (how == "across")
     torch.testing.assert_close(matmul(one, two, out=out, alpha=0.3), 0.3 * a @ b)
     torch.testing.assert_close(matmul_add(three, one, two, out=out, alpha=0.3, beta=2.0), 2 * x + 0.3 * a @ b)
     torch.testing.assert_close(matmul_add(three, one, two, out=three), x + a @ b)
-    torch.testing.assert_close(gram(one, out=lying(gaussian(30, p, p), how)), a @ a.mT)
-    torch.testing.assert_close(
-        add_gram_(lying(gaussian(30, p, p), how), one, alpha=-0.3), gaussian(30, p, p) - 0.3 * a @ a.mT
-    )
-    torch.testing.assert_close(norm(one), torch.linalg.matrix_norm(a))
-    square = lying(gaussian(30, p, p), how)
+    # Factors that are conjugated lazily, as those of a Gram matrix are, and a point that is the view of one.
+    torch.testing.assert_close(matmul(two.mH, one.mH, out=torch.empty_like(three.mT)), (a @ b).mH.resolve_conj())
+    torch.testing.assert_close(gram(one, out=torch.empty_like(lying(start, how))), a @ a.mH)
+    torch.testing.assert_close(add_gram_(lying(start, how), one, alpha=-0.3), start - 0.3 * a @ a.mH)
+    for keepdim in (False, True):
+        torch.testing.assert_close(norm(one, keepdim=keepdim), torch.linalg.matrix_norm(a, keepdim=keepdim))
+    square = lying(start, how)
     assert torch.equal(transpose(square, out=torch.empty_like(square)), square.mT)
+    assert torch.equal(adjoint(square, out=torch.empty_like(square)), square.mH)
 
 
-def test_symmetric_products_of_many_rows():
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_symmetric_products_of_many_rows(dtype):
     """Of which one triangle is computed, and mirrored."""
-    x, start = gaussian(2, 390, 7), gaussian(2, 390, 390, seed=2)
-    torch.testing.assert_close(gram(x), x @ x.mT)
-    torch.testing.assert_close(add_gram_(start.clone(), x, alpha=0.7), start + 0.7 * x @ x.mT)
+    x, start = gaussian(2, 390, 7, dtype=dtype), gaussian(2, 390, 390, seed=2, dtype=dtype)
+    torch.testing.assert_close(gram(x), x @ x.mH)
+    torch.testing.assert_close(add_gram_(start.clone(), x, alpha=0.7), start + 0.7 * x @ x.mH)
+
+
+@pytest.mark.parametrize("dtype", FIELDS)
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_transposes_of_large_matrices(count, dtype):
+    """Of a few, one by one."""
+    x = gaussian(count, 130, 130, dtype=dtype)
+    assert torch.equal(transpose(x, out=torch.empty_like(x)), x.mT)
+    assert torch.equal(adjoint(x, out=torch.empty_like(x)), x.mH)
+    torch.testing.assert_close(matmul(x, x.mH, out=torch.empty_like(x), alpha=0.5), 0.5 * x @ x.mH)
+    torch.testing.assert_close(matmul_add(x, x, x.mH, out=x.clone(), alpha=0.5, beta=2.0), 2 * x + 0.5 * x @ x.mH)
+
+
+def test_components_are_views_of_the_real_and_the_imaginary_parts():
+    x = gaussian(2, 3, 4, dtype=torch.complex128)
+    assert torch.equal(components(x), torch.stack([x.real, x.imag]))
+    components(x).mul_(torch.tensor([1.0, 2.0]).view(2, 1, 1))  # one number a block
+    torch.testing.assert_close(x[1], 2 * gaussian(2, 3, 4, dtype=torch.complex128)[1])
+    real = gaussian(2, 3, 4)
+    assert components(real) is real
 
 
 def test_room_lays_matrices_as_those_they_are_like():
@@ -46,6 +71,10 @@ def test_room_lays_matrices_as_those_they_are_like():
     tiny = room.across("tiny", gaussian(5, 2, 3))
     assert across(room("other", (5, 2, 2), like=tiny))
     assert not across(room("other", (5, 2, 2), like=gaussian(5, 2, 3)))
+    both = room.across("tiny", gaussian(5, 2, 3, dtype=torch.complex128))
+    assert across(both)
+    assert torch.equal(both, gaussian(5, 2, 3, dtype=torch.complex128))
+    assert torch.equal(tiny, gaussian(5, 2, 3))  # a workspace a dtype
 
 
 @pytest.mark.parametrize("retraction", ["orthographic", "polar", "cayley"])

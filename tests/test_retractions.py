@@ -13,7 +13,7 @@ from manifold_opt.orthogonalizer import orthogonalizer
 from manifold_opt.retractions import longest_step
 
 from . import reference
-from .helpers import DTYPES, EXACT, SQUARE, TALL, WIDE, gaussian, point, rounding, tangent
+from .helpers import DTYPES, EXACT, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, point, rounding, tangent
 
 METRICS = ["euclidean", "canonical"]
 
@@ -31,8 +31,9 @@ def geodesic(w: Tensor, v: Tensor, metric: str) -> Tensor:
 @pytest.mark.parametrize("method", RETRACTIONS)
 @pytest.mark.parametrize("shape", SQUARE + WIDE)
 @pytest.mark.parametrize("metric", METRICS)
-def test_equals_the_reference(method, shape, metric):
-    w = point(3, *shape)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_equals_the_reference(method, shape, metric, dtype):
+    w = point(3, *shape, dtype=dtype)
     v = tangent(w, 0.45)  # short enough for the inexact ones
     expected = torch.stack([reference.retract(a, b, method, metric) for a, b in zip(w, v, strict=True)])
     torch.testing.assert_close(retract(w, v, method, metric=metric), expected, rtol=0, atol=1e-11)
@@ -41,9 +42,10 @@ def test_equals_the_reference(method, shape, metric):
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("shape", SQUARE + WIDE)
 @pytest.mark.parametrize("length", [1e-7, 3e-2, 3.0, 1e2, 1e4, 1e12])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_exact_schemes_are_right_for_a_step_of_any_size(method, shape, length, dtype):
-    w = point(3, *shape)
+    double = stiefel.in_double(dtype)
+    w = point(3, *shape, dtype=double)
     v = tangent(w, length)
     moved = retract(w.to(dtype), v.to(dtype), method)
     assert moved.dtype == dtype
@@ -53,15 +55,16 @@ def test_exact_schemes_are_right_for_a_step_of_any_size(method, shape, length, d
     expected = torch.stack([reference.retract(a, b, method) for a, b in zip(w, v, strict=True)])
     # A float32 result is within a few units of the exact one whatever the length: long steps are computed in float64.
     # A float64 one differs from the reference by what both round, magnified by the length.
-    units = 16 if dtype == torch.float32 else 64 + 2 * length
-    torch.testing.assert_close(moved.double(), expected, rtol=0, atol=units * torch.finfo(dtype).eps)
+    units = 16 if dtype != double else 64 + 2 * length
+    torch.testing.assert_close(moved.to(double), expected, rtol=0, atol=units * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("shape", SQUARE + WIDE)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("length", [0.1, 1.0, 3.0])
-def test_exp_is_the_geodesic(shape, metric, length):
-    w = point(2, *shape)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_exp_is_the_geodesic(shape, metric, length, dtype):
+    w = point(2, *shape, dtype=dtype)
     v = tangent(w, length)
     torch.testing.assert_close(retract(w, v, "exp", metric=metric), geodesic(w, v, metric), rtol=0, atol=1e-11)
 
@@ -76,8 +79,9 @@ def test_exp_agrees_with_geoopt_on_the_euclidean_metric(length):
 
 @pytest.mark.parametrize("shape", SQUARE + WIDE)
 @pytest.mark.parametrize("metric", METRICS)
-def test_geodesics_have_constant_speed_and_can_be_walked_in_two_halves(shape, metric):
-    w = point(2, *shape)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_geodesics_have_constant_speed_and_can_be_walked_in_two_halves(shape, metric, dtype):
+    w = point(2, *shape, dtype=dtype)
     v = tangent(w, 1.0)
     h = 1e-5
     middle = retract(w, 0.5 * v, "exp", metric=metric)
@@ -90,17 +94,19 @@ def test_geodesics_have_constant_speed_and_can_be_walked_in_two_halves(shape, me
 
 @pytest.mark.parametrize("method", RETRACTIONS)
 @pytest.mark.parametrize("shape", SQUARE[1:] + WIDE)
-def test_first_order(method, shape):
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_first_order(method, shape, dtype):
     """||R(W, tV) - W - tV|| = O(t^2): the same learning rate means the same in every scheme."""
-    w = point(3, *shape)
+    w = point(3, *shape, dtype=dtype)
     v = tangent(w, 1.0)
     assert slope(lambda t: (retract(w, t * v, method) - w - t * v).norm()) > 1.9
 
 
 @pytest.mark.parametrize("method", RETRACTIONS)
 @pytest.mark.parametrize("geodesic_of", ["square", "euclidean", "canonical"])
-def test_second_order_where_claimed_and_only_there(method, geodesic_of):
-    w = point(3, 6, 6) if geodesic_of == "square" else point(3, 4, 9)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_second_order_where_claimed_and_only_there(method, geodesic_of, dtype):
+    w = point(3, 6, 6, dtype=dtype) if geodesic_of == "square" else point(3, 4, 9, dtype=dtype)
     v = tangent(w, 1.0)
     metric = "euclidean" if geodesic_of == "square" else geodesic_of
     order = slope(lambda t: (retract(w, t * v, method, metric=metric) - geodesic(w, t * v, metric)).norm())
@@ -114,16 +120,18 @@ def test_second_order_where_claimed_and_only_there(method, geodesic_of):
 
 @pytest.mark.parametrize("method", RETRACTIONS)
 @pytest.mark.parametrize("shape", TALL)
-def test_tall_is_the_transpose_of_wide(method, shape):
-    w = point(2, *shape)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_tall_is_the_transpose_of_wide(method, shape, dtype):
+    w = point(2, *shape, dtype=dtype)
     v = tangent(w, 0.5)
     torch.testing.assert_close(retract(w, v, method), retract(w.mT, v.mT, method).mT, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", RETRACTIONS)
-def test_no_block_feels_its_neighbours(method):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_no_block_feels_its_neighbours(method, dtype):
     """A long step, or a NaN, in one matrix of a batch leaves the bits of the others."""
-    w = point(3, 8, 8, dtype=torch.float32)
+    w = point(3, 8, 8, dtype=dtype)
     v = tangent(w, 0.01)
     quiet = retract(w, v, method)
     for disturbance in (1e5, float("nan")):
@@ -135,38 +143,43 @@ def test_no_block_feels_its_neighbours(method):
 
 
 @pytest.mark.parametrize("method", RETRACTIONS)
-def test_zero_step_stays_to_rounding(method):
-    w = point(2, 5, 7, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_zero_step_stays_to_rounding(method, dtype):
+    w = point(2, 5, 7, dtype=dtype)
     torch.testing.assert_close(retract(w, torch.zeros_like(w), method), w, rtol=0, atol=4e-7)
 
 
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("shape", [(8, 8), (4, 9)])
-def test_an_error_of_the_point_does_not_outlive_the_step(method, shape):
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_an_error_of_the_point_does_not_outlive_the_step(method, shape, dtype):
     """Off by 1e-3 before, by its square after: nothing accumulates."""
-    w = point(*shape) * (1 + 1e-3)
-    v = stiefel.project(point(*shape), tangent(point(*shape), 1e-4))
+    on = point(*shape, dtype=dtype)
+    w = on * (1 + 1e-3)
+    v = stiefel.project(on, tangent(on, 1e-4))
     assert stiefel.error(retract(w, v, method)) < 2e-5
 
 
 @pytest.mark.parametrize("method", ["cayley_iterative", "orthogonalizer"])
 @pytest.mark.parametrize("shape", SQUARE + WIDE)
-def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape):
-    w = point(*shape)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape, dtype):
+    w = point(*shape, dtype=dtype)
     long, longest = tangent(w, 1e4), longest_step(method)
     moved = retract(w, long, method)
     assert moved.isfinite().all()
     assert stiefel.error(moved) < 1.0 * shape[0] ** 0.5  # inside the basin, where singular values stay in (0, sqrt 2)
     # Never longer than the bound, and hardly shorter. (The orthogonalizer takes a step of 1 to 3/2 - 2/2 = 1/2.)
-    along = (long * moved).sum() / long.norm().clamp_min(1e-9) ** 2 * 1e4
+    along = (long.conj() * moved).real.sum() / long.norm().clamp_min(1e-9) ** 2 * 1e4
     assert along <= longest + 1e-12
     assert along >= (0.45 * longest if long.any() else 0)
 
 
 @pytest.mark.parametrize("method", ["cayley_iterative", "orthogonalizer"])
 @pytest.mark.parametrize("n", [64, 256])
-def test_inexact_schemes_leave_shorter_steps_alone(method, n):
-    w = point(n, n)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_inexact_schemes_leave_shorter_steps_alone(method, n, dtype):
+    w = point(n, n, dtype=dtype)
     v = tangent(w, 0.95 * longest_step(method) / n ** (1 / 32))
     assert torch.linalg.matrix_norm(v) > longest_step(method)  # so that the cheap bound does not decide
     assert torch.equal(retract(w, v, method), retract_unguarded(w, v, method))
@@ -190,17 +203,17 @@ def test_longest_step_of_a_small_beta():
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("shape", [(4, 5), (8, 9), (31, 32), (3, 8), (6, 6), (1, 2)])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_hundreds_of_points_and_lengths_end_on_the_manifold(method, shape, metric, dtype):
     """p = n - 1 is the hardest: rounding makes what should be a normal part of rank one indefinite."""
-    w = point(200, *shape, seed=1).to(dtype)
-    v = stiefel.project(w, gaussian(200, *shape, seed=2).to(dtype))
+    w = point(200, *shape, seed=1, dtype=stiefel.in_double(dtype)).to(dtype)
+    v = stiefel.project(w, gaussian(200, *shape, seed=2, dtype=dtype))
     v = v / torch.linalg.matrix_norm(v, keepdim=True).clamp_min(1e-3)
-    for length in [1.0, 10.0, 31.0, 33.0, 100.0, 1e3, 1e4, 1e5, 1e8, 1e25 if dtype == torch.float32 else 1e200]:
+    for length in [1.0, 10.0, 31.0, 33.0, 100.0, 1e3, 1e4, 1e5, 1e8, 1e25 if torch.finfo(dtype).bits == 32 else 1e200]:
         assert stiefel.error(retract(w, length * v, method, metric=metric)).max() < rounding(w)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_a_lone_matrix_is_as_exact_as_one_of_a_batch(dtype):
     """torch 2.13's exponential of a lone matrix is off by 1e5 units of roundoff at norms around 0.03."""
     w = point(6, 6, dtype=dtype)
@@ -250,16 +263,82 @@ def test_circle_by_hand():
         torch.testing.assert_close(retract(w, v, method), expected)
 
 
+UNIT_CIRCLE = {
+    "exp": lambda t: t,
+    "cayley": lambda t: 2 * math.atan(t / 2),
+    "polar": math.atan,
+    "qr": math.atan,
+    "orthographic": math.asin,
+}
+
+
+@pytest.mark.parametrize("method", UNIT_CIRCLE)
+def test_phases_by_hand(method):
+    """On U(1), the unit circle, from e^{is} along i t e^{is}: on to e^{i(s + angle)}; on diagonal W entry by entry."""
+    angle = UNIT_CIRCLE[method]
+    start, steps = torch.tensor([[0.3, -2.0], [0.1, -0.12]], dtype=torch.float64)
+    phases = torch.polar(torch.ones_like(start), start)
+    w = torch.diag(phases)
+    moved = retract(w, torch.diag(1j * steps) @ w, method)
+    ends = start + torch.tensor([angle(float(t)) for t in steps], dtype=torch.float64)
+    torch.testing.assert_close(moved, torch.diag(torch.polar(torch.ones_like(ends), ends)))
+    for k in range(2):
+        one = retract(phases[k].view(1, 1), (1j * steps[k] * phases[k]).view(1, 1), method)
+        torch.testing.assert_close(one, moved[k, k].view(1, 1))
+
+
+@pytest.mark.parametrize("method", ["exp", "cayley", "polar"])
+@pytest.mark.parametrize("t", [1.0, 7.0, 500.0])
+def test_long_steps_on_the_unit_circle(method, t):
+    angle = UNIT_CIRCLE[method](t)
+    one = torch.ones(1, 1, dtype=torch.complex128)
+    torch.testing.assert_close(retract(one, 1j * t * one, method), complex(math.cos(angle), math.sin(angle)) * one)
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
+@pytest.mark.parametrize("length", [0.01, 0.1, 0.4, 40.0])
+def test_without_imaginary_parts_it_is_the_real_one(method, shape, length):
+    w = point(2, *shape)
+    v = tangent(w, length)
+    real, double = retract(w, v, method), retract(w.to(torch.complex128), v.to(torch.complex128), method)
+    assert not double.imag.any() or double.imag.abs().max() < 1e-14 * (1 + length)
+    # A step as long as that is polar where the orthographic retraction sees a bend above 2^-5.375, and of a real bend
+    # it knows that eigenvalues are double.
+    if method != "orthographic" or shape[-1] != shape[-2] or length != 0.1:
+        torch.testing.assert_close(double.real, real, rtol=0, atol=1e-14 * (1 + length))
+
+
 @pytest.mark.parametrize("method", EXACT)
-def test_the_component_of_the_orthogonal_group_is_kept(method):
-    w = point(10, 5, 5)
-    moved = retract(w, tangent(w, 0.5), method)
-    assert torch.equal(torch.linalg.det(moved).sign(), torch.linalg.det(w).sign())
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
+def test_conjugate_views_are_as_good_as_copies(method, shape):
+    w = point(2, *shape, dtype=torch.complex128)
+    v = tangent(w, 0.3)
+    lazy = retract(w.conj(), v.conj(), method)
+    torch.testing.assert_close(lazy, retract(w, v, method).conj(), rtol=0, atol=1e-13)
+    swapped = retract(w.mH, v.mH, method)
+    assert stiefel.error(swapped).max() < rounding(swapped)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_component_of_the_orthogonal_group_is_kept(method, n, dtype):
+    """Over 40 steps of whatever length: each can be shrunk to none, continuously, and never leaves O(n)."""
+    w = point(16, n, n, dtype=dtype)
+    before = torch.linalg.det(w).sign()
+    assert before.unique().numel() == 2
+    for k in range(40):
+        length = 10.0 ** (k % 8 - 3)
+        w = retract(w, tangent(w, length, seed=k), method)
+        # A determinant of 1 or -1 to rounding.
+        torch.testing.assert_close(torch.linalg.det(w), before, rtol=0, atol=n * rounding(w))
 
 
 @pytest.mark.parametrize("method", RETRACTIONS)
 @pytest.mark.parametrize("shape", [(16, 16), (8, 64)])
-def test_no_lu_and_no_large_matrix_on_the_way(method, shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_no_lu_and_no_large_matrix_on_the_way(method, shape, dtype):
     """Batched LU on the CPU crashes or lies once threads are set, and nothing n x n is needed when p < n/2."""
     seen: list[tuple[int, ...]] = []
 
@@ -271,7 +350,7 @@ def test_no_lu_and_no_large_matrix_on_the_way(method, shape):
             seen.extend(tuple(r.shape) for r in results if isinstance(r, Tensor))
             return result
 
-    w = point(2, *shape, dtype=torch.float32)
+    w = point(2, *shape, dtype=dtype)
     v = tangent(w, 0.3)
     with Watch():
         retract(w, v, method)

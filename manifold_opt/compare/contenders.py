@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.optimizer import Optimizer
 
-from .. import RETRACTIONS, SGD, Adam, constraint_of
-from ..constraint import Orthogonal
+from .. import RETRACTIONS, SGD, Adam, Orthogonal, constraint_of
 
 LONE = 128  # rows from which on other libraries get one tensor a matrix on a CPU
 
@@ -104,7 +103,8 @@ class Place:
 
     def blocks(self) -> Tensor:
         """Its blocks on the manifold, ``(B, p, n)``, wide."""
-        return self.constraint.view(self.parameter) / self.constraint.gain
+        (part,) = self.constraint.parts(self.parameter.shape)
+        return part.points(part.rows(self.parameter, copy=True)) / self.constraint.gain
 
     def is_square(self) -> bool:
         """Whether they are."""
@@ -119,6 +119,15 @@ def places(model: nn.Module) -> list[Place]:
         for leaf, parameter in module.named_parameters(recurse=False):
             constraint = constraint_of(parameter)
             if constraint is not None:
+                if (
+                    not isinstance(constraint, Orthogonal)
+                    or constraint != Orthogonal(constraint.blocks, constraint.dim, constraint.gain)
+                    or isinstance(constraint.blocks, tuple)
+                ):
+                    raise ValueError(
+                        f"compare: {leaf} of {type(module).__name__} is marked as {constraint}; only parameters that "
+                        "are orthogonal all over, in equal blocks, can be handed to every scheme and peer."
+                    )
                 found.setdefault(id(parameter), Place([], parameter, constraint)).owners.append((module, leaf))
     return list(found.values())
 
@@ -288,7 +297,7 @@ class Held(nn.Module):
         """The weight that the model computes with, shaped as it was."""
         constraint = self.place[0].constraint
         blocks = self.blocks() * constraint.gain
-        rows = original.shape[0] // (constraint.blocks if constraint.dim == 0 else 1)
+        rows = original.shape[0] // (len(blocks) if constraint.dim == 0 else 1)
         lying = blocks if blocks.shape[-2] == rows else blocks.mT
         return torch.cat(list(lying), constraint.dim).reshape(original.shape)
 

@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+# The matrices here are small: one thread is faster, and does not wait for another on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test and doctest draws the same numbers, whatever ran before it and in whichever process."""
+    torch.manual_seed(0)

@@ -1,0 +1,18 @@
+"""The manifolds that parameters can be kept on, one file each."""
+
+from .geoopt import Geoopt
+from .manifold import Manifold
+from .orthogonal import Orthogonal
+from .positive import Positive
+from .spectral import Spectral
+from .unit_norm import UnitNorm
+
+MANIFOLDS: dict[str, type[Manifold]] = {
+    "orthogonal": Orthogonal,
+    "unit_norm": UnitNorm,
+    "spectral": Spectral,
+    "positive": Positive,
+    "geoopt": Geoopt,
+}
+
+__all__ = ["MANIFOLDS", "Geoopt", "Manifold", "Orthogonal", "Positive", "Spectral", "UnitNorm"]

@@ -1,0 +1,158 @@
+"""Orthogonal blocks: each is ``gain`` times a point of the Stiefel manifold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..blocks import Blocks, Shape, can_be_moved
+from ..orthogonalizer import nearest_orthogonal
+from ..schemes import polar
+from ..stiefel import error, error_at_rounding, project
+from .manifold import Manifold
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True, repr=False)
+class Orthogonal(Manifold):
+    """The constraint of a parameter marked as orthogonal: every block is ``gain`` times an orthogonal matrix.
+
+    Attributes:
+        blocks: number of equal blocks stacked along ``dim``, or the rows (columns) of each.
+        dim: dimension along which they are stacked.
+        gain: the singular values of every block.
+        which: the blocks that are orthogonal, by number; None is all of them. The others are free.
+        flatten: whether dimensions beyond the second are flattened, to (first, rest); else the last two are one of a
+            batch of matrices.
+    """
+
+    complex = True
+    blocks: int | tuple[int, ...] = 1
+    dim: int = 0
+    gain: float = 1.0
+    which: tuple[int, ...] | None = None
+    flatten: bool = True
+
+    def __repr__(self) -> str:
+        shown = f"blocks={self.blocks}, dim={self.dim}, gain={self.gain}"
+        shown += f", which={self.which}" * (self.which is not None) + ", flatten=False" * (not self.flatten)
+        return f"Orthogonal({shown})"
+
+    def sizes(self, shape: Shape) -> tuple[int, ...]:
+        """Rows (columns) of every block, of one matrix where there is a batch."""
+        length = shape[self.dim] if self.flatten else shape[-2]
+        return self.blocks if isinstance(self.blocks, tuple) else (length // self.blocks,) * self.blocks
+
+    def parts(self, shape: Shape) -> tuple[Blocks, ...]:
+        """Blocks of one size that follow one another, ``(B, p, n)`` each."""
+        if not self.flatten:
+            return (Blocks(shape[-2], flatten=False),)
+        if self.which is None and isinstance(self.blocks, int):
+            return (Blocks(shape[self.dim] // self.blocks, self.dim),)
+        alike = [
+            (size, [interval for _, _, interval in run])
+            for (size, marked), run in itertools.groupby(self._intervals(shape), key=lambda block: block[:2])
+            if marked
+        ]
+        whole = shape[self.dim]
+        return tuple(
+            Blocks(size, self.dim, *(_span(run) if _span(run)[1] < whole else (0, None))) for size, run in alike
+        )
+
+    def rest(self, shape: Shape) -> list[Interval]:
+        """Start and length along ``dim`` of the rows (columns) that are in no orthogonal block."""
+        if self.which is None:
+            return []
+        runs = itertools.groupby(self._intervals(shape), key=lambda block: block[1])
+        return [_span([interval for _, _, interval in run]) for marked, run in runs if not marked]
+
+    def _intervals(self, shape: Shape) -> list[tuple[int, bool, Interval]]:
+        """Of every block its size, whether it is marked, and start and length."""
+        sizes = self.sizes(shape)
+        starts = itertools.accumulate((0, *sizes[:-1]))
+        marked = range(len(sizes)) if self.which is None else self.which
+        return [(size, k in marked, (start, size)) for k, (size, start) in enumerate(zip(sizes, starts, strict=True))]
+
+    def project(self, x: Tensor, g: Tensor) -> Tensor:
+        """The Riemannian gradient in the Euclidean metric."""
+        return project(x / self.gain, g)
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """The polar retraction; the optimizers take the one that their ``retraction`` says."""
+        return self.gain * polar(x / self.gain, v / self.gain)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The polar factor, in float64."""
+        return self.gain * nearest_orthogonal(x / self.gain)
+
+    def error(self, x: Tensor) -> Tensor:
+        r""":math:`\\|I - W W^\\top\\|_F` of each block divided by its gain."""
+        return error(x / self.gain)
+
+    def rounding(self, x: Tensor) -> float:
+        """A few units of roundoff a row."""
+        return error_at_rounding(x.shape[-2], x.shape[-1], x.dtype)
+
+    def off(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+        """As for any manifold; ``slack`` is an error a row."""
+        return super().off(x, slack * x.shape[-2] ** 0.5)
+
+    def problem(self, tensor: Tensor) -> str | None:
+        """Blocks that do not fit the shape, a gain out of range, strides that cannot be seen as a matrix."""
+        return _problem(self, tensor)
+
+
+def _span(run: list[Interval]) -> Interval:
+    return run[0][0], sum(length for _, length in run)
+
+
+def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
+    shape = tuple(tensor.shape)
+    if tensor.ndim < 2:
+        return f"must have at least 2 dimensions, got shape {shape}; a vector has no orthogonal blocks."
+    if not isinstance(c.flatten, bool):
+        return f"needs flatten=True or False, got {c.flatten!r}."
+    whole = isinstance(c.dim, int) and not isinstance(c.dim, bool)
+    if not whole or c.dim not in (0, 1) or (c.dim == 1 and tensor.ndim != 2):
+        return f"has shape {shape}; its blocks are stacked along dim 0, or dim 1 of a matrix, got dim={c.dim!r}."
+    problem = _problem_of_blocks(c, shape) or _problem_of_which(c)
+    if problem:
+        return problem
+    if not (isinstance(c.gain, (int, float)) and 0 < c.gain < math.inf):
+        return f"needs a finite gain above 0, got gain={c.gain!r}."
+    if not can_be_moved(c.parts(shape), tensor.detach()):
+        return f"has strides {tensor.stride()} in which its blocks cannot be seen; use .contiguous() first."
+    return None
+
+
+def _problem_of_blocks(c: Orthogonal, shape: Shape) -> str | None:
+    blocks, length = c.blocks, shape[c.dim]
+    if isinstance(blocks, tuple):
+        if not blocks or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in blocks):
+            return f"needs whole numbers of rows >= 1 for its blocks, got blocks={blocks!r}."
+        if sum(blocks) != length:
+            return f"has shape {shape}: blocks={blocks} must add up to the {length} of dim {c.dim}, not {sum(blocks)}."
+    elif isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        return f"needs a whole number of blocks >= 1, got blocks={blocks!r}."
+    elif length % blocks:
+        return (
+            f"has shape {shape}: blocks={blocks} must divide dim {c.dim}. nn.RNN has 1 block, nn.GRU 3 gate blocks, "
+            "nn.LSTM 4. For blocks of unequal size give the rows of each, as in blocks=(64, 64, 128)."
+        )
+    if not c.flatten and (blocks != 1 or c.which is not None or c.dim != 0):
+        return "is a batch of matrices with flatten=False, each a block of its own: leave out blocks, which and dim."
+    return None
+
+
+def _problem_of_which(c: Orthogonal) -> str | None:
+    if c.which is None:
+        return None
+    count = len(c.blocks) if isinstance(c.blocks, tuple) else c.blocks
+    numbers = isinstance(c.which, tuple) and all(isinstance(k, int) and not isinstance(k, bool) for k in c.which)
+    if not numbers or not c.which or not all(0 <= k < count for k in c.which):
+        return f"has {count} blocks, numbered from 0: which={c.which!r} must name at least one of them."
+    return None

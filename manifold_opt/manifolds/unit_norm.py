@@ -1,0 +1,90 @@
+"""Slices of unit norm: rows, columns, filters. A product of spheres, the oblique manifold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..blocks import Shape, Slices, point_norm
+from ..precision import working_dtype
+from ..stiefel import float64
+from .manifold import Manifold
+
+
+@dataclass(frozen=True)
+class UnitNorm(Manifold):
+    r"""The constraint of a parameter each of whose slices along ``dim`` has norm one.
+
+    What torch's weight_norm calls the direction. The tangents at x are :math:`\{v : \langle x, v\rangle = 0\}`, and
+    the retraction is :math:`(x + v)/\|x + v\|`.
+
+    Attributes:
+        dim: the dimension whose slices they are: 0 for the rows of a Linear, the filters of a convolution.
+
+    Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
+    """
+
+    complex = True
+    dim: int = 0
+
+    def parts(self, shape: Shape) -> tuple[Slices, ...]:
+        """Slices ``(B, ..)``, each one point."""
+        return (Slices(dims=len(shape) - 1, dim=self.dim),)
+
+    def project(self, x: Tensor, g: Tensor) -> Tensor:
+        r""":math:`g - \langle x, g\rangle x`."""
+        return g - _dot(x, g) * x
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        r""":math:`(x + v)/\|x + v\|`, from a step shortened to :math:`10^5`, beyond which x is lost in rounding."""
+        length = point_norm(v, v.ndim - 1, keepdim=True)
+        y = x + v * (_LONGEST / length).clamp_max(1)
+        return y / _length(y)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Slices divided by their norms, in float64."""
+        norm = point_norm(float64(x), x.ndim - 1, keepdim=True)
+        if not bool((norm.isfinite() & (norm > 0)).all()):
+            raise ValueError(
+                "a slice is zero or has entries that are not finite, so that none of norm one is nearest. Initialize "
+                "it first, with torch.nn.init.normal_ for one."
+            )
+        return (float64(x) / norm).to(x)
+
+    def error(self, x: Tensor) -> Tensor:
+        r""":math:`|\|x\| - 1|`."""
+        return (point_norm(float64(x), x.ndim - 1) - 1).abs()
+
+    def rounding(self, x: Tensor) -> float:
+        """Rounding of the entries and of their norm."""
+        return (4 if working_dtype(x.dtype) == x.dtype else 0.6) * torch.finfo(x.dtype).eps
+
+    def problem(self, tensor: Tensor) -> str | None:
+        """A dimension that it has not, or slices of one entry."""
+        shape = tuple(tensor.shape)
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 0 <= self.dim < len(shape):
+            return f"has shape {shape}, and no slices along dim={self.dim!r}; give one of 0 to {len(shape) - 1}."
+        if tensor.numel() == shape[self.dim]:
+            return (
+                f"has shape {shape}: its slices along dim {self.dim} are single entries, never but 1 or -1. "
+                "Give one vector a dimension of length 1 in front, or mark it with mark_manifold and geoopt.Sphere()."
+            )
+        return None
+
+
+_LONGEST = 1e5
+
+
+def _length(y: Tensor) -> Tensor:
+    """The norms ``(B, 1, ..)``, to rounding: torch's own of long or strided slices are off by hundreds of roundoffs."""
+    parts = torch.view_as_real(y) if y.is_complex() else y
+    return (parts * parts).flatten(1).sum(1).sqrt().view(-1, *[1] * (y.ndim - 1))
+
+
+def _dot(x: Tensor, g: Tensor) -> Tensor:
+    if x.is_complex():
+        x, g = torch.view_as_real(x), torch.view_as_real(g.resolve_conj())
+        return (x * g).sum((*range(1, x.ndim - 1), -1), keepdim=True)[..., 0]
+    return (x * g).sum(tuple(range(1, x.ndim)), keepdim=True)
