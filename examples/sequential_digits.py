@@ -31,14 +31,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from common import Parser, Runs, moving_average, one_of, panels, positive_float, positive_int, save, show
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,20 +46,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from manifold_opt import RETRACTIONS, Adam, init, mark_orthogonal, orthogonality_error  # change 1 of 3
 
 try:
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files only, so that no display is needed
-    import matplotlib.pyplot as plt
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ModuleNotFoundError as missing:
     raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[examples]"') from None
 
 DEFAULT_RETRACTIONS = "orthographic,cayley,qr,polar,orthogonalizer"
-DEFAULT_PLOT = Path(__file__).with_suffix(".png")
 SPLIT_SEED = 0  # not --seed: every run of this script is judged on the same images
 TEST_FRACTION = 0.25
 
@@ -186,13 +178,9 @@ def label_of(retraction: str | None) -> str:
     return "torch Adam, unconstrained" if retraction is None else f"Adam, {retraction}"
 
 
-def run_once(retraction: str | None, args: argparse.Namespace, digits: Digits, progress: Progress) -> Result:
+def run_once(retraction: str | None, args: argparse.Namespace, digits: Digits, runs: Runs) -> Result:
     """One training from start to end, with a progress bar of its own."""
-    task = progress.add_task(label_of(retraction), total=args.epochs, state="")
-
-    def after_epoch(loss: float, error: float) -> None:
-        progress.update(task, advance=1, state=f"loss {loss:.1e} error {error:.0e}")
-
+    advance = runs.begin(label_of(retraction), total=args.epochs)
     net, opt = build(retraction, args.hidden, args.lr, args.seed)
     return train(
         net,
@@ -201,51 +189,20 @@ def run_once(retraction: str | None, args: argparse.Namespace, digits: Digits, p
         epochs=args.epochs,
         batch_size=args.batch_size,
         seed=args.seed,
-        after_epoch=after_epoch,
+        after_epoch=lambda loss, error: advance(f"loss {loss:.1e} error {error:.0e}"),
     )
 
 
-def compare(args: argparse.Namespace, digits: Digits, console: Console) -> dict[str | None, Result]:
-    """Train once without constraint and once with every retraction."""
-    progress = Progress(
-        TextColumn("{task.description:<25}"),
-        BarColumn(bar_width=9),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_interactive,  # in a log file one plain line a run is enough
-    )
-    results: dict[str | None, Result] = {}
-    with progress:
-        for retraction in (None, *args.retractions):
-            results[retraction] = run_once(retraction, args, digits, progress)
-            if not console.is_interactive:
-                print(f"{label_of(retraction)}: {len(results[retraction].losses)} steps done", flush=True)
-    return results
-
-
-def table_of(results: dict[str | None, Result]) -> Table:
-    """One line a run."""
-    table = Table(caption="error: Frobenius norm of I - W W', the largest of the gates")
-    table.add_column("optimizer", no_wrap=True)
-    table.add_column("test\naccuracy", justify="right")
-    table.add_column("largest error\nafter any step", justify="right")
-    table.add_column("ms a step\n(median)", justify="right")
-    for retraction, result in results.items():
-        largest = torch.tensor(result.errors).max().item()  # unlike max(), NaN if an entry is
-        table.add_row(
-            label_of(retraction),
-            f"{result.accuracy:.1%}",
-            f"{largest:.1e}",
-            f"{1e3 * statistics.median(result.seconds):.2f}",
-        )
-    return table
+def row_of(retraction: str | None, result: Result) -> tuple[str, ...]:
+    """What the table says of a run."""
+    largest = torch.tensor(result.errors).max().item()  # unlike max(), NaN if an entry is
+    step = 1e3 * statistics.median(result.seconds)
+    return label_of(retraction), f"{result.accuracy:.1%}", f"{largest:.1e}", f"{step:.2f}"
 
 
 def save_plot(results: dict[str | None, Result], batches_an_epoch: int, path: Path) -> None:
     """Training loss and orthogonality error against the step, side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, (left, right) = panels(2)
     for retraction, result in results.items():
         style = {"solid_capstyle": "butt", **STYLES.get(retraction, {})}
         left.plot(*moving_average(result.losses, batches_an_epoch), **style)
@@ -257,105 +214,39 @@ def save_plot(results: dict[str | None, Result], batches_an_epoch: int, path: Pa
         ylabel=r"$\Vert I - WW^{\mathsf{T}}\Vert_F$, the largest of the gates",
         yscale="log",
     )
-    for axes in (left, right):
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(len(results), 5), frameon=False, handlelength=3.5)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def moving_average(values: list[float], width: int) -> tuple[list[float], list[float]]:
-    """Steps and means of ``width`` neighbouring values, each at the middle of its window."""
-    width = min(width, len(values))
-    means = torch.tensor(values, dtype=torch.float64).unfold(0, width, 1).mean(-1)
-    steps = torch.arange(len(means)) + (width + 1) / 2
-    return steps.tolist(), means.tolist()
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a wrong argument in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and leave with exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive_int(text: str) -> int:
-    """A whole number above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A finite number above zero."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be finite and above 0, got {text}")
-    return value
-
-
-def known_retractions(text: str) -> list[str]:
-    """Names from a comma list, each once; an unknown one is an error."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in RETRACTIONS:
-            raise argparse.ArgumentTypeError(f"unknown retraction {name!r}; choose from {', '.join(RETRACTIONS)}")
-    return list(dict.fromkeys(names))
-
-
-def picture_path(text: str) -> Path:
-    """A file that the plot can be written to; better refused now than after all the training."""
-    path = Path(text)
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, got {text!r}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
-    return path
+    save(figure, path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; ``--toy`` changes defaults only, so that an option given beside it holds."""
-    parser = Parser(description="Train a GRU on handwritten digits, row by row, with and without orthogonal gates.")
+    """The options."""
+    parser = Parser(__file__, "Train a GRU on handwritten digits, row by row, with and without orthogonal gates.")
     add = parser.add_argument
     add("--epochs", type=positive_int, default=100, help="passes over the training images (%(default)s)")
     add("--hidden", type=positive_int, default=64, help="size of the hidden state (%(default)s)")
     add("--batch-size", type=positive_int, default=32, help="images a step (%(default)s)")
     add("--lr", type=positive_float, default=3e-3, help="learning rate of every run (%(default)s)")
-    add("--seed", type=int, default=0, help="of the start and the batches, not of the split (%(default)s)")
-    add("--retractions", type=known_retractions, default=DEFAULT_RETRACTIONS, help="comma list (%(default)s)")
-    # Products this small are slower on several threads, by far so where other programs use the cores too.
-    add("--threads", type=positive_int, default=1, help="threads of torch (%(default)s)")
-    add("--plot", type=picture_path, help=f"where the picture goes ({DEFAULT_PLOT.name}, beside this script)")
-    add("--toy", action="store_true", help="seconds, only to see that it runs; the picture goes to a temporary folder")
-    if parser.parse_args(argv).toy:
-        parser.set_defaults(epochs=2, hidden=16)
-    return parser.parse_args(argv)
-
-
-def default_plot(toy: bool) -> Path:
-    """Beside this script; a toy run must not overwrite the picture of a full one."""
-    return Path(tempfile.mkdtemp()) / DEFAULT_PLOT.name if toy else DEFAULT_PLOT
+    known = one_of(RETRACTIONS, "retraction")
+    add("--retractions", type=known, default=DEFAULT_RETRACTIONS, help="comma list (%(default)s)")
+    return parser.parse(argv, toy={"epochs": 2, "hidden": 16}, full={"epochs": 400, "hidden": 256})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, print the table, save the plot."""
+    """Train once without constraint and once with every retraction; print the table, save the plot."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     digits = load_data()
     print(
         f"{len(digits.train)} training and {len(digits.test)} test images (split seed {SPLIT_SEED}); "
         f"{args.epochs} epochs, hidden size {args.hidden}, lr {args.lr:g}, seed {args.seed}"
     )
-    console = Console()
-    results = compare(args, digits, console)
-    console.print(table_of(results))
-    plot = args.plot or default_plot(args.toy)
-    save_plot(results, math.ceil(len(digits.train) / args.batch_size), plot)
-    print(f"plot: {plot}")
+    with Runs() as runs:
+        results = {name: run_once(name, args, digits, runs) for name in (None, *args.retractions)}
+    show(
+        ("optimizer", "test\naccuracy", "largest error\nafter any step", "ms a step\n(median)"),
+        (row_of(retraction, result) for retraction, result in results.items()),
+        caption="error: Frobenius norm of I - W W', the largest of the gates",
+    )
+    save_plot(results, math.ceil(len(digits.train) / args.batch_size), args.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""What the examples share: their options, a progress bar, a table, a picture. Nothing in it is about constraints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")  # writes files only, so that no display is needed
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[examples]"') from None
+
+# Colours of Okabe and Ito, which colour-blind readers can tell apart.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, RED, PINK, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of an example; those that all have are there already.
+
+    Args:
+        script: the example's ``__file__``; its picture lies beside it, under the same name.
+        description: one sentence.
+    """
+
+    def __init__(self, script: str, description: str) -> None:
+        super().__init__(prog=Path(script).name, description=description)
+        self._picture = Path(script).with_suffix(".png")
+
+    def parse(self, argv: Sequence[str] | None, *, toy: dict[str, Any], full: dict[str, Any]) -> argparse.Namespace:
+        """What the user asked for; ``--toy`` and ``--full`` change defaults only: an option given beside them holds."""
+        add = self.add_argument
+        add("--seed", type=int, default=0, help="of the start and the batches (%(default)s)")
+        # Products this small are slower on several threads, by far so where other programs use the cores too.
+        add("--threads", type=positive_int, default=1, help="threads of torch (%(default)s)")
+        add("--plot", type=picture_path, help=f"where the picture goes ({self._picture.name}, beside this script)")
+        size = self.add_mutually_exclusive_group()
+        size.add_argument(
+            "--toy", action="store_true", help="seconds, to see that it runs; the picture goes to a new folder"
+        )
+        size.add_argument("--full", action="store_true", help="the size of the literature, for a patient machine")
+        asked = self.parse_args(argv)
+        self.set_defaults(**(toy if asked.toy else full if asked.full else {}))
+        args = self.parse_args(argv)
+        if args.plot is None:  # a toy run must not overwrite the picture of a real one
+            args.plot = Path(tempfile.mkdtemp()) / self._picture.name if args.toy else self._picture
+        torch.set_num_threads(args.threads)
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """A wrong argument is answered in one line, without the usage; exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    """A whole number above zero."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite and above 0, got {text}")
+    return value
+
+
+def one_of(names: Iterable[str], what: str) -> Callable[[str], list[str]]:
+    """The type of an option that is a comma list of these names, each once."""
+    known = tuple(names)
+
+    def several(text: str) -> list[str]:
+        asked = [name.strip() for name in text.split(",")]
+        for name in asked:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
+        return list(dict.fromkeys(asked))
+
+    return several
+
+
+def picture_path(text: str) -> Path:
+    """A file that the plot can be written to; better refused now than after all the training."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
+class Runs:
+    """A progress bar a run; in a log file, where a bar is no use, one line when a run is done.
+
+    >>> with Runs() as runs:
+    ...     advance = runs.begin("Adam", total=2)
+    ...     advance("loss 0.5")
+    ...     advance("loss 0.4")
+    Adam: loss 0.4
+    """
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=9),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.console.is_interactive,
+        )
+
+    def __enter__(self) -> Runs:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def begin(self, label: str, total: int) -> Callable[[str], None]:
+        """A new run of so many parts; the function returned is told when one is done, and how things stand."""
+        task = self._bars.add_task(f"{label:<25}", total=total, state="")
+        done = 0
+
+        def advance(state: str = "") -> None:
+            nonlocal done
+            done += 1
+            self._bars.update(task, advance=1, state=state)
+            if done == total and not self.console.is_interactive:
+                print(f"{label}: {state}", flush=True)
+
+        return advance
+
+
+def show(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
+    """Print a table: names on the left, figures on the right."""
+    table = Table(caption=caption)
+    for column, title in enumerate(head):
+        table.add_column(title, no_wrap=column == 0, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def panels(count: int, *, width: float = 5.5, height: float = 4.8) -> tuple[Figure, list[Axes]]:
+    """A figure with so many plots side by side."""
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
+    for plot in axes[0]:
+        plot.grid(color="0.9")
+        plot.set_axisbelow(True)
+        plot.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure, and say where it is."""
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+def moving_average(values: Sequence[float], width: int) -> tuple[list[float], list[float]]:
+    """Steps and means of ``width`` neighbouring values, each at the middle of its window."""
+    width = min(width, len(values))
+    means = torch.tensor(values, dtype=torch.float64).unfold(0, width, 1).mean(-1)
+    steps = torch.arange(len(means)) + (width + 1) / 2
+    return steps.tolist(), means.tolist()
