@@ -1,3 +1,5 @@
+"""What holds for every test and doctest."""
+
 import pytest
 import torch
 
