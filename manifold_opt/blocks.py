@@ -6,6 +6,7 @@ tensors' rows can be stacked on, and the ``points`` of such a stack, whatever it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,18 @@ class Blocks:
         """Wide blocks ``(B, p, n)`` of rows, a view."""
         stacked: Tensor = rows.unflatten(self.dim, (-1, self.size)).movedim(self.dim, 0)  # type: ignore[no-untyped-call]
         return stacked.mT if stacked.shape[-2] > stacked.shape[-1] else stacked
+
+    def tall(self, rows: Tensor) -> bool:
+        """Whether the blocks of some rows have more rows than columns."""
+        other = rows.shape[1 - self.dim]
+        return self.size < other if self.dim else self.size > other
+
+    def entries(self, shape: Shape) -> int:
+        """Of one block, in a tensor of a shape."""
+        if not self.flatten:
+            return shape[-2] * shape[-1]
+        along = shape[self.first] if self.first else shape[self.dim]
+        return self.size * (math.prod(shape) // along)
 
     def view(self, tensor: Tensor) -> Tensor:
         """Wide blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""

@@ -3,7 +3,8 @@
 A marked parameter that is large is a bucket of its own: its blocks are viewed, nothing is copied. Small ones alike in
 shape, dtype, device and constraint share buckets: their values and gradients are gathered into workspaces and the
 values written back, and each moment is one tensor ``(B, p, n)``, which the optimizer's state shows in pieces, a view
-a parameter, under torch's keys.
+a parameter, under torch's keys. Where such blocks are not all of their parameter, each parameter has its moments to
+itself, and they are gathered and written back too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .blocks import Blocks, Part, Slices, can_be_viewed, point_norm, points_of
 from .manifolds import Manifold, Orthogonal
-from .precision import working_dtype
+from .precision import LOW, MASTER, working_dtype
 from .products import may_read
 from .room import Room
 
@@ -40,8 +41,8 @@ class Bucket:
         fresh: whether their first gradient is to enter the momentum whole, without dampening.
         versions: of each member when it was last stepped: another one says that it has been written to since.
         moments: what the rule holds, ``(B, *point)`` or ``(B, 1, ..)`` each: views of the members' state, or the
-            storage that their state is a view of.
-        master: points in float32 of members that are stored in less, of which theirs are the rounding.
+            storage that their state is a view of; nothing where moments are ``carried``.
+        master: points in float32 of members that are stored in less, of which theirs are the rounding; likewise.
         ranks: place of each member among all marked parameters of its group.
         steps: ``(members,)`` step counts, as the moments.
         lockstep: the step count of all members where the host knows that it is the same.
@@ -66,6 +67,7 @@ class Bucket:
         self.dtype = first.dtype
         self.real = working_dtype(first.dtype).to_real()  # which torch.compile cannot ask for
         self.gathered = len(self.parameters) > 1 or not can_be_viewed(self.part, first.detach())
+        self.low = first.dtype in LOW
         rows = self.part.rows(first.detach(), copy=True)
         points = self.part.points(rows)
         self.each = len(points)
@@ -77,11 +79,15 @@ class Bucket:
         self._turns = (torch.tensor(self.ranks, device="cpu")[:, None] * len(blocks) + blocks).flatten()
         self._in_turn = int(self._turns[-1] - self._turns[0]) == len(self._turns) - 1
         self.tiny = self.stiefel and self.p <= TINY and self.n <= TINY and self.blocks >= MANY
-        self.tall = isinstance(self.part, Blocks) and rows.shape[0] // self.each > rows.shape[1]
+        self._along = self.part.dim if isinstance(self.part, Blocks) else 0  # where rows are stacked
+        self.carried = self.gathered and isinstance(self.part, Blocks) and self.part.length is not None
+        self._rows = rows.shape[self._along]
+        self.stacked = tuple(
+            length * (len(self.parameters) if dim == self._along else 1) for dim, length in enumerate(rows.shape)
+        )
+        self.tall = isinstance(self.part, Blocks) and self.part.tall(rows)
         self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
-        self._rows = rows.shape[0]
         self._as_they_lie = rows.shape == first.shape and rows.stride() == first.stride()
-        self.stacked = (self._rows * len(self.parameters), *rows.shape[1:])
 
     def view(self, tensors: list[Tensor], role: str, room: Room) -> Tensor:
         """The members' ``tensors`` as points ``(B, *point)``: a view of a lone one, a copy of many."""
@@ -89,25 +95,55 @@ class Bucket:
             # A gradient may come in a memory format that cannot be viewed so; a parameter, here, can.
             return points_of(self.part, tensors[0])
         rows = tensors if self._as_they_lie else [self.part.rows(t, copy=True) for t in tensors]
-        return self.part.points(torch.cat(rows, out=room(role, self.stacked, like=tensors[0])))
+        return self.part.points(torch.cat(rows, self._along, out=room(role, self.stacked, like=tensors[0])))
 
-    def follow(self, values: Tensor) -> None:
+    def storage(self, tensors: list[Tensor]) -> Tensor:
+        """The members' ``tensors`` as rows, a copy that they can be views of."""
+        return torch.cat([self.part.rows(tensor, copy=True) for tensor in tensors], self._along)
+
+    def take(self, room: Room) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The moments, and what is held in float32, of all points: where they lie, or gathered from the members'."""
+        if not self.carried:
+            return self.moments, self.master
+        held = {
+            key: self.view(shown, f"held {key}", room) if self._like_rows(shown) else torch.cat(self._own(shown))
+            for key, shown in self.shown.items()
+            if key != "step"
+        }
+        return held, held.pop(MASTER, None)
+
+    def _like_rows(self, shown: list[Tensor]) -> bool:
+        """Whether there is an entry for every one of a member, not a number a point."""
+        return shown[0].shape == self.parameters[0].shape
+
+    def _own(self, shown: list[Tensor]) -> list[Tensor]:
+        """Of numbers a point, of all parts, those of this one."""
+        return [numbers.narrow(0, self.before, self.each) for numbers in shown]
+
+    def follow(self, values: Tensor, master: Tensor | None) -> None:
         """Let what is held in float32 follow points that have been written to, where the host may not look.
 
         A point that has not moved yet is not the rounding of what is held, which is the nearest to it: entries that
         differ by roundings stay.
         """
-        if self.master is None or may_read(values):
+        if master is None or may_read(values):
             return
-        now, eps, dims = values.to(self.master.dtype), torch.finfo(values.dtype).eps, self.part.dims
-        gap, size = now - self.master, point_norm(now, dims, keepdim=True)
+        now, eps, dims = values.to(master.dtype), torch.finfo(values.dtype).eps, self.part.dims
+        gap, size = now - master, point_norm(now, dims, keepdim=True)
         scale = size / max(1, now.shape[now.ndim - dims :].numel()) ** 0.5  # of an entry
         other = (gap.abs() > 4 * eps * (now.abs() + scale)) | (point_norm(gap, dims, keepdim=True) > eps * size)
-        self.master.copy_(torch.where(other, now, self.master))
+        master.copy_(torch.where(other, now, master))
 
-    def write_back(self, values: Tensor) -> None:
-        """Write points ``(B, *point)`` to the members that they were gathered from."""
-        stacked = (values.mT if self.tall else values).reshape(self.stacked)
+    def write_back(self, values: Tensor, moments: dict[str, Tensor], master: Tensor | None) -> None:
+        """Write points ``(B, *point)``, and what else was gathered of them, to the members that they came from."""
+        if not self.gathered:
+            return
+        if self.carried:
+            self._put(self.parameters, values)
+            for key, held in (moments if master is None else {**moments, MASTER: master}).items():
+                self._put(self.shown[key], held)
+            return
+        stacked = self._stack(values)
         if torch.compiler.is_compiling():
             torch._foreach_copy_(self.parameters, self.split(stacked))
             return
@@ -115,9 +151,22 @@ class Bucket:
             self._written = self.split(stacked)
         torch._foreach_copy_(self.parameters, self._written)
 
+    def _put(self, tensors: list[Tensor], values: Tensor) -> None:
+        """Write points to the rows of the members' tensors, or numbers a point to where they have them."""
+        if not self._like_rows(tensors):
+            torch._foreach_copy_(self._own(tensors), list(values.split(self.each)))  # type: ignore[no-untyped-call]
+            return
+        rows = [self.part.rows(tensor.detach()) for tensor in tensors]
+        torch._foreach_copy_(rows, list(self._stack(values).split(self._rows, self._along)))  # type: ignore[no-untyped-call]
+
+    def _stack(self, values: Tensor) -> Tensor:
+        """Points as the rows that they are a view of."""
+        lying = values.mT if self.tall else values
+        return (lying.movedim(0, self._along) if self._along else lying).reshape(self.stacked)
+
     def split(self, stacked: Tensor) -> list[Tensor]:
         """Rows one below the other, as one tensor a member, of its shape."""
-        pieces = stacked.split(self._rows)  # type: ignore[no-untyped-call]
+        pieces = stacked.split(self._rows, self._along)  # type: ignore[no-untyped-call]
         return [self.part.unlike(piece, p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def count(self, steps: Number) -> None:
@@ -149,6 +198,9 @@ class Bucket:
             room(role, (count, self.p, columns), like=first)
         for role in ("point", "gradient") if self.gathered else ():
             room(role, self.stacked, like=self.parameters[0])
+        for key, shown in self.shown.items() if self.carried else ():
+            if key != "step" and self._like_rows(shown):
+                room(f"held {key}", self.stacked, like=shown[0])
 
     def ask_for(self, temporaries: int) -> None:
         """Take as many times the memory of a piece, and give it back: an accelerator's allocator keeps it for the step.
@@ -212,14 +264,12 @@ def _parts(parameter: Tensor, constraint: Manifold) -> Iterator[tuple[Part, int]
 
 def _small(parameter: Tensor, constraint: Manifold) -> bool:
     """Whether a parameter is to be gathered with others like it."""
-    parts = constraint.parts(parameter.shape)
-    part = parts[0]
-    if isinstance(part, Slices):
-        return parameter.nbytes <= SMALL
-    if len(parts) > 1 or part.dim != 0 or part.length is not None:
-        return False
-    rows = parameter.shape[part.first] if part.flatten else parameter.numel() // parameter.shape[-1]
-    return parameter.nbytes // (rows // part.size) <= SMALL
+    return all(
+        parameter.nbytes <= SMALL
+        if isinstance(part, Slices)
+        else part.entries(parameter.shape) * parameter.element_size() <= SMALL
+        for part in constraint.parts(parameter.shape)
+    )
 
 
 def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:

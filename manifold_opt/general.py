@@ -26,8 +26,9 @@ _LEFT = 1e-6  # of a point, by decoupled decay that would leave nothing
 def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     """Move every point of a bucket along its tangent, and its moments with it."""
     values = bucket.view(bucket.parameters, "point", desk.room)
-    bucket.follow(values)
-    points = values if bucket.master is None else bucket.master
+    state, master = bucket.take(desk.room)
+    bucket.follow(values, master)
+    points = values if master is None else master
     gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", desk.room)  # type: ignore[misc]
     manifold, dims, lr = bucket.constraint, bucket.part.dims, group["lr"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -35,7 +36,7 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     decay = group["weight_decay"] if (manifold.decays if decoupled else manifold.penalized) else 0
     for piece in bucket.pieces():
         x, g = points[piece], gradients[piece].to(points.dtype)
-        held = moments = {key: moment[piece] for key, moment in bucket.moments.items()}
+        held = moments = {key: moment[piece] for key, moment in state.items()}
         g, sound = sound_gradient(g if desk.grad_scale is None else g / desk.grad_scale.to(g), dims, desk)
         g = -g if group["maximize"] else g
         start = x
@@ -60,8 +61,7 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
         x.copy_(_chosen(moved, end, x))
         if points is not values:
             values[piece] = _chosen(moved, end.to(values), values[piece])
-    if bucket.gathered:
-        bucket.write_back(values)
+    bucket.write_back(values, state, master)
 
 
 def _share(t: Number) -> Number:

@@ -20,10 +20,9 @@ from .buckets import Bucket
 from .constraint import Record, constraint_of, described, off_manifold, put_back_, recalled, record_of
 from .direction import from_frame, to_frame
 from .manifolds import Manifold, Orthogonal
-from .precision import LOW, FullPrecision, working_dtype
+from .precision import LOW, MASTER, FullPrecision, working_dtype
 
 Group = dict[str, Any]
-MASTER = "master"  # key of the values in float32 of a parameter of low precision
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -35,18 +34,21 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
         present = [
             _shaped(optimizer.state[p].get(key), key in scalars, p, bucket.constraint) for p in bucket.parameters
         ]
-        if not bucket.gathered:
+        if bucket.carried or not bucket.gathered:
             shown = present
-            if key not in scalars and not can_be_viewed(bucket.part, present[0]):  # it lies as where it was loaded from
-                present[0] = torch.empty_like(bucket.parameters[0], dtype=present[0].dtype).copy_(present[0])
-            own = present[0][bucket.before : bucket.before + bucket.each] if key in scalars else present[0]
+            if key not in scalars:
+                shown = [_lying(bucket.part, m, p) for m, p in zip(present, bucket.parameters, strict=True)]
+        if bucket.carried:
+            pass
+        elif not bucket.gathered:
+            own = shown[0][bucket.before : bucket.before + bucket.each] if key in scalars else shown[0]
             bucket.moments[key] = own if key in scalars else bucket.part.view(own)
         elif key in scalars:
             storage = torch.cat(present)
             shown = list(storage.split(bucket.each))  # type: ignore[no-untyped-call]
             bucket.moments[key] = storage
         else:
-            storage = torch.cat([bucket.part.rows(moment, copy=True) for moment in present])
+            storage = bucket.storage(present)
             shown = bucket.split(storage)
             bucket.moments[key] = bucket.part.points(storage)
         bucket.shown[key] = shown
@@ -59,7 +61,7 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
 def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
     """Give members of low precision their values in float32: those they have, new ones from the nearest points."""
     bucket.master = None
-    if bucket.dtype not in LOW:
+    if not bucket.low:
         for parameter in bucket.parameters:
             optimizer.state[parameter].pop(MASTER, None)
         return
@@ -70,14 +72,21 @@ def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
             master = parameter.detach().float()
             put_back_(master, off_manifold(master, bucket.constraint))
         masters.append(master.to(parameter.device, torch.float32))
-    if bucket.gathered:
-        storage = torch.cat([bucket.part.rows(master, copy=True) for master in masters])
+    if bucket.gathered and not bucket.carried:
+        storage = bucket.storage(masters)
         masters, bucket.master = bucket.split(storage), bucket.part.points(storage)
-    else:
+    elif not bucket.gathered:
         bucket.master = bucket.part.view(masters[0])
     bucket.shown[MASTER] = masters
     for parameter, master in zip(bucket.parameters, masters, strict=True):
         optimizer.state[parameter][MASTER] = master
+
+
+def _lying(part: Part, moment: Tensor, parameter: Tensor) -> Tensor:
+    """A moment that can be viewed as points, as its parameter can: a loaded one lies as where it came from."""
+    if can_be_viewed(part, moment):
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def _hold_count(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:

@@ -214,8 +214,8 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
         for bucket in new.buckets:
             bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
             optimizer._tally.prepare(bucket.parameters[0].device)
-            bucket.reserve(optimizer._room)
             hold(optimizer, group, bucket, *new.keys)
+            bucket.reserve(optimizer._room)
     known = {id(p) for p in new.members}
     new.versions = {key: version for key, version in versions.items() if key in known}
     return new

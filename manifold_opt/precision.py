@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 LOW = (torch.bfloat16, torch.float16)  # what a parameter may be stored in, but not moved in
+MASTER = "master"  # key of the values in float32 of such a parameter in an optimizer's state
 _FULL = ("ieee", "none")
 _BACKENDS: tuple[Any, ...] = tuple(
     backend.matmul

@@ -21,10 +21,9 @@ from . import general, walk
 from .blocks import point_norm, points_of, put_
 from .buckets import Bucket
 from .desk import Desk
-from .moments import MASTER
 from .options import Group
 from .plan import SCALED, Before, Plan, Rest, refuse
-from .precision import FullPrecision, warn_unless_full, without_autocast
+from .precision import MASTER, FullPrecision, warn_unless_full, without_autocast
 from .products import may_read
 from .retractions import RETRACTIONS
 from .rules import Rule
@@ -123,7 +122,7 @@ def _restore(optimizer: Any) -> None:
     for plan, group in zip(optimizer._plans, optimizer.param_groups, strict=True):
         inexact = not RETRACTIONS[group["retraction"]].exact
         for bucket in plan.buckets:
-            if bucket.master is None and [p._version for p in bucket.parameters] == bucket.versions:
+            if not bucket.low and [p._version for p in bucket.parameters] == bucket.versions:
                 continue
             pairs = zip(bucket.parameters, bucket.versions, strict=True)
             # What is held in float32 shows even what has been written through .data.
@@ -152,7 +151,7 @@ def _shows(optimizer: Any, parameter: Tensor) -> bool:
 def _looked_at(optimizer: Any, bucket: Bucket, written: list[Tensor], slack: float) -> list[Found]:
     """What is to be written to members that were written to, and to what is held of them in float32."""
     members = [p.detach() for p in written]
-    if bucket.master is None:
+    if not bucket.low:
         return [(bucket, members, *_off(bucket, members, slack))]
     masters = [optimizer.state[p][MASTER] for p in written]
     overwritten, off, values = _overwritten(bucket, members, masters)

@@ -11,10 +11,9 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .moments import MASTER
 from .options import Group
 from .plan import SCALED, Rest
-from .precision import working_dtype
+from .precision import MASTER, working_dtype
 
 Lists = tuple[Any, ...]
 

@@ -26,8 +26,9 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     assert isinstance(bucket.constraint, Orthogonal)
     room, gain = desk.room, bucket.constraint.gain
     values = bucket.view(bucket.parameters, "point", room)
-    bucket.follow(values)
-    points = values if bucket.master is None else bucket.master
+    state, master = bucket.take(room)
+    bucket.follow(values, master)
+    points = values if master is None else master
     gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", room)  # type: ignore[misc]
     lr = group["lr"] * (group["orthogonal_lr_scale"] / gain)
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -35,7 +36,7 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     across = bucket.tiny and may_read(points) and group["retraction"] in ("orthographic", "polar")
     for piece in bucket.pieces(across):
         point, g = points[piece], gradients[piece].to(points.dtype)
-        moments = held = {key: moment[piece] for key, moment in bucket.moments.items()}
+        moments = held = {key: moment[piece] for key, moment in state.items()}
         w = point
         if across:
             w, g = room.across("w", point), room.across("g", g)
@@ -55,8 +56,7 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
         for key, moment in moments.items():
             if moment is not held[key]:
                 held[key].copy_(moment)
-    if bucket.gathered:
-        bucket.write_back(values)
+    bucket.write_back(values, state, master)
 
 
 def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk, due: slice | Tensor) -> Tensor | None:
