@@ -100,8 +100,9 @@ def start(library: str, *values: Tensor, rule: str = "Adam", lr: float = 0.01, *
         held = [geoopt.ManifoldParameter(value.clone(), manifold=geoopt.Stiefel(**options)) for value in values]
         return Run(held, getattr(geoopt.optim, f"Riemannian{rule}")(held, lr=lr), lambda: held)
     if library == "pogo":
+        tall = values[0].shape[0] > values[0].shape[1]
         held = [nn.Parameter(value.clone()[None]) for value in values]
         base = getattr(peer("pogo.base"), {"Adam": "VectorAdam"}.get(rule, rule))()
-        return Run(held, peer("pogo").POGO(held, base, lr, **options), lambda: [p[0] for p in held])
+        return Run(held, peer("pogo").POGO(held, base, lr, rows=not tall, **options), lambda: [p[0] for p in held])
     held = [mark_orthogonal(nn.Parameter(value.clone())) for value in values]
     return Run(held, getattr(manifold_opt, rule)(held, lr=lr, **options), lambda: held)
