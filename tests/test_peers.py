@@ -1,123 +1,107 @@
-"""What README's table says of the others, and of this package beside them: a test a row.
+"""README's table "Beside the others", read down: a class a row, a test a cell, tried on the packages themselves.
 
-Those of geotorch and POGO run where the extra ``compare`` is installed.
+The other rows are in test_peers_values.py. Those of geotorch and POGO run where the extra ``compare`` is installed.
 """
 
-import importlib
-import io
 import math
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import orthogonal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manifold_opt import Adam, mark_orthogonal, mark_recurrent, orthogonality_error
+import manifold_opt
+from manifold_opt import mark_orthogonal, mark_recurrent
 
 from .helpers import gaussian
+from .peers import noise, off, parametrized, peer, start
 
 geoopt = pytest.importorskip("geoopt")
-STEPS = 20
+EYE = torch.eye(8)
 
 
-def peer(name):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ImportError:
-        pytest.skip(f"{name} is not installed: pip install manifold-opt[compare]")
+def gates_of(gru):
+    return gru.weight_hh_l0.detach().unflatten(0, (3, 8))
 
 
-def pogo(parameters, lr):
-    return peer("pogo").POGO(parameters, peer("pogo.base").VectorAdam(), lr)
+class TestGates:
+    """gates of one `weight_hh`."""
+
+    def stacked(self, library):
+        """Of the 3H x H stack the whole has orthonormal columns; its gates are a long way off."""
+        gru = parametrized(library, nn.GRU(4, 8), "weight_hh_l0")
+        assert off(gru.weight_hh_l0) < 1e-5
+        assert off(gates_of(gru)) > 1
+
+    def test_torch(self):
+        self.stacked("torch")
+
+    def test_geotorch(self):
+        self.stacked("geotorch")
+
+    def test_geoopt(self):
+        manifold = geoopt.Stiefel()
+        stack = geoopt.ManifoldParameter(manifold.projx(gaussian(24, 8)), manifold=manifold)
+        assert off(stack) < 1e-5
+        assert off(stack.detach().unflatten(0, (3, 8))) > 1
+
+    def test_pogo(self):
+        stack = nn.Parameter(gaussian(24, 8))
+        opt = peer("pogo").POGO([stack], peer("pogo.base").SGD(), 0.01)
+        stack.grad = noise(0, stack)
+        with pytest.raises(AssertionError, match="shaped"):
+            opt.step()
+
+    def test_ours(self):
+        gru, some = nn.GRU(4, 8), nn.GRU(4, 8)
+        mark_recurrent(gru)
+        assert off(gates_of(gru)) < 1e-5
+        mark_orthogonal(some, "weight_hh_l0", which=(2,))
+        assert off(gates_of(some)[2]) < 1e-5
+        assert off(gates_of(some)[:2]) > 1
 
 
-def off(w):
-    """The largest distance from unitary of some matrices."""
-    w = w.detach().to(torch.complex128)
-    return float(torch.linalg.matrix_norm(w @ w.mH - torch.eye(w.shape[-2])).max())
+class TestName:
+    """the weight is the parameter, under its own name."""
 
+    def computed(self, library):
+        layer = parametrized(library, nn.Linear(8, 8))
+        assert "weight" not in layer.state_dict()
+        assert "weight" not in dict(layer.named_parameters())
 
-def noise(step, like):
-    real, imaginary = (gaussian(*like.shape, seed=2 * step + part) for part in (0, 1))
-    return (torch.complex(real, imaginary) if like.is_complex() else real).to(like.dtype)
-
-
-def started(library, dtype=torch.float32, n=8, count=1, lr=0.01):
-    """Square parameters and an optimizer of one that keeps the parameter itself on the manifold."""
-    values = [torch.eye(n, dtype=dtype) for _ in range(count)]
-    if library == "geoopt canonical":
-        parameters = [geoopt.ManifoldParameter(value, manifold=geoopt.Stiefel()) for value in values]
-        return parameters, geoopt.optim.RiemannianAdam(parameters, lr=lr)
-    if library == "geoopt euclidean":
-        parameters = [geoopt.ManifoldParameter(value, manifold=geoopt.EuclideanStiefel()) for value in values]
-        return parameters, geoopt.optim.RiemannianAdam(parameters, lr=lr)
-    if library == "pogo":
-        parameters = [nn.Parameter(value[None]) for value in values]
-        return parameters, pogo(parameters, lr)
-    parameters = [mark_orthogonal(nn.Parameter(value)) for value in values]
-    return parameters, Adam(parameters, lr=lr)
-
-
-def trained(library, dtype=torch.float32, steps=STEPS, **options):
-    (w, *_), opt = started(library, dtype, **options)
-    for step in range(steps):
-        w.grad = noise(step, w)
+    def kept(self, layer, opt):
+        """After a step the keys are those of a plain layer, and the weight is a parameter, orthogonal and moved."""
+        assert list(layer.state_dict()) == list(nn.Linear(8, 8).state_dict())
+        before = layer.weight.detach().clone()
+        layer.weight.grad = noise(0, before)
         opt.step()
-    return w.detach()
+        assert isinstance(layer.weight, nn.Parameter)
+        assert off(layer.weight) < 1e-4
+        assert not torch.equal(layer.weight, before)
 
+    def test_torch(self):
+        self.computed("torch")
 
-def parametrized(library, module, name="weight", **options):
-    return orthogonal(module, name, **options) if library == "torch" else peer("geotorch").orthogonal(module, name)
+    def test_geotorch(self):
+        self.computed("geotorch")
 
+    def test_geoopt(self):
+        layer = nn.Linear(8, 8)
+        layer.weight = geoopt.ManifoldParameter(EYE.clone(), manifold=geoopt.Stiefel())
+        self.kept(layer, geoopt.optim.RiemannianAdam(layer.parameters(), lr=0.01))
 
-def trained_parametrized(library, lr, **options):
-    layer = nn.Linear(8, 8)
-    parametrized(library, layer, **options)
-    opt = torch.optim.Adam(layer.parameters(), lr=lr)
-    for step in range(STEPS):
-        opt.zero_grad()
-        (layer.weight * noise(step, layer.weight)).sum().backward()
-        opt.step()
-    return layer.weight.detach()
+    def test_pogo(self):
+        layer = nn.Linear(8, 8)
+        layer.weight.data = EYE.clone()
+        made = peer("pogo").POGO([layer.weight], peer("pogo.base").VectorAdam(), 0.01, flatten_fn=lambda w: w[None])
+        self.kept(layer, made)
 
-
-@pytest.mark.parametrize("library", ["torch", "geotorch"])
-def test_gates(library):
-    """Of the (3H, H) stack the whole has orthonormal columns; its gates are a long way off."""
-    gru = nn.GRU(4, 8)
-    parametrized(library, gru, "weight_hh_l0")
-    assert off(gru.weight_hh_l0.mT) < 1e-5
-    assert off(gru.weight_hh_l0.unflatten(0, (3, 8))) > 1
-    ours = nn.GRU(4, 8)
-    mark_recurrent(ours)
-    assert off(ours.weight_hh_l0.unflatten(0, (3, 8))) < 1e-5
-
-
-def test_gates_of_those_that_move_the_parameter():
-    stack = gaussian(24, 8, dtype=torch.float32)
-    manifold = geoopt.Stiefel()
-    weight = geoopt.ManifoldParameter(manifold.projx(stack), manifold=manifold)
-    assert off(weight.mT) < 1e-5
-    assert off(weight.detach().unflatten(0, (3, 8))) > 1
-    parameter = nn.Parameter(stack)
-    opt = pogo([parameter], 0.01)
-    parameter.grad = noise(0, stack)
-    with pytest.raises(AssertionError, match="shaped"):
-        opt.step()
-
-
-@pytest.mark.parametrize("library", ["torch", "geotorch"])
-def test_the_weight_is_the_parameter(library):
-    layer, plain = nn.Linear(8, 8), nn.Linear(8, 8)
-    keys = list(plain.state_dict())
-    parametrized(library, layer)
-    assert "weight" not in layer.state_dict()
-    mark_orthogonal(plain, "weight")
-    assert list(plain.state_dict()) == keys
+    def test_ours(self):
+        layer = nn.Linear(8, 8)
+        weight = layer.weight
+        mark_orthogonal(layer, "weight")
+        self.kept(layer, manifold_opt.Adam(layer.parameters(), lr=0.01))
+        assert layer.weight is weight
 
 
 class Operations(TorchDispatchMode):
@@ -130,164 +114,168 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("library", "together"), [("geoopt euclidean", False), ("pogo", False), ("ours", True)])
-def test_small_matrices_of_many_parameters_move_together(library, together):
-    """Ten parameters take nine times the operations of one, or not twice."""
-    counts = []
-    for count in (1, 10):
-        parameters, opt = started(library, count=count)
-        for step in range(2):
-            for p in parameters:
-                p.grad = noise(step, p)
+class TestTogether:
+    """small matrices of many parameters move together."""
+
+    def growth(self, library):
+        """How many times the operations of one parameter ten take."""
+        counts = []
+        for count in (1, 10):
+            run = start(library, *[EYE] * count)
+            run.train(1)
+            for p in run.parameters:
+                p.grad = noise(1, p)
             with Operations() as operations:
-                opt.step()
-        counts.append(operations.count)
-    assert (counts[1] < 2 * counts[0]) if together else (counts[1] > 9 * counts[0])
+                run.weights()
+                run.opt.step()
+            counts.append(operations.count)
+        return counts[1] / counts[0]
+
+    def test_torch(self):
+        assert self.growth("torch") > 8
+
+    def test_geotorch(self):
+        assert self.growth("geotorch") > 8
+
+    def test_geoopt(self):
+        assert self.growth("geoopt") > 8
+
+    def test_pogo(self):
+        assert self.growth("pogo") > 8
+
+    def test_ours(self):
+        assert self.growth("ours") < 2
 
 
-@pytest.mark.parametrize(("library", "kind"), [("geoopt euclidean", True), ("pogo", False), ("ours", True)])
-def test_an_instance_of_torchs_adam(library, kind):
-    assert isinstance(started(library)[1], torch.optim.Adam) == kind
+class TestOptimizers:
+    """trained by."""
 
+    def any_of_torchs(self, library):
+        for rule in ("SGD", "Adam", "RMSprop", "Adagrad", "NAdam"):
+            assert off(start(library, EYE, rule=rule).train()) < 1e-4
 
-def test_a_closure_is_called():
-    """POGO's step takes one and leaves it."""
-    called = []
-    for library in ("pogo", "ours"):
-        (w,), opt = started(library)
+    def test_torch(self):
+        self.any_of_torchs("torch")
+
+    def test_geotorch(self):
+        self.any_of_torchs("geotorch")
+
+    def test_geoopt(self):
+        names = {name for name in dir(geoopt.optim) if "Riemannian" in name}
+        assert {name.partition("Riemannian")[2] for name in names} == {"SGD", "Adam", "LineSearch"}
+        for rule in ("SGD", "Adam"):
+            assert off(start("geoopt", EYE, rule=rule, canonical=False).train()) < 1e-5
+        (w,) = start("geoopt", EYE).parameters
+        opt = geoopt.optim.RiemannianLineSearch([w])
+
+        def closure():
+            opt.zero_grad()
+            loss = (w - w.manifold.projx(gaussian(8, 8, dtype=torch.float32))).square().sum()
+            loss.backward()
+            return loss
+
+        losses = [opt.step(closure).detach() for _ in range(2)]
+        assert losses[1] < losses[0]
+        assert off(w) < 1e-5
         w.grad = noise(0, w)
-        opt.step(lambda: called.append(library))  # noqa: B023
-    assert called == ["ours"]
+        torch.optim.Adam([w], lr=0.1).step()
+        assert off(w) > 0.1
+
+    def test_pogo(self):
+        run, called = start("pogo", EYE), []
+        assert not isinstance(run.opt, torch.optim.Adam | torch.optim.SGD)
+        run.opt.step(lambda: called.append("pogo"))
+        assert not called
+
+    def test_ours(self):
+        for rule in ("SGD", "Adam", "AdamW"):
+            run, called = start("ours", EYE, rule=rule), []
+            assert isinstance(run.opt, getattr(torch.optim, rule))
+            assert off(run.train()) < 1e-5
+            run.opt.step(lambda called=called: called.append("ours"))
+            assert called
 
 
-@pytest.mark.parametrize(("library", "bound"), [("geoopt canonical", 1e-3), ("geoopt euclidean", 1e-5), ("ours", 1e-5)])
-def test_a_large_learning_rate(library, bound):
-    assert off(trained(library, lr=1e4)) < bound
+class TestLearningRate:
+    """after steps at a learning rate of 10,000 it is off by."""
+
+    def error(self, library, **options):
+        return off(start(library, EYE, lr=1e4, **options).train())
+
+    def test_torch(self):
+        assert self.error("torch", orthogonal_map="cayley") < 1e-5
+        assert self.error("torch", orthogonal_map="householder") < 1e-5
+        assert 0.05 < self.error("torch", orthogonal_map="matrix_exp") < 0.3
+
+    def test_geotorch(self):
+        assert 0.05 < self.error("geotorch") < 0.3
+
+    def test_geoopt(self):
+        assert self.error("geoopt", canonical=False) < 1e-5
+        assert 1e-5 < self.error("geoopt", canonical=True) < 1e-3
+
+    def test_pogo(self):
+        assert math.isnan(off(start("pogo", EYE, lr=10.0).train()))
+
+    def test_ours(self):
+        assert self.error("ours") < 1e-5
 
 
-def test_a_large_learning_rate_of_pogo():
-    assert math.isnan(off(trained("pogo", lr=10.0)))
+class TestStart:
+    """starts from any value."""
+
+    def layer(self, value):
+        layer = nn.Linear(8, 8)
+        layer.weight.data = value.clone()
+        return layer
+
+    def test_torch(self):
+        """At the Q of its QR decomposition; at the value itself where it is orthogonal."""
+        value = gaussian(8, 8, dtype=torch.float32)
+        q, r = torch.linalg.qr(value)
+        torch.testing.assert_close(parametrized("torch", self.layer(value)).weight.detach(), q * r.diagonal().sign())
+        torch.testing.assert_close(parametrized("torch", self.layer(EYE)).weight.detach(), EYE)
+
+    def test_geotorch(self):
+        """What was there is gone, even if it was orthogonal; what is assigned has to be."""
+        layer = parametrized("geotorch", self.layer(EYE))
+        assert off(layer.weight) < 1e-5
+        assert float((layer.weight - EYE).detach().norm()) > 0.1
+        with pytest.raises(peer("geotorch.exceptions").InManifoldError):
+            layer.weight = gaussian(8, 8, dtype=torch.float32)
+
+    def test_geoopt(self):
+        assert off(start("geoopt", gaussian(8, 8)).parameters[0]) > 1
+
+    def test_pogo(self):
+        assert off(start("pogo", gaussian(8, 8)).parameters[0]) > 1
+
+    def test_ours(self):
+        value = gaussian(8, 8)
+        u, _, vh = torch.linalg.svd(value)
+        torch.testing.assert_close(start("ours", value).parameters[0].detach(), u @ vh)
 
 
-@pytest.mark.parametrize(
-    ("library", "options", "good"),
-    [
-        ("torch", {"orthogonal_map": "matrix_exp"}, False),
-        ("torch", {"orthogonal_map": "cayley"}, True),
-        ("torch", {"orthogonal_map": "householder"}, True),
-        ("geotorch", {}, False),
-    ],
-)
-def test_a_large_learning_rate_of_parametrizations(library, options, good):
-    torch.manual_seed(0)
-    error = off(trained_parametrized(library, 1e4, **options))
-    assert error < 1e-5 if good else 0.003 < error < 0.3
+class TestWide:
+    """wide matrices."""
 
+    def trained(self, library):
+        weight = start(library, torch.eye(3, 6)).train()
+        assert weight.shape == (3, 6)
+        assert off(weight) < 1e-4
 
-def test_any_value_is_a_start():
-    """geoopt takes it as it is given; POGO too."""
-    value = gaussian(8, 8, dtype=torch.float32)
-    assert off(geoopt.ManifoldParameter(value.clone(), manifold=geoopt.Stiefel())) > 1
-    parameter = nn.Parameter(value.clone()[None])
-    pogo([parameter], 0.01)
-    assert off(parameter) > 1
-    assert off(mark_orthogonal(nn.Parameter(value.clone()))) < 1e-5
+    def test_torch(self):
+        self.trained("torch")
 
+    def test_geotorch(self):
+        self.trained("geotorch")
 
-def test_wide_matrices():
-    wide = torch.eye(3, 6)
-    with pytest.raises(ValueError, match="shape"):
-        geoopt.ManifoldParameter(wide.clone(), manifold=geoopt.Stiefel())
-    assert orthogonality_error(mark_orthogonal(nn.Parameter(wide.clone()))) < 1e-6
+    def test_geoopt(self):
+        with pytest.raises(ValueError, match="shape"):
+            start("geoopt", torch.eye(3, 6))
 
+    def test_pogo(self):
+        self.trained("pogo")
 
-@pytest.mark.filterwarnings("ignore:Complex modules")
-def test_unitary_matrices_of_others():
-    with pytest.raises(ValueError, match="complex"):
-        orthogonal(nn.Linear(4, 4, dtype=torch.complex64), orthogonal_map="householder")
-    for name in ("matrix_exp", "cayley"):
-        assert off(orthogonal(nn.Linear(4, 4, dtype=torch.complex64), orthogonal_map=name).weight) < 1e-5
-    assert off(trained("geoopt canonical", torch.complex64, lr=0.1)) > 0.1  # and says nothing
-    with pytest.raises(NotImplementedError):
-        trained("geoopt euclidean", torch.complex64)
-    assert off(trained("ours", torch.complex64, lr=0.1)) < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:Complex modules")
-def test_unitary_matrices_of_geotorch_and_pogo():
-    with pytest.raises(NotImplementedError):
-        parametrized("geotorch", nn.Linear(4, 4, dtype=torch.complex64))
-    assert off(trained("pogo", torch.complex64)) < 1e-4
-
-
-@pytest.mark.parametrize("library", ["torch", "geotorch"])
-def test_bfloat16_of_parametrizations(library):
-    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
-    with pytest.raises((NotImplementedError, TypeError)):
-        off(parametrized(library, layer).weight)
-
-
-def test_bfloat16():
-    """POGO holds everything in bfloat16; here values and moments are held in float32 behind it."""
-    for manifold in ("geoopt canonical", "geoopt euclidean"):
-        with pytest.raises(NotImplementedError):
-            trained(manifold, torch.bfloat16)
-    (w,), opt = started("ours", torch.bfloat16, lr=1e-4)
-    for step in range(STEPS):
-        w.grad = noise(step, w)
-        opt.step()
-    assert {value.dtype for value in opt.state[w].values()} == {torch.float32}
-    assert torch.equal(opt.state[w]["master"].bfloat16(), w)
-
-
-def test_bfloat16_of_pogo():
-    (w,), opt = started("pogo", torch.bfloat16)
-    w.grad = noise(0, w)
-    opt.step()
-    moments = [x for x in opt.state[w].values() if isinstance(x, torch.Tensor) and x.numel() > 1]
-    assert {x.dtype for x in moments} <= {torch.bfloat16}
-    assert off(w) < 0.05
-
-
-@pytest.mark.parametrize(
-    ("library", "finite"),
-    [("geoopt canonical", False), ("geoopt euclidean", False), ("pogo", False), ("ours", True)],
-)
-def test_a_gradient_that_is_not_finite(library, finite):
-    (w,), opt = started(library)
-    w.grad = torch.full_like(w, torch.nan)
-    opt.step()
-    assert bool(w.isfinite().all()) == finite
-
-
-@pytest.mark.parametrize("library", ["torch", "geotorch"])
-def test_a_gradient_that_is_not_finite_of_parametrizations(library):
-    layer = nn.Linear(4, 4)
-    parametrized(library, layer)
-    original = layer.parametrizations.weight.original
-    original.grad = torch.full_like(original, torch.nan)
-    torch.optim.Adam(layer.parameters()).step()
-    assert not bool(layer.weight.isfinite().any())
-
-
-@pytest.mark.parametrize(("library", "good"), [("geoopt canonical", True), ("pogo", False), ("ours", True)])
-def test_a_checkpoint(library, good):
-    (w,), opt = started(library)
-    w.grad = noise(0, w)
-    opt.step()
-    file = io.BytesIO()
-    if not good:
-        with pytest.raises(Exception, match=r"pickle|Pickl"):
-            torch.save(opt.state_dict(), file)
-        return
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
-    assert torch.load(file, weights_only=True)["param_groups"]
-
-
-def test_other_constraints():
-    from torch.nn.utils import parametrizations
-
-    assert {"weight_norm", "spectral_norm"} <= set(dir(parametrizations))
-    assert {"Sphere", "PoincareBall", "Lorentz", "SymmetricPositiveDefinite"} <= set(dir(geoopt))
-    assert {"low_rank", "positive_definite", "sphere"} <= set(dir(peer("geotorch")))
+    def test_ours(self):
+        self.trained("ours")
