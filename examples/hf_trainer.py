@@ -15,9 +15,11 @@ weights. The data are the 1,797 real 8 x 8 images that come with scikit-learn, r
 
 What to expect, in about two minutes on one core:
 
-- The 16 marked heads have orthonormal columns to the rounding of float32 after every step.
+- The 16 marked heads have orthonormal columns to the rounding of float32, 4e-7, after every step; with the Trainer's
+  own AdamW their error goes to 1.
 - The run that was resumed from the checkpoint of the middle ends with the same bits as the one that went through.
-- Weight decay makes no difference to the marked heads; with the Trainer's own AdamW they leave the orthonormal ones.
+- Weight decay, ten times as much in the last run, does not shrink the marked heads.
+- All name 90 to 93 % of the test images; with 449 of those nothing is to be read into that.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from manifold_opt import AdamW, check, mark_orthogonal, orthogonality_error
 from manifold_opt.compare.data import MissingDataError, digits
 
 try:
+    import accelerate  # noqa: F401  (without it there is no Trainer)
     import transformers
     from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 except ModuleNotFoundError as missing:

@@ -161,48 +161,45 @@ def test_lightnings_averages(kind, ours, tmp_path):
 # Accelerate.
 
 
+class Accelerated:
+    """A model with everything that Accelerate prepares for it."""
+
+    def __init__(self, precision, seed):
+        accelerate = wanted("accelerate")
+        torch.manual_seed(seed)
+        self.plain = nn.Sequential(nn.Flatten(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 3))
+        mark_orthogonal(self.plain[1], "weight", blocks=2)
+        self.inner = Adam(self.plain.parameters(), lr=0.02)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(self.inner, 0.9)
+        self.accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+        self.model, self.opt, self.schedule, self.batches = self.accelerator.prepare(
+            self.plain, self.inner, schedule, DataLoader(sequences(), 8)
+        )
+
+    def train(self):
+        for x, y in self.batches:
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(cross_entropy(self.model(x), y))
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.opt.step()
+                self.schedule.step()
+                self.opt.zero_grad()
+
+
 @pytest.mark.usefixtures("_left_as_it_was")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_trains_and_resumes(precision, tmp_path):
-    accelerator = wanted("accelerate").Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
-    data, runs = sequences(), []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 3))
-        mark_orthogonal(model[1], "weight", blocks=2)
-        opt = Adam(model.parameters(), lr=0.02)
-        schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
-        prepared = accelerator.prepare(model, opt, schedule, DataLoader(data, 8))
-        runs.append((model, opt, *prepared))
-        accelerator._models, accelerator._optimizers, accelerator._schedulers = [], [], []  # one model at a time
-
-    def train(run):
-        _, _, wrapped, opt, schedule, batches = run
-        for x, y in batches:
-            with accelerator.accumulate(wrapped):
-                accelerator.backward(cross_entropy(wrapped(x), y))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-                opt.step()
-                schedule.step()
-                opt.zero_grad()
-
-    def hold(run):
-        _, _, wrapped, opt, schedule, _ = run
-        accelerator._models, accelerator._optimizers, accelerator._schedulers = [wrapped], [opt], [schedule]
-
-    first, second = runs
-    train(first)
-    hold(first)
-    accelerator.save_state(tmp_path)
-    train(first)
-    hold(second)
-    accelerator.load_state(tmp_path)
-    train(second)
-    assert same(first[0], second[0])
-    assert off(first[0]) < 1
-    assert check(first[2], first[3].optimizer) == []
-    assert first[3].optimizer is first[1]
+    run, other = Accelerated(precision, seed=0), Accelerated(precision, seed=1)
+    run.train()
+    run.accelerator.save_state(tmp_path)
+    run.train()
+    other.accelerator.load_state(tmp_path)
+    other.train()
+    assert same(run.plain, other.plain)
+    assert off(run.plain) < 1
+    assert run.opt.optimizer is run.inner
+    assert check(run.model, run.inner) == []
 
 
 # transformers.
