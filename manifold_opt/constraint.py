@@ -50,6 +50,11 @@ def put_back_(parameter: Tensor, found: list[tuple[Part, Tensor, Tensor]]) -> No
         put_(part, parameter.detach(), off, values)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, of which a process holds a part. To import that class takes long."""
+    return hasattr(parameter, "placements")
+
+
 def record_of(constraint: Manifold | None) -> Record | None:
     """A constraint as primitives, which a checkpoint can hold: its name, and what it is made of."""
     if constraint is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .constraint import DTYPES, attach, constraint_of, off_manifold, put_back_
+from .constraint import DTYPES, attach, constraint_of, is_sharded, off_manifold, put_back_
 from .manifolds import Manifold
 from .survival import record
 
@@ -94,6 +94,11 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
         return f"must be a tensor or a module, got {type(parameter).__name__}."
     if is_lazy(parameter):
         return "is lazy and has no shape yet; run one batch through the module first."
+    if is_sharded(parameter):
+        return (
+            "is sharded, a DTensor: no process has its matrices whole. Mark it before it is sharded, and leave it out, "
+            "as with fully_shard(module, ignored_params={parameter})."
+        )
     shape = tuple(parameter.shape)
     if not parameter.is_leaf:
         return (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from .constraint import constraint_of, off_manifold, put_back_, was_unmarked
+from .constraint import constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
 from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import kept_by
 from .options import check_marked
@@ -44,7 +44,7 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place. Mark it again and build the optimizer anew.
     the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's: build the optimizer anew.
     """  # noqa: E501
-    opt = getattr(opt, "optim", opt)  # what torch's ZeroRedundancyOptimizer wraps
+    opt = _unwrapped(opt)
     ours = hasattr(opt, "_plans")
     marks: dict[Tensor, Manifold | None] = getattr(opt, "_marks", {})
     moved = {id(p): group for group in opt.param_groups for p in group["params"]}
@@ -78,6 +78,15 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     return problems
 
 
+def _unwrapped(opt: Any) -> Any:
+    """What torch's ZeroRedundancyOptimizer (optim) and Accelerate (optimizer) wrap."""
+    for name in ("optim", "optimizer"):
+        inner = getattr(opt, name, None)
+        if not hasattr(opt, "_plans") and hasattr(inner, "param_groups"):
+            return _unwrapped(inner)
+    return opt
+
+
 def _lost(model: nn.Module) -> Iterator[str]:
     """Parameters that have taken the place of marked ones and are not marked."""
     for path, module in model.named_modules():
@@ -88,15 +97,18 @@ def _lost(model: nn.Module) -> Iterator[str]:
                 continue
             yield (
                 f"{f'{path}.{leaf}' if path else leaf} has lost its constraint {constraint}: "
-                f"{_what_became_of(marked, now)}. "
-                "Mark it again and build the optimizer anew."
+                f"{_what_became_of(marked, now)}"
             )
 
 
 def _what_became_of(marked: Tensor, now: object) -> str:
+    if isinstance(now, Tensor) and is_sharded(now):
+        return "it has been sharded. Leave it out, as with fully_shard(module, ignored_params={parameter})."
     if now is marked:
-        return "it was converted"
-    return "another parameter has taken its place" if isinstance(now, Tensor) else "it is there no more"
+        became = "it was converted"
+    else:
+        became = "another parameter has taken its place" if isinstance(now, Tensor) else "it is there no more"
+    return f"{became}. Mark it again and build the optimizer anew."
 
 
 def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:

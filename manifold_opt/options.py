@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .blocks import can_be_moved, point_norm, points_of
+from .blocks import point_norm, points_of
 from .constraint import DTYPES, adopt, constraint_of, was_unmarked
 from .direction import ADAM
 from .manifolds import Manifold, Orthogonal
@@ -103,14 +103,9 @@ def check_marked(name: str, parameter: Tensor, group: Group) -> None:
     constraint = constraint_of(parameter)
     if isinstance(constraint, Orthogonal) and constraint.which is not None:
         _check_rest(name, parameter, group)
-    problem = None if constraint is None or isinstance(constraint, Orthogonal) else constraint.problem(parameter)
+    problem = None if constraint is None else constraint.problem(parameter)
     if problem:
         raise ValueError(f"{name}: a marked parameter of shape {shape} {problem}")
-    if isinstance(constraint, Orthogonal) and not can_be_moved(constraint.parts(shape), parameter.detach()):
-        raise ValueError(
-            f"{name}: the blocks of a marked parameter of shape {shape} and strides {parameter.stride()} cannot be "
-            "seen as matrices any more; keep it contiguous (memory_format=torch.contiguous_format)."
-        )
 
 
 def _check_rest(name: str, parameter: Tensor, group: Group) -> None:

@@ -203,7 +203,8 @@ def test_a_tied_parameter_is_marked_wherever_it_hangs():
             lambda layer: setattr(layer.weight, "data", layer.weight.data.to(torch.float8_e5m2)),
             "has dtype torch.float8",
         ),
-        (lambda layer: setattr(layer.weight, "data", torch.ones(5, 4)), "cannot be seen as matrices"),
+        (lambda layer: setattr(layer.weight, "data", torch.ones(5, 4)), "blocks=2 must divide dim 0"),
+        (lambda layer: setattr(layer.weight, "data", torch.ones(16)), "must have at least 2 dimensions"),  # of FSDP1
     ],
 )
 def test_check_says_what_the_next_step_would_refuse(spoil, said):
@@ -240,3 +241,31 @@ def test_a_parameter_saved_with_its_mark_loads_safely():
     torch.save({"weight": weight}, file)
     file.seek(0)
     assert constraint_of(torch.load(file, weights_only=True)["weight"]) == constraint_of(weight)
+
+
+class Wrapper:
+    """What Accelerate's AcceleratedOptimizer shows."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+@pytest.mark.parametrize("kind", [Adam, torch.optim.Adam])
+def test_a_wrapped_optimizer_is_judged_by_what_it_wraps(kind):
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    opt = kind(layer.parameters())
+    assert check(layer, Wrapper(Wrapper(opt))) == check(layer, opt)
+    assert bool(check(layer, opt)) == (kind is torch.optim.Adam)
+
+
+def test_a_sharded_weight_is_refused_with_what_to_do():
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    opt = Adam(layer.parameters())
+    layer.weight = nn.Parameter(torch.eye(4))
+    layer.weight.placements = ()  # as a DTensor has
+    assert "has been sharded. Leave it out, as with fully_shard" in check(layer, opt)[0]
+    with pytest.raises(ValueError, match="is sharded, a DTensor"):
+        mark_orthogonal(layer, "weight")

@@ -125,7 +125,10 @@ def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
     if not (isinstance(c.gain, (int, float)) and 0 < c.gain < math.inf):
         return f"needs a finite gain above 0, got gain={c.gain!r}."
     if not can_be_moved(c.parts(shape), tensor.detach()):
-        return f"has strides {tensor.stride()} in which its blocks cannot be seen; use .contiguous() first."
+        return (
+            f"has strides {tensor.stride()} in which its blocks cannot be seen as matrices; keep it contiguous, with "
+            "module.to(memory_format=torch.contiguous_format)."
+        )
     return None
 
 
