@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from manifold_opt.compare.data import FASHION, Images, MissingDataError, digits, fashion
+
 try:
     import matplotlib
 
@@ -151,6 +153,21 @@ class Runs:
                 print(f"{label}: {state}", flush=True)
 
         return advance
+
+
+def images(folder: Path | None, *, toy: bool) -> Images:
+    """Fashion-MNIST, from this folder (the option ``--data``) or from where Debian's package puts it.
+
+    A toy run that does not find that takes scikit-learn's digits, 8 x 8, and says so; any other ends in one line that
+    tells where to get the images.
+    """
+    try:
+        if folder is None and toy and not FASHION.is_dir():
+            print("Fashion-MNIST is not here: this toy run takes the 8 x 8 digits of scikit-learn instead")
+            return digits()
+        return fashion(None if folder is None else str(folder))
+    except MissingDataError as missing:
+        raise SystemExit(f"{missing} (Fashion-MNIST is from github.com/zalandoresearch/fashion-mnist)") from None
 
 
 def show(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
