@@ -30,12 +30,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
-    BLACK,
     GREY,
     RED,
+    SKY,
     Images,
     Parser,
     Runs,
@@ -57,7 +58,11 @@ from manifold_opt import Adam, mark_recurrent, orthogonality_error
 WINDOW = 20  # batches whose mean loss is shown
 PROBE = 64  # images whose gradients are looked at
 FLOOR = 1e-12  # where the picture of the gradients ends
-COLORS = {"own start": GREY, "orthogonal start": BLACK, "constrained": RED}
+STYLES: dict[str, dict[str, Any]] = {  # the last two start as one: the upper is thinner, so that both are seen
+    "own start": {"color": GREY, "linewidth": 1.5},
+    "orthogonal start": {"color": SKY, "linewidth": 4.0},
+    "constrained": {"color": RED, "linewidth": 1.5},
+}
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,12 @@ def build(who: str, cell: Cell, inputs: int, args: argparse.Namespace) -> tuple[
     reader = Reader(cell, inputs, args.hidden)
     if who == "own start":
         return reader, torch.optim.Adam(reader.parameters(), lr=args.lr)
+    scale = args.scale or cell.scale
     orthogonal_start_(reader, gates=cell.gates, scheme=cell.scheme)
     if who == "orthogonal start":
-        return reader, torch.optim.Adam(apart(reader, reader.net.weight_hh_l0, args.lr, cell.scale * args.lr))
+        return reader, torch.optim.Adam(apart(reader, reader.net.weight_hh_l0, args.lr, scale * args.lr))
     mark_recurrent(reader)
-    return reader, Adam(reader.parameters(), lr=args.lr, orthogonal_lr_scale=cell.scale)
+    return reader, Adam(reader.parameters(), lr=args.lr, orthogonal_lr_scale=scale)
 
 
 def train(who: str, cell: Cell, data: Sequences, args: argparse.Namespace, advance: Callable[..., None]) -> Run:
@@ -183,12 +189,12 @@ def save_plot(runs: dict[tuple[str, str, str], Run], path: Path) -> None:
     figure, axes = panels(3, rows=len(settings), width=4.8, height=3.3)
     for at, (cell, reading) in enumerate(settings):
         curves, before, after = axes[3 * at : 3 * at + 3]
-        for who, color in COLORS.items():
+        for who, style in STYLES.items():
             run = runs[cell, reading, who]
-            curves.plot(*moving_average(run.losses, WINDOW), color=color, label=who)
+            curves.plot(*moving_average(run.losses, WINDOW), label=who, **style)
             for plot, norms in ((before, run.before), (after, run.after)):
                 times = range(1, len(norms) + 1)
-                plot.plot(times, [max(norm, FLOOR) for norm in norms], color=color)
+                plot.plot(times, [max(norm, FLOOR) for norm in norms], **style)
         curves.set(title=f"{cell}, {reading}: training loss", xlabel="training step", ylabel="cross-entropy")
         for plot, when in ((before, "before"), (after, "after")):
             plot.set(title=f"{cell}, {reading}: gradients {when} training", xlabel=f"time, {len(run.before)} {reading}")
@@ -210,6 +216,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hidden", type=positive_int, default=64, help="size of the hidden state (%(default)s)")
     add("--batch-size", type=positive_int, default=64, help="images a step (%(default)s)")
     add("--lr", type=positive_float, default=1e-3, help="learning rate (%(default)s)")
+    add("--scale", type=positive_float, help="recurrent weights' learning rate, as a multiple (rnn 0.1; others 1)")
     add("--data", type=Path, help="folder of the four files of Fashion-MNIST (that of Debian's package)")
     return parser.parse(
         argv,
@@ -231,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for reading in args.read:
             data = as_sequences(found, reading, args.pool, args.images)
             for cell in args.cell:
-                for who in COLORS:
+                for who in STYLES:
                     advance = bars.begin(f"{cell}, {reading}, {who}", total=args.steps)
                     runs[cell, reading, who] = train(who, CELLS[cell], data, args, advance)
     show(
