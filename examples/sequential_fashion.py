@@ -15,11 +15,17 @@ after training? Where it vanishes on its way back the net cannot learn from the 
 - orthogonal start: torch.optim.Adam, recurrent gates orthogonal at the start and free from then on;
 - constrained: manifold_opt.Adam from that same start, with the recurrent gates marked.
 
-Batches and learning rates are the same in all three, and all clip gradients to norm one. Of nn.RNN (relu) the recurrent
-matrix learns at a tenth of the rate, but for its own start. It starts as Henaff's rotations by random angles, the
-gates of nn.GRU and nn.LSTM as random orthogonal matrices.
+Batches and learning rates are the same in all three, and all clip gradients to norm one. The orthogonal start of nn.RNN
+(relu) is Henaff's, rotations by random angles; the gates of nn.GRU and nn.LSTM start as random orthogonal matrices.
 
-EXPECT
+What to expect, in about two minutes on one core:
+
+- nn.RNN by pixels: from its own start no gradient reaches the first pixels, in float32 it is zero; from the orthogonal
+  start a thirtieth does. 400 steps later the three name 45, 59 and 63 % of the test images (seed 0; 41, 56 and 64 %
+  with seed 1).
+- By rows, 28 steps, the orthogonal start helps nn.RNN (63 to 76 %), and the constraint does not (70 %).
+- nn.LSTM has gates of its own against vanishing gradients. By rows the three end within two percent. By pixels its
+  gradients vanish from either start, for they are multiplied by the sigmoids too; 34, 44 and 46 %.
 """
 
 from __future__ import annotations
@@ -49,7 +55,7 @@ from common import (
     save,
     show,
 )
-from recurrent import apart, orthogonal_start_
+from recurrent import orthogonal_start_
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
@@ -67,18 +73,17 @@ STYLES: dict[str, dict[str, Any]] = {  # the last two start as one: the upper is
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent net of torch: its gates, the scheme they start by, and their learning rate as a multiple."""
+    """A recurrent net of torch: how many gates it has, and the scheme they start by."""
 
     make: Callable[..., nn.RNNBase]
     gates: int
     scheme: str
-    scale: float
 
 
 CELLS = {
-    "rnn": Cell(functools.partial(nn.RNN, nonlinearity="relu"), 1, "henaff", 0.1),
-    "gru": Cell(nn.GRU, 3, "haar", 1.0),
-    "lstm": Cell(nn.LSTM, 4, "haar", 1.0),
+    "rnn": Cell(functools.partial(nn.RNN, nonlinearity="relu"), 1, "henaff"),
+    "gru": Cell(nn.GRU, 3, "haar"),
+    "lstm": Cell(nn.LSTM, 4, "haar"),
 }
 
 
@@ -128,28 +133,27 @@ class Run:
 
 def as_sequences(found: Images, reading: str, pool: int, count: int) -> Sequences:
     """The first so many training images and all test images, row by row or pixel by pixel."""
-    mean, deviation = found.train[0].mean(), found.train[0].std()
+    mean, deviation = found.train[0][:count].mean(), found.train[0][:count].std()
 
     def sequences(x: Tensor) -> Tensor:
         x = (x - mean) / deviation
         return x if reading == "rows" else F.avg_pool2d(x[:, None], pool).flatten(1)[..., None]
 
-    (x, y), (test_x, test_y) = found.train, found.test
-    return Sequences((sequences(x[:count]), y[:count]), (sequences(test_x), test_y))
+    x, y = (part[:count] for part in found.train)
+    test_x, test_y = found.test
+    return Sequences((sequences(x), y), (sequences(test_x), test_y))
 
 
 def build(who: str, cell: Cell, inputs: int, args: argparse.Namespace) -> tuple[Reader, torch.optim.Optimizer]:
     """The net at its start and its optimizer."""
     torch.manual_seed(args.seed)
     reader = Reader(cell, inputs, args.hidden)
-    if who == "own start":
+    if who != "own start":
+        orthogonal_start_(reader, gates=cell.gates, scheme=cell.scheme)
+    if who != "constrained":
         return reader, torch.optim.Adam(reader.parameters(), lr=args.lr)
-    scale = args.scale or cell.scale
-    orthogonal_start_(reader, gates=cell.gates, scheme=cell.scheme)
-    if who == "orthogonal start":
-        return reader, torch.optim.Adam(apart(reader, reader.net.weight_hh_l0, args.lr, scale * args.lr))
     mark_recurrent(reader)
-    return reader, Adam(reader.parameters(), lr=args.lr, orthogonal_lr_scale=scale)
+    return reader, Adam(reader.parameters(), lr=args.lr, orthogonal_lr_scale=args.scale)
 
 
 def train(who: str, cell: Cell, data: Sequences, args: argparse.Namespace, advance: Callable[..., None]) -> Run:
@@ -216,7 +220,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hidden", type=positive_int, default=64, help="size of the hidden state (%(default)s)")
     add("--batch-size", type=positive_int, default=64, help="images a step (%(default)s)")
     add("--lr", type=positive_float, default=1e-3, help="learning rate (%(default)s)")
-    add("--scale", type=positive_float, help="recurrent weights' learning rate, as a multiple (rnn 0.1; others 1)")
+    add("--scale", type=positive_float, default=1.0, help="orthogonal_lr_scale of the constrained run (%(default)s)")
     add("--data", type=Path, help="folder of the four files of Fashion-MNIST (that of Debian's package)")
     return parser.parse(
         argv,
