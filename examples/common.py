@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from manifold_opt.compare.data import FASHION, Images, MissingDataError, digits, fashion
+
 try:
     import matplotlib
 
@@ -138,19 +140,39 @@ class Runs:
     ) -> None:
         self._bars.stop()
 
-    def begin(self, label: str, total: int) -> Callable[[str], None]:
-        """A new run of so many parts; the function returned is told when one is done, and how things stand."""
+    def begin(self, label: str, total: int) -> Callable[..., None]:
+        """A new run of so many parts; the function returned is told when one is done, and how things stand.
+
+        A run that ends before its time says so with its last part: ``advance(state, last=True)``.
+        """
         task = self._bars.add_task(f"{label:<25}", total=total, state="")
         done = 0
 
-        def advance(state: str = "") -> None:
+        def advance(state: str = "", *, last: bool = False) -> None:
             nonlocal done
             done += 1
             self._bars.update(task, advance=1, state=state)
-            if done == total and not self.console.is_interactive:
+            if last:
+                self._bars.stop_task(task)
+            if (last or done == total) and not self.console.is_interactive:
                 print(f"{label}: {state}", flush=True)
 
         return advance
+
+
+def images(folder: Path | None, *, toy: bool) -> Images:
+    """Fashion-MNIST, from this folder (the option ``--data``) or from where Debian's package puts it.
+
+    A toy run that does not find that takes scikit-learn's digits, 8 x 8, and says so; any other ends in one line that
+    tells where to get the images.
+    """
+    try:
+        if folder is None and toy and not FASHION.is_dir():
+            print("Fashion-MNIST is not here: this toy run takes the 8 x 8 digits of scikit-learn instead")
+            return digits()
+        return fashion(None if folder is None else str(folder))
+    except MissingDataError as missing:
+        raise SystemExit(f"{missing} (Fashion-MNIST is from github.com/zalandoresearch/fashion-mnist)") from None
 
 
 def show(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
@@ -163,14 +185,15 @@ def show(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None
     Console().print(table)
 
 
-def panels(count: int, *, width: float = 5.5, height: float = 4.8) -> tuple[Figure, list[Axes]]:
-    """A figure with so many plots side by side."""
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
-    for plot in axes[0]:
+def panels(count: int, *, rows: int = 1, width: float = 5.5, height: float = 4.8) -> tuple[Figure, list[Axes]]:
+    """A figure with so many plots side by side, in so many rows; the plots are listed row by row."""
+    size = (width * count, height * rows)
+    figure, axes = plt.subplots(rows, count, figsize=size, layout="constrained", squeeze=False)
+    for plot in axes.flat:
         plot.grid(color="0.9")
         plot.set_axisbelow(True)
         plot.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def save(figure: Figure, path: Path) -> None:

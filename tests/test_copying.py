@@ -8,6 +8,7 @@ from .helpers import benchmark
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_copying_memory_is_learned_in_750_steps(seed):
-    steps, error, _ = benchmark("copying").steps_to_learn("Adam (default)", delay=100, seed=seed, limit=750)
-    assert steps is not None
-    assert error < 1e-6 * 128**0.5
+    copying = benchmark("copying")
+    run = copying.learn(copying.RUNS["manifold_opt.Adam"], delay=100, seed=seed, limit=750)
+    assert run.learned is not None
+    assert run.error < 1e-6 * 128**0.5
