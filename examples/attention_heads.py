@@ -55,7 +55,7 @@ from manifold_opt.compare.data import Images
 
 FASTER = 10  # the second learning rate, as a multiple of the first
 PROBE = 64  # test images on which attention is looked at
-WARM_UP = 50  # steps in which the learning rate rises
+WARM_UP = 50  # steps in which the learning rate rises; it falls to 0 at the end
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def batches(data: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor
 def train(contender: Contender, args: argparse.Namespace, data: Images, runs: Runs) -> Result:
     """One training from start to end."""
     net, opt = build(contender, args, data.train[0].shape[-1])
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, (step + 1) / WARM_UP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda n: min(1.0, (n + 1) / WARM_UP) * (1 - n / args.steps))
     advance = runs.begin(str(contender), args.steps // args.every)
     result = Result()
     drawn = itertools.islice(batches(data, args.batch_size, args.seed), args.steps)
@@ -212,8 +212,7 @@ def save_plot(results: dict[Contender, Result], args: argparse.Namespace, bound:
         middle.plot(steps, result.logits, **style)
         right.plot(steps, result.entropies, **style)
     tokens = (args.side // args.patch) ** 2
-    middle.axhline(bound, color=BLACK, linewidth=1, linestyle="--")
-    middle.annotate("bound of orthogonal heads", (args.steps, bound), ha="right", va="bottom")
+    middle.axhline(bound, color=BLACK, linewidth=1, linestyle="--", label=f"bound of orthogonal heads, {bound:g}")
     right.axhline(math.log(tokens), color=BLACK, linewidth=1, linestyle="--")
     right.annotate(f"all {tokens} tokens alike", (args.steps, math.log(tokens)), ha="right", va="bottom")
     left.set(title="Training loss (mean of 25 steps)", xlabel="step", ylabel="cross-entropy", yscale="log")
@@ -222,7 +221,7 @@ def save_plot(results: dict[Contender, Result], args: argparse.Namespace, bound:
     middle.set(title="The largest attention logit", xlabel="step", ylabel="absolute value", yscale="log")
     middle.yaxis.set_major_formatter("{x:g}")
     right.set(title="Entropy of attention, the least of the heads", xlabel="step", ylabel="nats", ylim=(0, None))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     save(figure, path)
 
 

@@ -125,7 +125,7 @@ def certified_radii(logits: Tensor, classes: Tensor, lipschitz: float) -> Tensor
 
     since the difference of two logits is :math:`\sqrt 2\, L`-Lipschitz where all of them together are L-Lipschitz.
 
-    Reference: Tsuzuku, Sato & Sugiyama (2018), *Lipschitz-margin training*, proposition 1.
+    Reference: Tsuzuku, Sato & Sugiyama (2018), *Lipschitz-margin training*.
     """
     return margins(logits, classes).clamp_min(0) / (math.sqrt(2) * lipschitz)
 
