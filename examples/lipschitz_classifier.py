@@ -195,7 +195,7 @@ def train(name: str, args: argparse.Namespace, data: Images, runs: Runs) -> tupl
     return net, norms, seconds
 
 
-def judge(net: nn.Module, args: argparse.Namespace, data: Images) -> dict[str, object]:
+def judge(net: nn.Module, norms: list[float], seconds: list[float], args: argparse.Namespace, data: Images) -> Result:
     """Certificates of all test images, and attacks on the first of them; in float64."""
     net.eval().double()
     x, y = data.test[0].unsqueeze(1).double(), data.test[1]
@@ -209,13 +209,15 @@ def judge(net: nn.Module, args: argparse.Namespace, data: Images) -> dict[str, o
         radius: 1 - float(falls(net, x, y, torch.full_like(own, radius), args.attack_steps).double().mean())
         for radius in sorted({*CURVE, *RADII})
     }
-    return {
-        "accuracy": float((logits.argmax(1) == data.test[1]).double().mean()),
-        "lipschitz": lipschitz,
-        "radii": radii,
-        "attacked": attacked,
-        "fell": int(falls(net, x[certified], y[certified], own[certified], args.attack_steps).sum()),
-    }
+    return Result(
+        accuracy=float((logits.argmax(1) == data.test[1]).double().mean()),
+        lipschitz=lipschitz,
+        radii=radii,
+        attacked=attacked,
+        fell=int(falls(net, x[certified], y[certified], own[certified], args.attack_steps).sum()),
+        norms=norms,
+        seconds=seconds,
+    )
 
 
 def save_plot(results: dict[str, Result], args: argparse.Namespace, path: Path) -> None:
@@ -247,7 +249,7 @@ def save_plot(results: dict[str, Result], args: argparse.Namespace, path: Path) 
 def tell(results: dict[str, Result], args: argparse.Namespace) -> None:
     """Two tables: what is certified, and what the bound is."""
     show(
-        ("layers", "accuracy", *(f"at {radius:g}" for radius in RADII), f"attacked\nat {RADII[-2]:g}"),
+        ("layers", "accuracy", *(f"at {radius:g}" for radius in RADII), f"attack\nat {RADII[-2]:g}"),
         (
             (
                 name,
@@ -257,7 +259,7 @@ def tell(results: dict[str, Result], args: argparse.Namespace) -> None:
             )
             for name, result in results.items()
         ),
-        caption=f"at: certified; attacked: what {args.attack_steps} gradients leave of {args.attacked} images",
+        caption=f"at: certified; attack: what {args.attack_steps} gradients leave of {args.attacked} images",
     )
     show(
         ("layers", "Lipschitz\nbound", "largest norm\nin training", "fell within\ntheir radius", "ms a step\n(median)"),
@@ -316,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Runs() as runs:
         for name in CONTENDERS:
             net, norms, seconds = train(name, args, data, runs)
-            results[name] = Result(**judge(net, args, data), norms=norms, seconds=seconds)
+            results[name] = judge(net, norms, seconds, args, data)
     tell(results, args)
     save_plot(results, args, args.plot)
 
