@@ -17,7 +17,14 @@ where they grow attention falls on single tokens, its entropy towards 0; that is
 The same model is trained on Fashion-MNIST with and without the constraint, from the same start, over the same batches,
 at a usual learning rate and at ten times that.
 
-What to expect is told, with the figures, in docs/examples/attention_heads.md.
+What to expect, in one and a half minutes of one core:
+
+- With the constraint no logit passes the bound of 16: the largest is 8 at the learning rate 0.001 and 13 at 0.01. The
+  heads are orthogonal to 1e-6.
+- Without it they reach 12 and 57, and at 0.01 the entropy of a head falls to 0.9 nats, half of what it is with it.
+- Accuracy is the same within chance, 80 to 81 %: the constraint is here for the bound.
+
+More in docs/examples/attention_heads.md.
 """
 
 from __future__ import annotations
@@ -220,6 +227,7 @@ def save_plot(results: dict[Contender, Result], args: argparse.Namespace, bound:
     left.yaxis.set_minor_formatter("{x:g}")
     middle.set(title="The largest attention logit", xlabel="step", ylabel="absolute value", yscale="log")
     middle.yaxis.set_major_formatter("{x:g}")
+    middle.yaxis.set_minor_formatter("{x:g}")
     right.set(title="Entropy of attention, the least of the heads", xlabel="step", ylabel="nats", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     save(figure, path)

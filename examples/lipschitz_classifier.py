@@ -20,7 +20,16 @@ the same orthogonal start, over the same batches of Fashion-MNIST:
 Every certificate is computed from the spectral norms as they are, by svdvals in float64, not as they should be; and
 every net is attacked, by projected gradient steps, within each image's own certified radius and beyond it.
 
-What to expect is told, with the figures, in docs/examples/lipschitz_classifier.md.
+What to expect, in under two minutes of one core:
+
+- No attack succeeds within a certified radius, in any net.
+- Unconstrained, 89.2 % of the test images are named right, and none is certified at a radius of 0.5: the bound is 7.
+- mark_spectral: 89.0 %, and 34 % certified at 0.5. Norms are above 1 by 8e-6 at most, after any step looked at.
+- torch's spectral_norm: 88.1 %, and 30 %. A norm was up to 1.098 in training.
+- mark_orthogonal: 88.3 %, and 39 %.
+- A step takes about twice as long with mark_spectral and mark_orthogonal.
+
+More in docs/examples/lipschitz_classifier.md.
 """
 
 from __future__ import annotations

@@ -15,7 +15,14 @@ Three learning rates of W, each with and without the constraint, from the same s
 same batches, with gradients clipped alike; the rest of the net has one learning rate throughout. And the same from an
 ordinary start, a Gaussian matrix as of Glorot: marked, it moves to the nearest unitary one, unmarked it stays.
 
-What to expect is told, with the figures, in docs/examples/unitary_rnn.md.
+What to expect, in one and a half minutes of one core:
+
+- Marked, the matrix is unitary to 2e-6 after every step; unmarked it is off by 1 to 8.
+- From Glorot's start the unitary net learns to remember, to a loss of 0.0025; unconstrained it does not, 0.17.
+- From a unitary start both learn at the smallest rate, the unitary one sooner and to a sixth of the loss; at the next
+  the unconstrained one is ahead; at the largest neither learns, and the loss of the unconstrained one passes 200,000.
+
+More in docs/examples/unitary_rnn.md.
 """
 
 from __future__ import annotations
