@@ -310,7 +310,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--attacked", type=positive_int, default=500, help="images to attack (%(default)s)")
     add("--attack-steps", type=positive_int, default=30, help="gradients of an attack (%(default)s)")
     toy = {"steps": 20, "width": 16, "attacked": 50, "attack_steps": 5}
-    args = parser.parse(argv, toy=toy, full={"steps": 20_000, "width": 512, "attacked": 10_000, "attack_steps": 100})
+    args = parser.parse(argv, toy=toy, full={"steps": 20_000, "width": 512, "attacked": 2000, "attack_steps": 100})
     if args.width % 2:
         parser.error(f"argument --width: must be even, got {args.width}; GroupSort takes pairs")
     return args
