@@ -214,7 +214,7 @@ def save_plot(results: dict[str | None, Result], batches_an_epoch: int, path: Pa
         ylabel=r"$\Vert I - WW^{\mathsf{T}}\Vert_F$, the largest of the gates",
         yscale="log",
     )
-    figure.legend(loc="outside lower center", ncols=min(len(results), 5), frameon=False, handlelength=3.5)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
     save(figure, path)
 
 

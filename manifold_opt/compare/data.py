@@ -31,7 +31,7 @@ def digits() -> Images:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError:
-        raise MissingDataError("task digits needs scikit-learn: pip install 'manifold-opt[compare]'") from None
+        raise MissingDataError("the digits need scikit-learn: pip install 'manifold-opt[compare]'") from None
     found = load_digits()
     x = torch.tensor(found.images / 16, dtype=torch.float32)
     y = torch.tensor(found.target, dtype=torch.long)
@@ -58,11 +58,11 @@ def _idx(folder: Path, name: str) -> Tensor:
                 with read(path, "rb") as file:
                     raw = bytearray(file.read())
             except (OSError, EOFError) as error:
-                raise MissingDataError(f"task fashion cannot read {path} ({error}); get it anew") from None
+                raise MissingDataError(f"Fashion-MNIST: cannot read {path} ({error}); get it anew") from None
             break
     else:
         raise MissingDataError(
-            f"task fashion finds no {name}[.gz] in {folder}: apt install dataset-fashion-mnist, or give the folder "
+            f"Fashion-MNIST: there is no {name}[.gz] in {folder}: apt install dataset-fashion-mnist, or give the folder "
             "that has the four files of Fashion-MNIST with --data"
         )
     dimensions = raw[3] if len(raw) > 3 else 0
@@ -70,5 +70,5 @@ def _idx(folder: Path, name: str) -> Tensor:
     start = 4 + 4 * dimensions
     values = torch.frombuffer(raw, dtype=torch.uint8, offset=start) if len(raw) > start else torch.empty(0)
     if raw[:3] != b"\0\0\x08" or values.numel() != torch.Size(shape).numel():
-        raise MissingDataError(f"task fashion: {path} is no IDX file of bytes, or not whole; get it anew")
+        raise MissingDataError(f"Fashion-MNIST: {path} is no IDX file of bytes, or not whole; get it anew")
     return values.view(shape)
