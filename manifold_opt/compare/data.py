@@ -62,8 +62,8 @@ def _idx(folder: Path, name: str) -> Tensor:
             break
     else:
         raise MissingDataError(
-            f"Fashion-MNIST: there is no {name}[.gz] in {folder}: apt install dataset-fashion-mnist, or give the folder "
-            "that has the four files of Fashion-MNIST with --data"
+            f"Fashion-MNIST: there is no {name}[.gz] in {folder}: apt install dataset-fashion-mnist, or give the "
+            "folder that has its four files with --data"
         )
     dimensions = raw[3] if len(raw) > 3 else 0
     shape = [int.from_bytes(raw[4 + 4 * k : 8 + 4 * k], "big") for k in range(dimensions)]
