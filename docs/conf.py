@@ -1,0 +1,52 @@
+"""How Sphinx builds these pages: sphinx-build -W --keep-going -b html docs docs/_build."""
+
+import sys
+from pathlib import Path
+
+import manifold_opt
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+project = "manifold_opt"
+author = "The manifold_opt authors"
+project_copyright = author
+version = release = manifold_opt.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinxarg.ext",
+    "mathml",
+]
+exclude_patterns = ["_build"]
+highlight_language = "text"  # of what is indented and does not say what it is
+nitpicky = True  # a name that leads nowhere is an error
+nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|np|collections|numbers|geoopt|typing)\..*|.*\b(Tensor|ParamsT|T)$")]
+
+# Markdown
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3  # links to headings, as GitHub makes them
+myst_dmath_double_inline = True
+
+# Docstrings
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Reference", "notes_style"), "Warns"]
+
+# Pages
+html_theme = "furo"
+html_title = "manifold_opt"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_show_sphinx = False
+html_copy_source = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
