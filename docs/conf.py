@@ -1,5 +1,6 @@
 """How Sphinx builds these pages: sphinx-build -W --keep-going -b html docs docs/_build."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -24,7 +25,13 @@ extensions = [
 exclude_patterns = ["_build"]
 highlight_language = "text"  # of what is indented and does not say what it is
 nitpicky = True  # a name that leads nowhere is an error
-nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|np|collections|numbers|geoopt|typing)\..*|.*\b(Tensor|ParamsT|T)$")]
+# Names that are not ours, which would have to be fetched, and the names of types that are a few strings.
+_ELSEWHERE = r"(torch|nn|collections|geoopt|typing|pathlib)\..*|.*\b(Tensor|Path|ParamsT|T|Any|Batch|AverageFn)"
+nitpick_ignore_regex = [(r"py:.*", _ELSEWHERE), (r"py:.*", r"(.*\.)?(Metric|SecondMoment|OnFault|Sizes|Shape|Part|Scheme)")]
+
+# Of a kind of page there may be none. (The warning has no type by which suppress_warnings could name it.)
+_toctree = logging.getLogger("sphinx.sphinx.directives.other")
+_toctree.addFilter(lambda record: getattr(record, "subtype", "") != "empty_glob")
 
 # Markdown
 myst_enable_extensions = ["dollarmath", "colon_fence"]

@@ -70,7 +70,7 @@ def block_view(tensor: Tensor, blocks: int, dim: int = 0) -> Tensor:
     """The blocks of a tensor as wide matrices ``(blocks, p, n)``, a view: writing to it writes to the tensor.
 
     ``dim`` 0 cuts the rows, 1 the columns. More than two dimensions are flattened to (first, rest) as
-    torch.nn.init.orthogonal_ does. Tall blocks come transposed, so that ``p <= n`` always.
+    ``torch.nn.init.orthogonal_`` does. Tall blocks come transposed, so that ``p <= n`` always.
 
     Args:
         tensor: ``(rows, columns)`` or ``(rows, ...)``.
