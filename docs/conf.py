@@ -20,9 +20,10 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinxarg.ext",
-    "mathml",
+    "formulas",
 ]
 exclude_patterns = ["_build"]
+smartquotes_action = "D"  # dashes only
 highlight_language = "text"  # of what is indented and does not say what it is
 nitpicky = True  # a name that leads nowhere is an error
 # Names that are not ours, which would have to be fetched, and the names of types that are a few strings.
@@ -40,17 +41,17 @@ myst_dmath_double_inline = True
 
 # Docstrings
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
+autodoc_typehints = "none"  # the text says them shorter; the source, a click away, has them all
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Reference", "notes_style"), "Warns"]
+napoleon_use_param = False  # one line for "params, lr, betas: as in torch"
+napoleon_use_ivar = True
 
 # Pages
 html_theme = "furo"
 html_title = "manifold_opt"
-html_math_renderer = "mathml"
+html_math_renderer = "svg"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_show_sphinx = False

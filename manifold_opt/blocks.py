@@ -22,7 +22,8 @@ class Blocks:
     Attributes:
         size: rows of one block, columns where ``dim`` is 1.
         dim: dimension along which the blocks follow one another, 0 (rows) or 1 (columns).
-        start, length: the rows (columns) that they take up; all of them where ``length`` is None.
+        start: the first of the rows (columns) that they take up.
+        length: how many those are; all of them where it is None.
         flatten: whether dimensions beyond the second are flattened, to (first, rest); else all but the last two
             count matrices.
         first: the dimension that the rows are, when flattened.

@@ -96,7 +96,7 @@ class Orthogonal(Manifold):
         return self.gain * nearest_orthogonal(x / self.gain)
 
     def error(self, x: Tensor) -> Tensor:
-        r""":math:`\\|I - W W^\\top\\|_F` of each block divided by its gain."""
+        r""":math:`\|I - W W^\top\|_F` of each block divided by its gain."""
         return error(x / self.gain)
 
     def rounding(self, x: Tensor) -> float:
