@@ -26,9 +26,7 @@ exclude_patterns = ["_build"]
 smartquotes_action = "D"  # dashes only
 highlight_language = "text"  # of what is indented and does not say what it is
 nitpicky = True  # a name that leads nowhere is an error
-# Names that are not ours, which would have to be fetched, and the names of types that are a few strings.
-_ELSEWHERE = r"(torch|nn|collections|geoopt|typing|pathlib)\..*|.*\b(Tensor|Path|ParamsT|T|Any|Batch|AverageFn)"
-nitpick_ignore_regex = [(r"py:.*", _ELSEWHERE), (r"py:.*", r"(.*\.)?(Metric|SecondMoment|OnFault|Sizes|Shape|Part|Scheme)")]
+nitpick_ignore_regex = [(r"py:.*", r"(torch|collections|geoopt)\..*")]  # they would have to be fetched
 
 # Of a kind of page there may be none. (The warning has no type by which suppress_warnings could name it.)
 _toctree = logging.getLogger("sphinx.sphinx.directives.other")
