@@ -1,8 +1,11 @@
 """How Sphinx builds these pages: sphinx-build -W --keep-going -b html docs docs/_build."""
 
 import logging
+import re
 import sys
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import manifold_opt
 
@@ -56,3 +59,13 @@ html_show_sphinx = False
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def setup(app: Sphinx) -> None:
+    """Lead links to pages above docs/ to where those are here. (Links to other files become downloads by themselves.)"""
+
+    def lead(_: Sphinx, __: str, source: list[str]) -> None:
+        for name, page in (("README", "index"), ("CHANGELOG", "changelog")):
+            source[0] = re.sub(rf"\]\((\.\./)+{name}\.md[^)]*\)", f"](/{page}.md)", source[0])
+
+    app.connect("source-read", lead)
