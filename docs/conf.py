@@ -62,7 +62,7 @@ copybutton_prompt_is_regexp = True
 
 
 def setup(app: Sphinx) -> None:
-    """Lead links to pages above docs/ to where those are here. (Links to other files become downloads by themselves.)"""
+    """Lead links to pages above docs/ to where those are here; other files become downloads by themselves."""
 
     def lead(_: Sphinx, __: str, source: list[str]) -> None:
         for name, page in (("README", "index"), ("CHANGELOG", "changelog")):
