@@ -4,7 +4,7 @@ A page is Markdown. Of its fenced blocks
 
 - ``python`` is executed, ``pycon`` is a doctest, in order and in one namespace a page;
 - ``python`` that begins with ``# name.py`` is written to that file of the working folder;
-- ``bash`` is executed, and so are indented lines that call python, pip or something of the checkout;
+- ``bash`` is executed, and so are indented lines that call python or something of the checkout;
 - ``text``, and whatever else, is to be read.
 
 A comment ``<!-- requires: a, b -->`` names modules without which the page is skipped, ``<!-- setup: ... -->`` holds
@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.m
 _PARTS = re.compile(
     r"^(?P<fence>```+)(?P<language>\{?\w*\}?)[^\n]*\n(?P<code>.*?)^(?P=fence)\s*$"
     r"|^<!-- setup:\s*?\n?(?P<setup>.*?)-->"
-    r"|^    (?P<command>(?:python3?|pip|\.venv/bin/|\.ci/)[^\n]*)$",
+    r"|^    (?P<command>(?:python3? |\.venv/bin/|\.ci/)[^\n]*)$",
     re.M | re.S,
 )
 _FILE = re.compile(r"# ([\w/.]+\.py)\n")
