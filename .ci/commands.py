@@ -23,6 +23,7 @@ from tests.pages import PAGES, about_the_checkout, blocks  # noqa: E402
 LEFT_OUT = re.compile(r"\.ci/run|^pip install|-m pytest( -m slow)?$|bin/(mypy|codespell|sphinx-build .*)$")
 SMALL = (  # what a command is about, and what it gets
     (re.compile(r"benchmarks/step\.py"), "--toy --threads 1 --budget 0.2"),
+    (re.compile(r"benchmarks/(manifolds|copying)\.py"), "--toy --threads 1"),
     (re.compile(r"(examples|benchmarks)/\w+\.py"), "--toy"),
     (re.compile(r"manifold_opt compare"), "--size 8 --steps 5 --seeds 1 --threads 1"),
     (re.compile(r"pytest"), "--collect-only -q -n 0"),

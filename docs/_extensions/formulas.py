@@ -1,5 +1,6 @@
 """Formulas as SVG, drawn when the pages are built: nothing to fetch, no script, no font that a reader may lack."""
 
+import re
 from html import escape
 from typing import Any
 from xml.etree import ElementTree
@@ -12,16 +13,33 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 ziamath.config.svg2 = False  # outlines where they stand: ids of a page's formulas would meet
+# The converter knows \big and the like before one character only; braces stay small there, \left\{ makes them large.
+SIZED = re.compile(r"(\\[bB]igg?)[lrm]?\s*\\(\||[lr]?Vert|[lr]angle|[{}])")
+DELIMITERS = {
+    "|": "\u2016",
+    "Vert": "\u2016",
+    "lVert": "\u2016",
+    "rVert": "\u2016",
+    "langle": "\u27e8",
+    "rangle": "\u27e9",
+}
 SIZE = 100  # pixels an em, to be scaled to the text's
+
+
+def sized(found: re.Match[str]) -> str:
+    """A delimiter with its size, as the converter takes it."""
+    size, name = found.groups()
+    return size + DELIMITERS[name] if name in DELIMITERS else f"\\{name}"
 
 
 def drawn(node: nodes.Element, *, inline: bool) -> str:
     """The formula of a node; one that is not understood is a warning that names its place."""
     source = node.astext()
     try:
-        if "\\" in convert(source):
+        tex = SIZED.sub(sized, source)
+        if "\\" in convert(tex):
             raise ValueError("it has a command that is not known")
-        formula = ziamath.Latex(source, size=SIZE, inline=inline, color="currentColor")
+        formula = ziamath.Latex(tex, size=SIZE, inline=inline, color="currentColor")
         svg = formula.svgxml()
         width, height = (float(svg.attrib.pop(side)) / SIZE for side in ("width", "height"))
         if height <= 0:
