@@ -38,7 +38,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--toy", action="store_true", help="one seed, a few steps: does it run?")
     args = parser.parse_args()
+    if args.toy:
+        args.delay, args.seeds, args.limit = 5, args.seeds[:1], 3
     torch.set_num_threads(args.threads)
     print(f"delay {args.delay}, torch {torch.__version__}, {args.threads} threads")
     print(

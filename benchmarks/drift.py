@@ -57,7 +57,10 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 64, 128, 256])
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adam"], choices=["sgd", "adam"])
+    parser.add_argument("--toy", action="store_true", help="one size, a few steps: does it run?")
     args = parser.parse_args()
+    if args.toy:
+        args.steps, args.sizes = 10, args.sizes[:1]
     print(f"manifold_opt {manifold_opt.__version__}, torch {torch.__version__}, geoopt {geoopt.__version__},", end=" ")
     print(f"{torch.get_num_threads()} threads, {args.steps} steps at lr {args.lr}")
     print(f"{'optimizer':10} {'scheme':16} {'dtype':8} {'n':>5} {'largest ratio':>14} {'ms a step':>10}", flush=True)

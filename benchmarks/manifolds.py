@@ -94,7 +94,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 20])
+    parser.add_argument("--toy", action="store_true", help="one layer of each, a few steps: does it run?")
     args = parser.parse_args()
+    if args.toy:
+        args.steps, args.counts = 8, [1]
     torch.set_num_threads(args.threads)
     print(f"manifold_opt {manifold_opt.__version__}, torch {torch.__version__}, {args.threads} threads, Adam")
     print(f"{'constraint':14} {'layers':26} {'plain':>8} {'torch':>8} {'ours':>8}   {'left: torch':>11} {'ours':>8}")

@@ -125,7 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the runs here as they end, and take up those it has")
     parser.add_argument("--plot", help="draw the curves here, as PNG")
+    parser.add_argument("--toy", action="store_true", help="a hundred steps: does it run?")
     args = parser.parse_args(arguments)
+    if args.toy:
+        args.steps = 100
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     known = {(row["optimizer"], row["scheme"], row["dtype"], row["shape"], row["steps"]) for row in rows}
     wanted = [

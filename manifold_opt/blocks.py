@@ -23,7 +23,8 @@ class Blocks:
     Attributes:
         size: rows of one block, columns where ``dim`` is 1.
         dim: dimension along which the blocks follow one another, 0 (rows) or 1 (columns).
-        start, length: the rows (columns) that they take up; all of them where ``length`` is None.
+        start: the first of the rows (columns) that they take up.
+        length: how many those are; all of them where it is None.
         flatten: whether dimensions beyond the second are flattened, to (first, rest); else all but the last two
             count matrices.
         first: the dimension that the rows are, when flattened.
@@ -83,7 +84,7 @@ def block_view(tensor: Tensor, blocks: int, dim: int = 0) -> Tensor:
     """The blocks of a tensor as wide matrices ``(blocks, p, n)``, a view: writing to it writes to the tensor.
 
     ``dim`` 0 cuts the rows, 1 the columns. More than two dimensions are flattened to (first, rest) as
-    torch.nn.init.orthogonal_ does. Tall blocks come transposed, so that ``p <= n`` always.
+    ``torch.nn.init.orthogonal_`` does. Tall blocks come transposed, so that ``p <= n`` always.
 
     Args:
         tensor: ``(rows, columns)`` or ``(rows, ...)``.

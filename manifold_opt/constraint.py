@@ -86,6 +86,12 @@ def unmark(parameter: T) -> T:
 
     A geoopt.ManifoldParameter gets the Euclidean manifold.
 
+    Args:
+        parameter: any tensor.
+
+    Returns:
+        The same object, which optimizers built from now on train as torch would.
+
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal, unmark
     >>> weight = mark_orthogonal(torch.nn.Parameter(torch.eye(3)))
@@ -112,6 +118,13 @@ def was_unmarked(parameter: Tensor) -> bool:
 
 def constraint_of(parameter: Tensor) -> Manifold | None:
     """The constraint a parameter was marked with, or None.
+
+    Args:
+        parameter: any tensor.
+
+    Returns:
+        An :class:`~manifold_opt.Orthogonal`, another of :data:`~manifold_opt.MANIFOLDS`, or one of your own; None of a
+        parameter that is free.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal
@@ -144,6 +157,8 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
         ValueError: ``beta`` or ``steps`` out of range, or a singular value above
             :math:`\sqrt{(1+\beta)/\beta}`, from where the iteration does not find the nearest orthogonal
             matrix; :func:`nearest_orthogonal` does from anywhere. Nothing has been written then.
+
+    Reference: Higham (2008), *Functions of Matrices*, section 8.3, for ``beta = 0.5``, the Newton-Schulz iteration.
 
     >>> import torch
     >>> from manifold_opt import orthogonalize_

@@ -29,7 +29,10 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
 
     Args:
         model: the module that is trained, or a wrapper of it.
-        opt: its optimizer.
+        opt: its optimizer, of this package or not.
+
+    Returns:
+        One sentence a problem, which names the parameter and the remedy.
 
     >>> import torch
     >>> from manifold_opt import Adam, check, mark_orthogonal
@@ -156,6 +159,12 @@ def project_(model: nn.Module) -> nn.Module:
     The thing to do after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep
     their bits.
 
+    Args:
+        model: any module; one without marked parameters stays as it is.
+
+    Returns:
+        The same module.
+
     Raises:
         ValueError: one is not finite or rank-deficient; nothing has been written then.
 
@@ -181,11 +190,19 @@ def project_(model: nn.Module) -> nn.Module:
 def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageFn:
     """An ``avg_fn`` for torch.optim.swa_utils.AveragedModel whose averages of marked parameters stay orthogonal.
 
-    The average in the surrounding space, then the nearest point: the induced arithmetic mean (Moakher 2002) of two.
+    The average in the surrounding space, then the nearest point: the induced arithmetic mean of two.
 
     Args:
         model: the module whose parameters are averaged.
-        decay: of an exponential moving average; the mean of all, unless given.
+        decay: of an exponential moving average, in [0, 1); the mean of all, unless given.
+
+    Returns:
+        A function of the average so far, the current parameter and their count.
+
+    Raises:
+        ValueError: ``decay`` out of range; when called, a parameter that is not the model's.
+
+    Reference: Moakher (2002), *Means and averaging in the group of rotations*.
 
     >>> import torch
     >>> from torch.optim.swa_utils import AveragedModel

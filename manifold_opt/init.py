@@ -1,6 +1,14 @@
 """Orthogonal starts, block by block, with a gain.
 
 The name ends where torch.nn.init's would: ``init.orthogonal_``.
+
+>>> import torch
+>>> from manifold_opt import init
+>>> init.orthogonal_(torch.empty(4, 2), blocks=2, scheme="identity")
+tensor([[1., 0.],
+        [0., 1.],
+        [1., 0.],
+        [0., 1.]])
 """
 
 from __future__ import annotations
@@ -41,7 +49,7 @@ def orthogonal_(
         gain: singular values of every block. Default: that of its mark, else 1.
         scheme: how each block is drawn.
 
-            - ``"haar"``: uniformly from all orthogonal matrices (as torch.nn.init.orthogonal_), or unitary ones.
+            - ``"haar"``: uniformly from all orthogonal matrices (as ``torch.nn.init.orthogonal_``), or unitary ones.
             - ``"henaff"``: 2 x 2 rotations along the diagonal, by angles uniform in :math:`[-\pi, \pi)`
               (Henaff, Szlam & LeCun 2016). What makes orthogonal RNNs learn long delays.
             - ``"cayley"``: the same with angles uniform in :math:`[0, \pi/2)`, the Cayley transform of

@@ -92,7 +92,7 @@ def mark_orthogonal(
             for bit: ``which=(2,)`` is the candidate gate of a GRU alone.
         dim: dimension along which the blocks are stacked, 0, or 1 of a matrix.
         gain: singular values of every block, above 0.
-        flatten: dimensions beyond the second are flattened to (first, rest), as torch.nn.init.orthogonal_ does: the
+        flatten: dimensions beyond the second are flattened to (first, rest), as ``torch.nn.init.orthogonal_`` does: the
             filters of a convolution. With False the last two are one of a batch of matrices, as
             torch.nn.utils.parametrizations.orthogonal takes them.
 
@@ -106,6 +106,8 @@ def mark_orthogonal(
     Warns:
         UserWarning: a (3H, H) or (4H, H) tensor without ``blocks``, the stacked gates of a GRU or LSTM,
             is marked as the one tall matrix that was asked for. ``blocks=1`` says that it is meant.
+
+    Reference: Higham (2008), *Functions of Matrices*, theorem 8.4: the polar factor is the nearest.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal, orthogonality_error
@@ -146,7 +148,8 @@ def mark_orthogonal(
 def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gain: float = 1.0) -> list[str]:
     """Mark every recurrent weight inside a module, one orthogonal matrix a gate.
 
-    Takes ``weight_hh`` of every nn.RNN, nn.GRU, nn.LSTM, of all layers and directions, and of their cells.
+    Takes ``weight_hh`` of every nn.RNN, nn.GRU, nn.LSTM, of all layers and directions, and of their cells: a matrix is
+    ``(hidden_size, hidden_size)``, or ``(hidden_size, proj_size)`` of an LSTM that has one.
 
     Args:
         module: the module, or any module that contains such.
@@ -187,7 +190,7 @@ def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gai
 def mark_attention(module: nn.Module, which: str = "qk", *, per_head: bool = True, gain: float = 1.0) -> list[str]:
     """Mark the projections of every nn.MultiheadAttention inside a module, one orthogonal matrix a head.
 
-    A head's matrix is ``(head_dim, embed_dim)``, its rows orthonormal.
+    A head's matrix is ``(head_dim, embed_dim)``, its rows orthonormal, that of a whole projection square.
 
     Args:
         module: the module, or any module that contains such, like nn.TransformerEncoder.

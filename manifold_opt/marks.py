@@ -30,14 +30,16 @@ def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0) -> Any:
     Args:
         target: a leaf tensor, or a module that has one, with its name.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
-        dim: dimension whose slices they are.
+        dim: dimension whose slices they are, from 0.
 
     Returns:
         The parameter, the same object.
 
     Raises:
-        ValueError: a parameter that cannot be marked, or not so; the message names the remedy. Nothing has been
-            written then.
+        ValueError: a parameter that cannot be marked, or not so, like one with a slice of zeros; the message names the
+            remedy. Nothing has been written then.
+
+    Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
 
     >>> import torch
     >>> from manifold_opt import Adam, mark_unit_norm
@@ -73,7 +75,7 @@ def mark_spectral(target: Any, name: Any = None, bound: Any = None, *, dim: int 
     Args:
         target: a leaf tensor of at least two dimensions, or a module that has one, with its name.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
-        bound: the largest singular value allowed, 1 unless given.
+        bound: the largest singular value allowed, from 1e-12 to 1e12; 1 unless given.
         dim: dimension that the rows are when it is flattened. 0 unless given, and 1 for the weight of a transposed
             convolution, as in torch.
 
@@ -120,7 +122,8 @@ def mark_positive(target: Any, name: Any = None) -> Any:
     logarithm: with Adam by at most about ``1 + lr``. Learning rates are relative changes.
 
     Args:
-        target: a leaf tensor, or a module that has one, with its name. Its entries are positive already.
+        target: a leaf tensor of any shape, or a module that has one, with its name. Its entries are positive already,
+            from 1e-19 to 1e19 (float64: 1e-154 to 1e154).
         name: name of the module's parameter, dots allowed. Left out for a tensor.
 
     Returns:
@@ -128,6 +131,8 @@ def mark_positive(target: Any, name: Any = None) -> Any:
 
     Raises:
         ValueError: entries that are not positive, or a parameter that cannot be marked; nothing has been written then.
+
+    Reference: Bhatia (2007), *Positive Definite Matrices*, chapter 6, for matrices of one entry.
 
     >>> import torch
     >>> from manifold_opt import SGD, mark_positive
@@ -155,12 +160,12 @@ def mark_manifold(target: Any, name: Any = None, manifold: Any = None) -> Any:
     mark: handed to an optimizer of this package it is taken as it is.
 
     Args:
-        target: a leaf tensor, or a module that has one, with its name.
-        name: name of the module's parameter. Left out for a tensor.
-        manifold: of geoopt, or a :class:`manifold_opt.manifolds.Manifold`.
+        target: a leaf tensor whose last dimensions are a point, or a module that has one, with its name.
+        name: name of the module's parameter, dots allowed. Left out for a tensor.
+        manifold: of geoopt, or a :class:`~manifold_opt.Manifold`.
 
     Returns:
-        The parameter, the same object, on the manifold: projected where it was not.
+        The parameter, the same object; projected where it was not on the manifold.
 
     Raises:
         ValueError: something else than a manifold, or a parameter that it has no place for; nothing has been written

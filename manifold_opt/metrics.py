@@ -19,17 +19,15 @@ def metrics(self: Optimizer) -> dict[str, float]:
     r"""How the marked parameters are doing. Nothing of it is computed unless this is called.
 
     Returns:
-        ``orthogonality_error``: the largest :math:`\|I - W W^\top\|_F` of a block.
+        Numbers by name.
 
-        ``manifold_error``: the largest distance from its manifold of any other point, as that manifold measures it.
-
-        ``tangent_norm``: the largest :math:`\|P_W(G)\|_F` of a block, for the gradients that are there now; zero at a
-        constrained optimum.
-
-        ``skipped_blocks``: how often a block has not been moved because its gradient was not finite, or too large to be
-        squared, or its result could not be right.
-
-        ``clamped_steps``: how often the step of a block was shortened to what its retraction can take.
+        - ``orthogonality_error``: the largest :math:`\|I - W W^\top\|_F` of a block.
+        - ``manifold_error``: the largest distance from its manifold of any other point, as that manifold measures it.
+        - ``tangent_norm``: the largest :math:`\|P_W(G)\|_F` of a block, for the gradients that are there now; zero at a
+          constrained optimum.
+        - ``skipped_blocks``: how often a block has not been moved because its gradient was not finite, or too large to
+          be squared, or its result could not be right.
+        - ``clamped_steps``: how often the step of a block was shortened to what its retraction can take.
 
     >>> import torch
     >>> from manifold_opt import SGD, mark_orthogonal

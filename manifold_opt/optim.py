@@ -40,10 +40,10 @@ class SGD(torch.optim.SGD):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
             as in torch.optim.SGD. The last two must be off in a group with marked parameters.
-        retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
+        retraction: a name in :data:`~manifold_opt.RETRACTIONS`: how a marked block moves along its direction.
         metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
             canonical one is twice as long.
-        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's.
+        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's, at least 0.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
         on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
@@ -142,15 +142,15 @@ class Adam(torch.optim.Adam):
     and those of unit norm: their length is fixed.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
-        decoupled_weight_decay: as in torch.optim.Adam. ``differentiable`` and ``fused`` must be off in a
+        params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay: as in torch.optim.Adam.
+        foreach, maximize, capturable, differentiable, fused: as in torch.optim.Adam. The last two must be off in a
             group with marked parameters.
-        retraction: a name in :data:`RETRACTIONS`: how a marked block moves along its direction.
+        retraction: a name in :data:`~manifold_opt.RETRACTIONS`: how a marked block moves along its direction.
         metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
             canonical one is twice as long.
-        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's.
+        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's, at least 0.
         second_moment: ``"element"`` holds one mean square an entry, as torch does, and learns fastest.
-            ``"block"`` holds one mean square a block, equivariant under rotations.
+            ``"block"`` holds one mean square a block, equivariant under rotations (Becigneul & Ganea 2019).
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
         on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves

@@ -67,7 +67,7 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
             singular value that is double, where the nearest is not unique; ``det`` other than 1 or -1, or where it
             has no meaning.
 
-    References: Higham (2008), *Functions of Matrices*, theorem 8.4; Kabsch (1976) and Umeyama (1991) for ``det``.
+    Reference: Higham (2008), *Functions of Matrices*, theorem 8.4; Kabsch (1976) and Umeyama (1991) for ``det``.
 
     >>> import torch
     >>> from manifold_opt import nearest_orthogonal

@@ -37,6 +37,10 @@ class Retraction:
         temporaries: memory of a step beyond its workspaces, as a multiple of that of the blocks that move; where the
             host reads values, a step of unusual length can take more.
         longest: spectral norm of the longest step; a longer one is shortened to it.
+
+    >>> from manifold_opt import RETRACTIONS
+    >>> [name for name, scheme in RETRACTIONS.items() if scheme.exact and scheme.second_order]
+    ['cayley', 'orthographic', 'polar', 'exp']
     """
 
     function: Scheme
@@ -106,10 +110,15 @@ def retract(
 
     Returns:
         Points, same shape and dtype. ``"cayley_iterative"`` and ``"orthogonalizer"`` end near the
-        manifold and bound the step: a longer one is shortened to :func:`longest_step`, in spectral norm.
+        manifold and bound the step: a longer one is shortened to spectral norm 1/2 and 1 (less for ``beta`` below 1/2).
 
     Raises:
         ValueError: unknown method or metric, options out of range, shapes or dtypes that differ.
+
+    Reference: Absil, Mahony & Sepulchre (2008), *Optimization Algorithms on Matrix Manifolds*, section 4.1; Absil &
+    Malick (2012), *Projection-like retractions on matrix manifolds*, for ``"orthographic"``; Wen & Yin (2013), *A
+    feasible method for optimization with orthogonality constraints*, for ``"cayley"``; Li, Li & Todorovic (2020),
+    *Efficient Riemannian optimization on the Stiefel manifold via the Cayley transform*, for ``"cayley_iterative"``.
 
     >>> import torch
     >>> from manifold_opt import retract

@@ -35,7 +35,7 @@ class Comparison:
 
     @property
     def rows(self) -> list[Row]:
-        """One row a run: scheme, seed, losses, errors, times, and its curve."""
+        """One row a run, with its scheme, seed, losses, errors, times and curve."""
         return self.results.rows
 
     @property
@@ -114,7 +114,7 @@ def compare(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Comparison:
-    """Train one model with several schemes, each from the same start on the same batches, side by side.
+    r"""Train one model with several schemes, each from the same start on the same batches, side by side.
 
     Every run has torch's random state for itself: dropout and shuffling are the same for all schemes of a seed, and the
     same again in another call. The schemes take turns, a tenth of a second each.
@@ -127,13 +127,13 @@ def compare(
             iterator is read once, as far as ``steps``. A loader that shuffles must do so by torch's random state, not
             by a generator of its own. (States of numpy and random are not kept apart.)
         schemes: names in :data:`~manifold_opt.RETRACTIONS`, and of peers: geoopt, pogo, torch, geotorch (which have to
-            be installed), penalty and unconstrained.
+            be installed), penalty and unconstrained. At least one, none twice.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum.
-        lr: learning rate; several are all tried, and a scheme is judged by the one that ends best.
+        lr: learning rate, above 0; several are all tried, and a scheme is judged by the one that ends best.
         orthogonal_lr_scale: learning rate of marked parameters as a multiple of it.
         metric: ``"euclidean"`` or ``"canonical"``.
         second_moment: of this package's Adam, ``"element"`` or ``"block"``.
-        penalty: weight of the scheme of that name.
+        penalty: weight of :math:`\|I - W W^\top\|_F^2` in the scheme of that name, at least 0.
         steps: training steps of every run, at least 1.
         seeds: how many, or which.
         evaluate: the final measure of a trained model; its mean loss over the last tenth of the steps unless given.

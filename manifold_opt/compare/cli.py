@@ -64,7 +64,7 @@ def parser() -> Parser:
     add("--threads", type=int, help="of torch on the CPU; by default torch's own choice")
     add("--data", metavar="DIR", help="a folder with the files of Fashion-MNIST")
     add("--out", type=Path, metavar="DIR", help="write results.json, the plots and report.html there")
-    add("--resume", action="store_true", help="go on from the results.json in --out")
+    add("--resume", action="store_true", help="go on from the results.json of an interrupted run")
     return made
 
 

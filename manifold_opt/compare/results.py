@@ -35,7 +35,11 @@ class Row:
     """One run: one scheme on one task, from one seed, at one learning rate.
 
     Attributes:
-        task, scheme, seed, lr, steps: what has been run.
+        task: what has been run, with the four below.
+        scheme: by name.
+        seed: of the start, and of the batches.
+        lr: learning rate.
+        steps: of training.
         peer: whether the scheme is somebody else's.
         final_loss: mean loss of the last tenth of the steps; None if it failed.
         final: the task's own measure at the end; None if it failed.
@@ -44,7 +48,8 @@ class Row:
         optimizer_ms: median of what the optimizer alone takes of it.
         steps_to_target: steps until the loss was at the task's target; None if never, or if there is none.
         seconds_to_target: what they took.
-        clamped, skipped: how often the step of a block was shortened, or not made.
+        clamped: how often the step of a block was shortened.
+        skipped: how often it was not made.
         failure: why there is no more, one line; None if all went well.
         curve: of the run.
     """
@@ -79,7 +84,9 @@ class Cost:
 
     Attributes:
         scheme: as in :class:`Row`.
-        count, p, n: so many matrices, p x n each.
+        count: so many matrices.
+        p: rows of each.
+        n: columns of each.
         varied: ``"n"`` or ``"count"``: which of them the curve is drawn against.
         milliseconds: median of a step; None if it failed.
         orthogonality_error: the largest of a matrix after the first ten steps.
@@ -102,7 +109,8 @@ class About:
     """What a task is.
 
     Attributes:
-        name, title: in a word, and in a line.
+        name: in a word.
+        title: in a line.
         measure: what ``Row.final`` is: ``"gap"``, ``"accuracy"`` or ``"loss"``.
         target: loss at which a run counts as having learned; None if there is no such level.
         notes: of each scheme what was corrected so that its steps are as long as those of the others, and the like.
@@ -127,13 +135,17 @@ class Summary:
     """One scheme on one task: over its seeds, at the learning rate that ended best.
 
     Attributes:
-        mean, spread: of ``Row.final`` over the seeds; spread is their standard deviation, zero for one seed.
-        seconds_to_target, reached: median over the seeds that reached the target, and how many did.
-        step_ms, optimizer_ms: medians over the seeds.
+        mean: of ``Row.final`` over the seeds.
+        spread: their standard deviation, zero for one seed.
+        seconds_to_target: median over the seeds that reached the target.
+        reached: how many did.
+        step_ms: median over the seeds.
+        optimizer_ms: median over the seeds.
         ratio: ``step_ms`` over that of the fastest scheme of the task.
         orthogonality_error: the largest of all seeds.
         different: how many different ends the seeds had; one says that they were no repetitions.
-        clamped, skipped: sums.
+        clamped: sum over the seeds.
+        skipped: sum over the seeds.
         failure: of the first run that failed.
         best: names of the columns of times and errors in which it is the best of those that kept their weights
             orthogonal and ended well. (Which final measure is best is for words.py to say: it may be undecided.)

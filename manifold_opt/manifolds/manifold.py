@@ -17,13 +17,33 @@ class Manifold:
     Every function takes a batch of points ``x``, ``(B, ..., *point)``, decides about each point by itself, and is
     pure. A subclass is a frozen dataclass of what it is made of, numbers, strings and tuples of such, which a
     checkpoint records, and has at least :meth:`project`, :meth:`retract`, :meth:`nearest` and :meth:`error`. With one
-    line in :data:`~manifold_opt.manifolds.MANIFOLDS` it is known by its name.
+    line in :data:`~manifold_opt.MANIFOLDS` it is known by its name.
 
     Attributes:
         dims: how many dimensions of a parameter, the last ones, are one point; those before count points.
         decays: whether decoupled weight decay acts: :math:`(1 - t) x` of a point is one, :math:`0 \le t < 1`.
         penalized: whether an L2 penalty does: by its gradient.
         complex: whether complex parameters can be points.
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from manifold_opt import Adam, Manifold, mark_manifold
+    >>> @dataclass(frozen=True)
+    ... class Centred(Manifold):  # vectors whose entries add up to zero
+    ...     dims = 1
+    ...     def project(self, x, g):
+    ...         return g - g.mean(-1, keepdim=True)
+    ...     def retract(self, x, v):
+    ...         return self.nearest(x + v)
+    ...     def nearest(self, x):
+    ...         return x - x.mean(-1, keepdim=True)
+    ...     def error(self, x):
+    ...         return x.double().sum(-1).abs()
+    >>> logits = mark_manifold(torch.nn.Parameter(torch.tensor([1.0, 2.0, 6.0])), Centred())
+    >>> logits.grad = torch.tensor([1.0, 0.0, 0.0])
+    >>> Adam([logits], lr=0.5).step()
+    >>> logits.detach(), Centred().error(logits.detach()) < 1e-6
+    (tensor([-2.6667, -0.6667,  3.3333]), tensor(True))
     """
 
     dims = 0

@@ -28,6 +28,12 @@ class Orthogonal(Manifold):
         which: the blocks that are orthogonal, by number; None is all of them. The others are free.
         flatten: whether dimensions beyond the second are flattened, to (first, rest); else the last two are one of a
             batch of matrices.
+
+    >>> import torch
+    >>> from manifold_opt import constraint_of, mark_orthogonal
+    >>> gate = constraint_of(mark_orthogonal(torch.nn.GRU(4, 8), "weight_hh_l0", which=(2,)))
+    >>> gate, gate.sizes((24, 8)), gate.rest((24, 8))
+    (Orthogonal(blocks=3, dim=0, gain=1.0, which=(2,)), (8, 8, 8), [(0, 16)])
     """
 
     complex = True
@@ -90,7 +96,7 @@ class Orthogonal(Manifold):
         return self.gain * nearest_orthogonal(x / self.gain)
 
     def error(self, x: Tensor) -> Tensor:
-        r""":math:`\\|I - W W^\\top\\|_F` of each block divided by its gain."""
+        r""":math:`\|I - W W^\top\|_F` of each block divided by its gain."""
         return error(x / self.gain)
 
     def rounding(self, x: Tensor) -> float:

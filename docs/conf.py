@@ -1,0 +1,72 @@
+"""How Sphinx builds these pages: sphinx-build -W --keep-going -b html docs docs/_build."""
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+import manifold_opt
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+project = "manifold_opt"
+author = "The manifold_opt authors"
+project_copyright = author
+version = release = manifold_opt.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinxarg.ext",
+    "formulas",
+]
+exclude_patterns = ["_build"]
+smartquotes_action = "D"  # dashes only
+highlight_language = "text"  # of what is indented and does not say what it is
+nitpicky = True  # a name that leads nowhere is an error
+nitpick_ignore_regex = [(r"py:.*", r"(torch|collections|geoopt)\..*")]  # they would have to be fetched
+
+# Of a kind of page there may be none. (The warning has no type by which suppress_warnings could name it.)
+_toctree = logging.getLogger("sphinx.sphinx.directives.other")
+_toctree.addFilter(lambda record: getattr(record, "subtype", "") != "empty_glob")
+
+# Markdown
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_ref_domains = ["std", "py"]
+myst_heading_anchors = 3  # links to headings, as GitHub makes them
+myst_dmath_double_inline = True
+
+# Docstrings
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the text says them shorter; the source, a click away, has them all
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_param = False  # one line for "params, lr, betas: as in torch"
+napoleon_use_ivar = True
+
+# Pages
+html_theme = "furo"
+html_title = "manifold_opt"
+html_math_renderer = "svg"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_show_sphinx = False
+html_copy_source = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def setup(app: Sphinx) -> None:
+    """Lead links to pages above docs/ to where those are here; other files become downloads by themselves."""
+
+    def lead(_: Sphinx, __: str, source: list[str]) -> None:
+        for name, page in (("README", "index"), ("CHANGELOG", "changelog")):
+            source[0] = re.sub(rf"\]\((\.\./)+{name}\.md[^)]*\)", f"](/{page}.md)", source[0])
+
+    app.connect("source-read", lead)
