@@ -5,7 +5,8 @@ A page is Markdown. Of its fenced blocks
 - ``python`` is executed, ``pycon`` is a doctest, in order and in one namespace a page;
 - ``python`` that begins with ``# name.py`` is written to that file of the working folder;
 - ``bash`` is executed, and so are indented lines that call python or something of the checkout;
-- ``text``, and whatever else, is to be read.
+- ``text`` right below ``python`` or ``bash`` is what that prints, but for its numbers;
+- ``text`` elsewhere, and whatever else, is to be read.
 
 A comment ``<!-- requires: a, b -->`` names modules without which the page is skipped, ``<!-- setup: ... -->`` holds
 Python to execute before what follows.

@@ -19,6 +19,10 @@ from manifold_opt import mark_orthogonal
 
 from .helpers import gaussian
 
+OF_THE_TABLE = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="README speaks of others with torch 2.13"
+)
+
 
 def peer(name: str) -> ModuleType:
     """A package that the extra ``compare`` installs; the test is skipped without."""

@@ -1,8 +1,11 @@
 """Documentation runs as it stands; tests/pages.py says what of it."""
 
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
+import itertools
 import os
 import re
 import subprocess
@@ -27,14 +30,30 @@ NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
 
 
 def to_run(page):
-    """The blocks of a page that this file runs; the commands of the checkout are .ci/commands'."""
+    """The blocks of a page that this file runs, and what the page says that each prints, if it does.
+
+    The commands of the checkout are .ci/commands'.
+    """
     if page.name in ELSEWHERE:
         return []
+    text = page.read_text().splitlines()
+    every = list(blocks(page))
     return [
-        block
-        for block in blocks(page)
+        (block, after.text if after and after.kind == "text" and follows(text, block, after) else None)
+        for block, after in itertools.zip_longest(every, every[1:])
         if block.kind in TO_RUN and (block.kind != "bash" or not all(map(about_the_checkout, block.commands())))
     ]
+
+
+def follows(lines, block, after):
+    """Whether there is nothing between two blocks."""
+    end = block.line + block.text.count("\n")  # of the closing fence
+    return not any(line.strip() for line in lines[end : after.line - 2])
+
+
+def but_for_numbers(text):
+    """What is left of a printed text: runs of digits may differ in value, not in being there."""
+    return [re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", line.rstrip()) for line in text.strip().splitlines()]
 
 
 @pytest.fixture
@@ -84,8 +103,12 @@ class Page:
         # A module, so that what is defined on the page can be pickled, and a dataclass finds its annotations.
         self.module = ModuleType("page_" + re.sub(r"\W", "_", path.stem))
 
-    def run(self, block):
-        getattr(self, block.kind)(block)
+    def run(self, block, shown):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            getattr(self, block.kind)(block)
+        if shown is not None and block.kind != "pycon":
+            assert but_for_numbers(printed.getvalue()) == but_for_numbers(shown), f"{self.path.name}, line {block.line}"
 
     def python(self, block):
         code = "\n" * (block.line - 1) + textwrap.dedent(block.text)
@@ -112,6 +135,7 @@ class Page:
                 continue
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            print(done.stdout, end="")
 
 
 def pages_to_run():
@@ -132,8 +156,8 @@ def test_a_page_runs_in_order(name, folder, monkeypatch):
         importlib.import_module(module)
     page = Page(NAMES[name], folder)
     monkeypatch.setitem(sys.modules, page.module.__name__, page.module)
-    for block in to_run(page.path):
-        page.run(block)
+    for block, shown in to_run(page.path):
+        page.run(block, shown)
 
 
 @pytest.mark.parametrize("name", NAMES)

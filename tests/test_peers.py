@@ -14,7 +14,9 @@ import manifold_opt
 from manifold_opt import mark_orthogonal, mark_recurrent
 
 from .helpers import gaussian
-from .peers import noise, off, parametrized, peer, start
+from .peers import OF_THE_TABLE, noise, off, parametrized, peer, start
+
+pytestmark = OF_THE_TABLE
 
 geoopt = pytest.importorskip("geoopt")
 EYE = torch.eye(8)

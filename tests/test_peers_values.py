@@ -14,7 +14,9 @@ import manifold_opt
 from manifold_opt import constraint_of, mark_manifold, mark_orthogonal
 
 from . import test_peers
-from .peers import noise, off, peer, start
+from .peers import OF_THE_TABLE, noise, off, peer, start
+
+pytestmark = OF_THE_TABLE
 
 geoopt = pytest.importorskip("geoopt")
 COLUMNS = ["torch", "geotorch", "geoopt", "pogo", "ours"]
