@@ -85,11 +85,20 @@ def blind(monkeypatch):
 
 
 CASES = [(layout, rule) for layout in LAYOUTS for rule in RULES if whole(layout, rule)]
+FEW = [(layout, rule) for layout, rule in CASES if rule[0] == "Adam"]  # those with most moments
 
 
 @pytest.mark.parametrize(("layout", "rule"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bfloat16])
-@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "reads"),
+    [
+        (torch.float32, True),
+        (torch.float32, False),
+        (torch.complex64, True),
+        (torch.bfloat16, True),
+        (torch.bfloat16, False),
+    ],
+)
 def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatch):
     if not reads:
         blind(monkeypatch)
@@ -114,7 +123,7 @@ def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatc
         assert orthogonality_error(p) < (0.1 if dtype == torch.bfloat16 else 40 * eps)
 
 
-@pytest.mark.parametrize(("layout", "rule"), CASES)
+@pytest.mark.parametrize(("layout", "rule"), FEW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_is_the_uninterrupted_one(layout, rule, dtype):
     through = marked(layout, dtype)
@@ -142,9 +151,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, rule, dtype):
         assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize(("layout", "rule"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize(("layout", "rule"), FEW)
+@pytest.mark.parametrize(("dtype", "reads"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
 def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
     """The last block of one member, or its last rows that are in none, which are torch's to spoil."""
     if not reads:
