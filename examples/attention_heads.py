@@ -1,6 +1,6 @@
 """A vision transformer whose attention logits cannot grow, because the queries and keys of every head are orthogonal.
 
-    pip install "manifold-opt[examples]"
+    pip install ".[examples]"
     python examples/attention_heads.py
 
 What it shows: one line, mark_attention(model, which="qk"), in a model of nn.TransformerEncoderLayers. The logits of a

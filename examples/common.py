@@ -25,7 +25,7 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[examples]"') from None
+    raise SystemExit(f'{missing.name} is not installed: pip install ".[examples]"') from None
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"

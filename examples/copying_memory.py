@@ -2,7 +2,7 @@
 
 Run it with no argument; it needs no network and no data:
 
-    pip install "manifold-opt[examples]"
+    pip install ".[examples]"
     python examples/copying_memory.py
 
 What it shows: how many steps a plain nn.RNN needs until it remembers across the delay, by the way its recurrent matrix

@@ -2,7 +2,7 @@
 
 Run it with no argument; it needs no network:
 
-    pip install "manifold-opt[examples,frameworks]"
+    pip install ".[examples,frameworks]"
     python examples/hf_trainer.py
 
 What it shows: the mark and the one argument that constrain a model of transformers (look for "change 1 of 2"), and that
@@ -46,7 +46,7 @@ try:
     import transformers
     from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[frameworks]"') from None
+    raise SystemExit(f'{missing.name} is not installed: pip install ".[frameworks]"') from None
 
 PLAIN, WHOLE, RESUMED = "the Trainer's AdamW", "AdamW", "resumed at half"
 DECAY = "AdamW, decay 1"

@@ -2,7 +2,7 @@
 
 Run it with no argument; it needs no network:
 
-    pip install "manifold-opt[examples,frameworks]"
+    pip install ".[examples,frameworks]"
     python examples/lightning_module.py
 
 What it shows: the two lines that constrain a LightningModule (look for "change 1 of 2"), and that the constraint
@@ -50,7 +50,7 @@ try:
     import lightning
     from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[frameworks]"') from None
+    raise SystemExit(f'{missing.name} is not installed: pip install ".[frameworks]"') from None
 
 PLAIN, WHOLE, RESUMED = "unconstrained", "Adam", "resumed at half"
 MIXED, EMA, ORTHOGONAL_EMA = "bf16-mixed", "Lightning's EMA", "orthogonal EMA"

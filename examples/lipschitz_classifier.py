@@ -1,6 +1,6 @@
 """A classifier of clothes whose answers provably stand within a radius, because its layers are 1-Lipschitz.
 
-    pip install "manifold-opt[examples]"
+    pip install ".[examples]"
     python examples/lipschitz_classifier.py
 
 What it shows: a net whose layers do not stretch, between activations that do not either, is 1-Lipschitz. Its margin,

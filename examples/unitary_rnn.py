@@ -1,6 +1,6 @@
 """A recurrent net with a unitary matrix that has to remember, and at which learning rates it still does.
 
-    pip install "manifold-opt[examples]"
+    pip install ".[examples]"
     python examples/unitary_rnn.py
 
 What it shows: a complex parameter that mark_orthogonal keeps unitary, in a recurrent net written by hand. In
