@@ -63,13 +63,13 @@ def test_every_row_of_the_table_leaves_rounding_only(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 @pytest.mark.parametrize("length", [1e-3, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
-@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("shape", [(64, 128), (150, 150)])
 def test_steps_of_low_rank_are_exact(shape, rank, length, dtype):
     """A few singular values far above the others, wherever they point: no estimate may miss them."""
     p, n = shape
-    w = point(20, p, n, dtype=dtype)
-    left, right = gaussian(20, p, rank, dtype=dtype, seed=2), gaussian(20, rank, n, dtype=dtype, seed=3)
+    w = point(8, p, n, dtype=dtype)
+    left, right = gaussian(8, p, rank, dtype=dtype, seed=2), gaussian(8, rank, n, dtype=dtype, seed=3)
     v = stiefel.project(w, left @ right)
     v = length * v / torch.linalg.matrix_norm(v, 2, keepdim=True)
     moved = retract(w, v, "polar")
