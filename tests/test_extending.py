@@ -48,6 +48,7 @@ def run(root, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_the_manifold_passes_the_tests_of_a_manifold(extended):
     files = [f"tests/test_manifold{name}.py" for name in ("s", "_steps", "_faults", "_lifecycle")]
     chosen = "simplex or (resumed and amsgrad) or (compiled and amsgrad) or every_manifold"
@@ -59,6 +60,7 @@ def test_the_example_runs(extended):
     assert run(extended, "examples/transitions.py").startswith("tensor([[0.80")
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_the_retraction_keeps_what_it_claims(extended):
     files = ["tests/test_retractions.py", "tests/test_faults.py"]
     out = run(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "taylor")

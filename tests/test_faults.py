@@ -261,7 +261,7 @@ def test_where_memory_ends_a_step_has_happened_or_not(rule, retraction, late, mo
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exponent", [-12, -6, -3, -1, 0, 2, 4, 6])
+@pytest.mark.parametrize("exponent", [-12, -3, 0, 2, 4, 6])
 def test_any_learning_rate_is_survived(retraction, rule, dtype, exponent):
     groups = net(dtype)
     groups[0][0].grad = None
@@ -319,7 +319,11 @@ def test_a_point_far_off_its_manifold_is_back_within_ten_steps(retraction, rule,
     assert orthogonality_error(weight) <= stiefel.error_at_rounding(*shape, torch.float32)
 
 
-@pytest.mark.parametrize("method", RETRACTIONS)
+@pytest.mark.parametrize(
+    "method",
+    ["qr", "cayley", "exp", "orthographic"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("polar", "cayley_iterative", "orthogonalizer")],
+)
 def test_the_batched_lu_of_the_cpu_cannot_reach_anybody(method):
     """At 4 x 512 x 512 with threads set, torch's batched solve raises or is wrong in silence."""
     threads = torch.get_num_threads()

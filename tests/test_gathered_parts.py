@@ -91,13 +91,7 @@ FEW = [(layout, rule) for layout, rule in CASES if rule[0] == "Adam"]  # those w
 @pytest.mark.parametrize(("layout", "rule"), CASES)
 @pytest.mark.parametrize(
     ("dtype", "reads"),
-    [
-        (torch.float32, True),
-        (torch.float32, False),
-        (torch.complex64, True),
-        (torch.bfloat16, True),
-        (torch.bfloat16, False),
-    ],
+    [(torch.float32, True), (torch.float32, False), (torch.complex64, True), (torch.bfloat16, True)],
 )
 def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatch):
     if not reads:

@@ -87,8 +87,9 @@ def test_room_lays_matrices_as_those_they_are_like():
         (Adam, {"amsgrad": True, "metric": "canonical"}),
     ],
 )
-@pytest.mark.parametrize(("p", "n", "gain"), [(3, 3, 1.0), (2, 5, 1.7), (6, 6, 0.4)])
-@pytest.mark.parametrize("count", [1, 300])
+@pytest.mark.parametrize(
+    ("p", "n", "gain", "count"), [(3, 3, 1.0, 1), (3, 3, 1.0, 300), (2, 5, 1.7, 300), (6, 6, 0.4, 300)]
+)
 def test_many_tiny_blocks_move_as_few(optimizer, options, retraction, p, n, gain, count):
     """300 blocks, of one parameter or of as many, are copied to lie across; three at a time they are not."""
 
