@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from manifold_opt.compare.data import FASHION, Images, MissingDataError, digits, fashion
 
@@ -201,6 +202,16 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(f"plot: {path}")
+
+
+def largest(values: Sequence[float]) -> float:
+    """Of some values; unlike max(), NaN if one is."""
+    return torch.tensor(values).max().item()
+
+
+def same_bits(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same parameters, to the last bit."""
+    return all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 def moving_average(values: Sequence[float], width: int) -> tuple[list[float], list[float]]:

@@ -56,14 +56,13 @@ from common import (
     save,
     show,
 )
-from recurrent import orthogonal_start_
+from recurrent import SYMBOLS, copying, memoryless, orthogonal_start_
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.nn.utils import parametrizations
 
 from manifold_opt import Adam, mark_orthogonal, orthogonality_error
 
-SYMBOLS, LENGTH = 8, 10  # to choose from, and to remember
 WINDOW = 20  # batches whose mean loss tells whether a run has learned
 
 
@@ -79,21 +78,6 @@ class Copier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(time, batch, 9)`` of symbols ``(time, batch)``."""
         return self.head(self.rnn(F.one_hot(x, SYMBOLS + 2).float())[0])
-
-
-def batch(delay: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Symbols, blanks, a mark that says go; and what to answer. Both ``(delay + 20, size)``."""
-    symbols = torch.randint(1, SYMBOLS + 1, (LENGTH, size), generator=generator)
-    x = torch.zeros(delay + 2 * LENGTH, size, dtype=torch.long)
-    y = x.clone()
-    x[:LENGTH] = y[-LENGTH:] = symbols
-    x[delay + LENGTH - 1] = SYMBOLS + 1
-    return x, y
-
-
-def memoryless(delay: int) -> float:
-    """Mean cross-entropy of an answer that knows when to repeat, not what."""
-    return LENGTH * math.log(SYMBOLS) / (delay + 2 * LENGTH)
 
 
 Build = Callable[[Copier, float], list[torch.optim.Optimizer]]
@@ -183,7 +167,7 @@ def learn(
     generator = torch.Generator().manual_seed(1000 + seed)
     run = Run([], None, 0.0, [])
     while run.learned is None and len(run.losses) < limit:
-        x, y = batch(delay, batch_size, generator)
+        x, y = copying(delay, batch_size, generator)
         start = time.perf_counter()
         net.zero_grad()
         loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten())

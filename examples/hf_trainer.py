@@ -34,7 +34,18 @@ from typing import Any
 
 import common
 import torch
-from common import Parser, Runs, moving_average, panels, positive_float, positive_int, save, show
+from common import (
+    Parser,
+    Runs,
+    largest,
+    moving_average,
+    panels,
+    positive_float,
+    positive_int,
+    same_bits,
+    save,
+    show,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -172,15 +183,12 @@ def run_once(label: str, args: argparse.Namespace, folder: Path, runs: Runs) -> 
 
 def row_of(label: str, result: Result, whole: Result, epochs: int) -> tuple[str, ...]:
     """What the table says of a run."""
-    largest = torch.tensor(result.errors).max().item()  # unlike max(), NaN if an entry is
-    pairs = zip(result.model.parameters(), whole.model.parameters(), strict=True)
-    same = all(torch.equal(mine, theirs) for mine, theirs in pairs)
     return (
         label,
         f"{result.accuracy:.1%}",
         f"{statistics.fmean(result.losses[-len(whole.losses) // epochs :]):.2f}",
-        f"{largest:.1e}",
-        "itself" if result is whole else "yes" if same else "no",
+        f"{largest(result.errors):.1e}",
+        "itself" if result is whole else "yes" if same_bits(result.model, whole.model) else "no",
         str(len(result.problems)),
     )
 

@@ -38,7 +38,18 @@ from typing import Any
 
 import common
 import torch
-from common import Parser, Runs, moving_average, panels, positive_float, positive_int, save, show
+from common import (
+    Parser,
+    Runs,
+    largest,
+    moving_average,
+    panels,
+    positive_float,
+    positive_int,
+    same_bits,
+    save,
+    show,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -186,16 +197,13 @@ def run_once(label: str, args: argparse.Namespace, folder: Path, runs: Runs) -> 
 
 def row_of(label: str, result: Result, whole: Result) -> tuple[str, ...]:
     """What the table says of a run."""
-    largest = torch.tensor(result.watch.errors).max().item()  # unlike max(), NaN if an entry is
     left = max(orthogonality_error(result.module).values())
-    pairs = zip(result.module.parameters(), whole.module.parameters(), strict=True)
-    same = all(torch.equal(mine, theirs) for mine, theirs in pairs)
     return (
         label,
         f"{result.accuracy:.1%}",
-        f"{largest:.1e}",
+        f"{largest(result.watch.errors):.1e}",
         f"{left:.1e}",
-        "itself" if result is whole else "yes" if same else "no",
+        "itself" if result is whole else "yes" if same_bits(result.module, whole.module) else "no",
         str(len(result.problems)),
     )
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Parser, Runs, moving_average, one_of, panels, positive_float, positive_int, save, show
+from common import Parser, Runs, largest, moving_average, one_of, panels, positive_float, positive_int, save, show
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from torch.utils.data import DataLoader, TensorDataset
@@ -195,9 +195,8 @@ def run_once(retraction: str | None, args: argparse.Namespace, digits: Digits, r
 
 def row_of(retraction: str | None, result: Result) -> tuple[str, ...]:
     """What the table says of a run."""
-    largest = torch.tensor(result.errors).max().item()  # unlike max(), NaN if an entry is
     step = 1e3 * statistics.median(result.seconds)
-    return label_of(retraction), f"{result.accuracy:.1%}", f"{largest:.1e}", f"{step:.2f}"
+    return label_of(retraction), f"{result.accuracy:.1%}", f"{largest(result.errors):.1e}", f"{step:.2f}"
 
 
 def save_plot(results: dict[str | None, Result], batches_an_epoch: int, path: Path) -> None:

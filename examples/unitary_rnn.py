@@ -53,12 +53,12 @@ from common import (
     save,
     show,
 )
+from recurrent import LENGTH, SYMBOLS, copying, memoryless
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from manifold_opt import Adam, mark_orthogonal, orthogonality_error
 
-SYMBOLS, LENGTH = 8, 10  # the symbols are 1 to 8; 0 is nothing, 9 asks for the answer
 RATES = {0.1: GREEN, 0.3: BLUE, 1.0: RED}  # of the recurrent matrix, as a share of the rest's; and their colours
 WINDOW = 10  # steps whose mean loss is told
 
@@ -131,16 +131,6 @@ def modrelu(z: Tensor, threshold: Tensor) -> Tensor:
     return z * (F.relu(modulus + threshold) / (modulus + 1e-5))
 
 
-def batch(delay: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Symbols to read and symbols to say, ``(delay + 20, size)`` both."""
-    symbols = torch.randint(1, SYMBOLS + 1, (LENGTH, size), generator=generator)
-    x = torch.zeros(delay + 2 * LENGTH, size, dtype=torch.long)
-    y = x.clone()
-    x[:LENGTH] = y[-LENGTH:] = symbols
-    x[delay + LENGTH - 1] = SYMBOLS + 1
-    return x, y
-
-
 def build(contender: Contender, args: argparse.Namespace) -> tuple[UnitaryRNN, torch.optim.Optimizer]:
     """The net at its start and its optimizer."""
     torch.manual_seed(args.seed)
@@ -159,7 +149,7 @@ def train(contender: Contender, args: argparse.Namespace, runs: Runs) -> Result:
     advance = runs.begin(str(contender), args.steps // WINDOW)
     result = Result([], [], [], torch.empty(0, dtype=torch.complex64))
     for step in range(1, args.steps + 1):
-        x, y = batch(args.delay, args.batch_size, generator)
+        x, y = copying(args.delay, args.batch_size, generator)
         start = time.process_time()
         opt.zero_grad()
         loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
@@ -174,11 +164,6 @@ def train(contender: Contender, args: argparse.Namespace, runs: Runs) -> Result:
     if net.recurrent.isfinite().all():
         result.eigenvalues = torch.linalg.eigvals(net.recurrent.detach())
     return result
-
-
-def memoryless(delay: int) -> float:
-    """The least loss of one who knows when to speak, and not what was said."""
-    return LENGTH * math.log(SYMBOLS) / (delay + 2 * LENGTH)
 
 
 def first_below(losses: Sequence[float], target: float) -> str:

@@ -113,7 +113,7 @@ def test_modrelu_keeps_phases(example):
 
 def test_when_it_was_first_learned(example):
     unitary_rnn = example("unitary_rnn")
-    assert unitary_rnn.memoryless(100) == pytest.approx(10 * math.log(8) / 120)
+    assert example("recurrent").memoryless(100) == pytest.approx(10 * math.log(8) / 120)
     losses = [1.0] * 20 + [0.0] * 20
     assert unitary_rnn.first_below(losses, 0.55) == "25"  # five of the last ten are 0
     assert unitary_rnn.first_below(losses, 0.0) == "never"
