@@ -34,23 +34,9 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
         present = [
             _shaped(optimizer.state[p].get(key), key in scalars, p, bucket.constraint) for p in bucket.parameters
         ]
-        if bucket.carried or not bucket.gathered:
-            shown = present
-            if key not in scalars:
-                shown = [_lying(bucket.part, m, p) for m, p in zip(present, bucket.parameters, strict=True)]
-        if bucket.carried:
-            pass
-        elif not bucket.gathered:
-            own = shown[0][bucket.before : bucket.before + bucket.each] if key in scalars else shown[0]
-            bucket.moments[key] = own if key in scalars else bucket.part.view(own)
-        elif key in scalars:
-            storage = torch.cat(present)
-            shown = list(storage.split(bucket.each))  # type: ignore[no-untyped-call]
-            bucket.moments[key] = storage
-        else:
-            storage = bucket.storage(present)
-            shown = bucket.split(storage)
-            bucket.moments[key] = bucket.part.points(storage)
+        shown, held = _held(bucket, present, key in scalars)
+        if held is not None:
+            bucket.moments[key] = held
         bucket.shown[key] = shown
         for parameter, moment in zip(bucket.parameters, shown, strict=True):
             optimizer.state[parameter][key] = moment
@@ -72,14 +58,25 @@ def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
             master = parameter.detach().float()
             put_back_(master, off_manifold(master, bucket.constraint))
         masters.append(master.to(parameter.device, torch.float32))
-    if bucket.gathered and not bucket.carried:
-        storage = bucket.storage(masters)
-        masters, bucket.master = bucket.split(storage), bucket.part.points(storage)
-    elif not bucket.gathered:
-        bucket.master = bucket.part.view(masters[0])
+    masters, bucket.master = _held(bucket, masters, False)
     bucket.shown[MASTER] = masters
     for parameter, master in zip(bucket.parameters, masters, strict=True):
         optimizer.state[parameter][MASTER] = master
+
+
+def _held(bucket: Bucket, present: list[Tensor], scalar: bool) -> tuple[list[Tensor], Tensor | None]:
+    """What the members' state shows of a moment, and what the rule works on: None where each step gathers that."""
+    if bucket.gathered and not bucket.carried:
+        storage = torch.cat(present) if scalar else bucket.storage(present)
+        if scalar:
+            return list(storage.split(bucket.each)), storage  # type: ignore[no-untyped-call]
+        return bucket.split(storage), bucket.part.points(storage)
+    if not scalar:
+        present = [_lying(bucket.part, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)]
+    if bucket.carried:
+        return present, None
+    own = present[0][bucket.before : bucket.before + bucket.each] if scalar else bucket.part.view(present[0])
+    return present, own
 
 
 def _lying(part: Part, moment: Tensor, parameter: Tensor) -> Tensor:
