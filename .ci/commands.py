@@ -1,8 +1,7 @@
 """Runs every command that README and docs/ show, small: a CI step, in a copy of the checkout with README's .venv.
 
-What names a script of examples/ or benchmarks/ gets --toy, a comparison small sizes; chosen slow tests are collected
-only. Left out are what .ci/run has run itself, what installs into the reader's environment, and all slow tests. A
-script that no page shows is run all the same.
+What names a script of examples/ or benchmarks/ gets --toy, a comparison small sizes. Left out are what .ci/run runs
+itself, what installs into the reader's environment, and slow tests. A script that no page shows is run all the same.
 """
 
 import os
@@ -20,13 +19,12 @@ sys.path.insert(0, str(ROOT))
 
 from tests.pages import PAGES, about_the_checkout, blocks  # noqa: E402
 
-LEFT_OUT = re.compile(r"\.ci/run|^pip install|-m pytest( -m slow)?$|bin/(mypy|codespell|sphinx-build .*)$")
+LEFT_OUT = re.compile(r"\.ci/run|^pip install|-m pytest|bin/(mypy|codespell|sphinx-build .*)$")
 SMALL = (  # what a command is about, and what it gets
     (re.compile(r"benchmarks/step\.py"), "--toy --threads 1 --budget 0.2"),
     (re.compile(r"benchmarks/(manifolds|copying)\.py"), "--toy --threads 1"),
     (re.compile(r"(examples|benchmarks)/\w+\.py"), "--toy"),
     (re.compile(r"manifold_opt compare"), "--size 8 --steps 5 --seeds 1 --threads 1"),
-    (re.compile(r"pytest"), "--collect-only -q -n 0"),
 )
 
 

@@ -8,7 +8,7 @@ Singular vectors stay; every singular value moves by :math:`s \mapsto (1+\beta)s
 so small :math:`\beta` approaches orthogonality linearly, and :math:`\beta = 1/2`, the Newton-Schulz step,
 quadratically. One kernel, three methods of the field:
 
-- a tangent step, then one step at :math:`\beta = 1/2`: POGO (2026);
+- a tangent step, then one step at :math:`\beta = 1/2`: POGO (Javaloy & Vergari, PMLR 306, 2026);
 - the Riemannian field plus a small multiple of :math:`(I - X X^\top) X`: Landing (Ablin & Peyre, 2022);
 - steps at :math:`\beta = 1/2` on a matrix whose singular values are known to lie in an interval: the
   polar factor without a factorization (Higham 2008, *Functions of Matrices*, chapter 8).

@@ -196,7 +196,7 @@ def orthogonalized(w: Tensor, v: Tensor, *, beta: float = 0.5, correction_steps:
     At :math:`\beta = 1/2` it follows :func:`polar` up to :math:`\tfrac38 \|V\|^4`; a small beta comes
     back to the manifold over many steps, not in one.
 
-    References: POGO (2026) for beta = 1/2; Ablin & Peyre (AISTATS 2022) for small beta.
+    References: POGO (Javaloy & Vergari, PMLR 306, 2026) for beta = 1/2; Ablin & Peyre (AISTATS 2022) for small beta.
     """
     return orthogonalizer(w + v, beta=beta, steps=correction_steps)
 

@@ -234,3 +234,5 @@ def test_tests_that_are_named_are_there(name):
         assert file in tests, file
     for called in re.findall(r"`(?:test_\w+\.py::)?(test_[a-z]\w+)`", text):
         assert any(f"def {called}(" in source for source in tests.values()), called
+    for word in re.findall(r"pytest\b.* -k (\w+)$", text, re.M):
+        assert any(word in source for source in tests.values()), word

@@ -56,8 +56,9 @@ def test_the_manifold_passes_the_tests_of_a_manifold(extended):
     assert int(re.search(r"(\d+) passed", out)[1]) > 50
 
 
-def test_the_example_runs(extended):
-    assert run(extended, "examples/transitions.py").startswith("tensor([[0.80")
+@pytest.mark.parametrize(("name", "begins"), [("sphere", "length 2.0000, 0.0855"), ("transitions", "tensor([[0.80")])
+def test_an_example_runs(name, begins, extended):
+    assert run(extended, f"examples/{name}.py").startswith(begins)
 
 
 @pytest.mark.slow  # .ci/run runs it
@@ -69,4 +70,4 @@ def test_the_retraction_keeps_what_it_claims(extended):
 
 def test_the_new_file_keeps_the_houses_rules(extended):
     run(extended, "-m", "ruff", "check", "manifold_opt/manifolds/simplex.py")
-    run(extended, "-m", "ruff", "format", "--check", "manifold_opt/manifolds/simplex.py", "examples/transitions.py")
+    run(extended, "-m", "ruff", "format", "--check", "manifold_opt/manifolds/simplex.py", "examples")
