@@ -1,10 +1,18 @@
 """What holds for every test and doctest."""
 
+import gc
+
 import pytest
 import torch
 
 # The matrices here are small: one thread is faster, and does not wait for another on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: nobody has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

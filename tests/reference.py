@@ -92,7 +92,8 @@ def euclidean_geodesic(w: Tensor, v: Tensor) -> Tensor:
         return x
 
     steps = max(64, math.ceil(200 * float(torch.linalg.matrix_norm(v, 2))))
-    return integrate(2 * steps) + (integrate(2 * steps) - integrate(steps)) / 15
+    fine = integrate(2 * steps)
+    return fine + (fine - integrate(steps)) / 15
 
 
 def orthogonalizer(x: Tensor, beta: float) -> Tensor:

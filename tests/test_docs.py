@@ -26,6 +26,7 @@ from .pages import PAGES, ROOT, about_the_checkout, blocks, requires
 # What torch's gloo says when, about once in forty times, it aborts a process that has ended already.
 GLOO = "terminate called without an active exception"
 ELSEWHERE = {"extending.md"}  # by test_extending.py
+SLOW = {"tutorial.md", "several_gpus.md"}  # .ci/run runs them
 TO_RUN = {"python", "pycon", "file", "bash"}
 REFERENCE = [page.read_text() for page in PAGES if page.parent.name == "reference"]
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
@@ -144,10 +145,11 @@ class Page:
 
 
 def pages_to_run():
-    """Their names, and a mark on those that want what the tests do not."""
+    """Their names, and marks on those that want what the tests do not, or take long."""
     for name, page in NAMES.items():
         if to_run(page):
-            yield pytest.param(name, marks=[pytest.mark.requires] if requires(page) else [])
+            marks = [pytest.mark.requires] * bool(requires(page)) + [pytest.mark.slow] * (page.name in SLOW)
+            yield pytest.param(name, marks=marks)
 
 
 @pytest.mark.usefixtures("torch_as_it_was")

@@ -295,7 +295,7 @@ def worker(rank, path, rule, kind):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero"])
-@pytest.mark.parametrize("rule", ["SGD", "Adam"])
+@pytest.mark.parametrize("rule", [pytest.param("SGD", marks=pytest.mark.slow), "Adam"])
 def test_two_processes_end_with_the_same_bits(kind, rule, tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path), rule, kind), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -42,7 +42,7 @@ RULES = [
     ("Adam", {"amsgrad": True}),
     ("Adam", {"second_moment": "block"}),
 ]
-COUNT = 7
+COUNT = 4
 
 
 def whole(layout, rule):

@@ -139,8 +139,17 @@ def test_a_learnt_curvature_is_the_copys_own():
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own
-@pytest.mark.parametrize("name", ["Sphere", "PoincareBall", "SymmetricPositiveDefinite", "BirkhoffPolytope"])
-@pytest.mark.parametrize("form", ["parameter", "mark"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("Sphere", "mark"),
+        ("PoincareBall", "parameter"),
+        ("BirkhoffPolytope", "mark"),
+        pytest.param("BirkhoffPolytope", "parameter", marks=pytest.mark.slow),
+        pytest.param("SymmetricPositiveDefinite", "mark", marks=pytest.mark.slow),
+        pytest.param("SymmetricPositiveDefinite", "parameter", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_it_moves_as_it_does_otherwise(name, form):
     if form == "parameter" and torch.__version__.startswith("2.6."):
         pytest.skip("torch.compile of 2.6 fails on a subclass of Parameter, with an assertion of its own")

@@ -62,7 +62,7 @@ def test_every_row_of_the_table_leaves_rounding_only(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES + UNITARY)
-@pytest.mark.parametrize("length", [1e-3, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("length", [1e-3, 0.1, 0.3, 1.0, 10.0])
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("shape", [(64, 128), (150, 150)])
 def test_steps_of_low_rank_are_exact(shape, rank, length, dtype):
