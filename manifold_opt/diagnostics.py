@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 from torch import Tensor, nn
@@ -67,4 +68,9 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> f
                 f"its mark if it has one, here {mark}."
             )
         matrices = matrices if mark is not None else [(points_of(part, x.detach()), 1.0) for part in cut.parts(x.shape)]
-    return max(float(error(float64(w) / gain).max()) for w, gain in matrices)
+    return largest(float(error(float64(w) / gain).max()) for w, gain in matrices)
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers, 0 of none; NaN if one is, where ``max`` may pass over it."""
+    return max(values, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)

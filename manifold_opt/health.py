@@ -23,7 +23,7 @@ AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 def check(model: nn.Module, opt: Optimizer) -> list[str]:
     """What is wrong with the constraints of a model that an optimizer is to train; an empty list if all is well.
 
-    Says which parameters have lost their mark, are marked but not in the optimizer or not in one of this package, are off
+    Says if nothing is marked, and which parameters have lost their mark, are marked but not in the optimizer or not in one of this package, are off
     their manifold by more than rounding, or have state that is not finite or of another dtype or device; and which
     marked parameters the optimizer still moves though they are no longer the model's.
 
@@ -33,6 +33,9 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
 
     Returns:
         One sentence a problem, which names the parameter and the remedy.
+
+    Raises:
+        TypeError: not a module and an optimizer.
 
     >>> import torch
     >>> from manifold_opt import Adam, check, mark_orthogonal
@@ -45,9 +48,14 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     >>> for problem in check(layer, opt):
     ...     print(problem)
     weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place. Mark it again and build the optimizer anew.
-    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's: build the optimizer anew.
+    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Mark what has taken its place, and build the optimizer anew.
     """  # noqa: E501
     opt = _unwrapped(opt)
+    if not isinstance(model, nn.Module) or not hasattr(opt, "param_groups"):
+        raise TypeError(
+            f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
+            f"{type(opt).__name__}."
+        )
     ours = hasattr(opt, "_plans")
     marks: dict[Tensor, Manifold | None] = getattr(opt, "_marks", {})
     moved = {id(p): group for group in opt.param_groups for p in group["params"]}
@@ -75,9 +83,11 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
         for p in group["params"]:
             if id(p) not in present and (constraint_of(p) or marks.get(p)) is not None:
                 problems.append(
-                    f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's: "
-                    "build the optimizer anew."
+                    f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's. "
+                    "Mark what has taken its place, and build the optimizer anew."
                 )
+    if ours and not problems and not any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()):
+        problems.append("nothing in the model is marked: mark_recurrent(model), or mark_orthogonal(module, name).")
     return problems
 
 

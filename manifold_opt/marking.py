@@ -104,8 +104,9 @@ def mark_orthogonal(
             has been written then.
 
     Warns:
-        UserWarning: a (3H, H) or (4H, H) tensor without ``blocks``, the stacked gates of a GRU or LSTM,
-            is marked as the one tall matrix that was asked for. ``blocks=1`` says that it is meant.
+        UserWarning: a (3H, H) or (4H, H) tensor without ``blocks``, which may be the stacked gates of a GRU or LSTM, or
+            an nn.Linear(H, 3H), which may be the projections of queries, keys and values, is marked as the one tall
+            matrix that was asked for. ``blocks=1`` says that it is meant.
 
     Reference: Higham (2008), *Functions of Matrices*, theorem 8.4: the polar factor is the nearest.
 
@@ -129,20 +130,25 @@ def mark_orthogonal(
     sizes = 1 if blocks is None else _whole_numbers(blocks)
     constraint = Orthogonal(sizes, _whole(dim), gain, _numbered(which, sizes), flatten)
     check_markable("mark_orthogonal", parameter, constraint, label)
-    if (
-        blocks is None
-        and flatten
-        and parameter.ndim == 2
-        and parameter.shape[0] in (3 * parameter.shape[1], 4 * parameter.shape[1])
-    ):
-        gates = parameter.shape[0] // parameter.shape[1]
+    stack = _looks_like(target, parameter) if blocks is None and flatten else None
+    if stack:
         warnings.warn(
-            f"mark_orthogonal: {label} has shape {tuple(parameter.shape)}, like the {gates} stacked gates of "
-            f"{'nn.GRU' if gates == 3 else 'nn.LSTM'}, and is marked as one tall matrix. For one orthogonal "
-            f"matrix a gate give blocks={gates}; blocks=1 says that one tall matrix is meant.",
+            f"mark_orthogonal: {label} has shape {tuple(parameter.shape)}, like {stack}, and is marked as one tall "
+            f"matrix. For one orthogonal matrix each give blocks={parameter.shape[0] // parameter.shape[1]}; blocks=1 "
+            "says that one tall matrix is meant.",
             stacklevel=2,
         )
     return mark("mark_orthogonal", target, name, parameter, constraint)
+
+
+def _looks_like(target: Tensor | nn.Module, parameter: Tensor) -> str | None:
+    """What a tall matrix may well be a stack of; of an nn.Linear only what is usual there."""
+    if parameter.ndim != 2 or parameter.shape[0] not in (3 * parameter.shape[1], 4 * parameter.shape[1]):
+        return None
+    triple = parameter.shape[0] == 3 * parameter.shape[1]
+    if isinstance(target, nn.Linear):
+        return "fused projections of queries, keys and values" if triple else None
+    return f"the {3 if triple else 4} stacked gates of {'nn.GRU' if triple else 'nn.LSTM'}"
 
 
 def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gain: float = 1.0) -> list[str]:

@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from .blocks import point_norm, points_of
 from .constraint import constraint_of
-from .diagnostics import orthogonality_error
+from .diagnostics import largest, orthogonality_error
 from .manifolds import Orthogonal
 from .precision import FullPrecision, working_dtype
 from .tally import NAMES
@@ -24,7 +24,7 @@ def metrics(self: Optimizer) -> dict[str, float]:
         - ``orthogonality_error``: the largest :math:`\|I - W W^\top\|_F` of a block.
         - ``manifold_error``: the largest distance from its manifold of any other point, as that manifold measures it.
         - ``tangent_norm``: the largest :math:`\|P_W(G)\|_F` of a block, for the gradients that are there now; zero at a
-          constrained optimum.
+          constrained optimum, NaN where a gradient is not finite.
         - ``skipped_blocks``: how often a block has not been moved because its gradient was not finite, or too large to
           be squared, or its result could not be right.
         - ``clamped_steps``: how often the step of a block was shortened to what its retraction can take.
@@ -41,9 +41,9 @@ def metrics(self: Optimizer) -> dict[str, float]:
     marked = [p for group in self.param_groups for p in group["params"] if constraint_of(p) is not None]
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     return {
-        "orthogonality_error": max((orthogonality_error(p) for p in orthogonal), default=0.0),
-        "manifold_error": max((_error(p) for p in set(marked) - set(orthogonal)), default=0.0),
-        "tangent_norm": max((_tangent_norm(p) for p in marked), default=0.0),
+        "orthogonality_error": largest(map(orthogonality_error, orthogonal)),
+        "manifold_error": largest(map(_error, set(marked) - set(orthogonal))),
+        "tangent_norm": largest(map(_tangent_norm, marked)),
         **{name: self._tally.total(name) for name in NAMES},  # type: ignore[attr-defined]
     }
 
@@ -51,14 +51,14 @@ def metrics(self: Optimizer) -> dict[str, float]:
 def _error(p: Tensor) -> float:
     constraint = constraint_of(p)
     assert constraint is not None
-    return max(float(constraint.error(points_of(part, p.detach())).max()) for part in constraint.parts(p.shape))
+    return largest(float(constraint.error(points_of(part, p.detach())).max()) for part in constraint.parts(p.shape))
 
 
 def _tangent_norm(p: Tensor) -> float:
-    constraint, norms = constraint_of(p), [0.0]
+    constraint, norms = constraint_of(p), []
     if p.grad is not None and constraint is not None:
         for part in constraint.parts(p.shape):
             x, g = (points_of(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
             with FullPrecision(x.device.type):
                 norms.append(float(point_norm(constraint.project(x, g), part.dims).max()))
-    return max(norms)
+    return largest(norms)

@@ -92,9 +92,17 @@ def largest_gradient(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).max) / 16
 
 
+def shape_in(group: Group, parameter: Tensor) -> str:
+    """The shape of a parameter for a message, and its name where the optimizer has been given named parameters."""
+    names = group.get("param_names")
+    position = next((i for i, p in enumerate(group["params"]) if p is parameter), None)
+    name = f" ({names[position]})" if names and position is not None else ""
+    return f"{tuple(parameter.shape)}{name}"
+
+
 def check_marked(name: str, parameter: Tensor, group: Group) -> None:
     """Raise a ValueError unless the dtype, the memory format and the group's options let a marked parameter step."""
-    shape = tuple(parameter.shape)
+    shape = shape_in(group, parameter)
     if parameter.dtype not in DTYPES:
         raise ValueError(
             f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32, "
@@ -112,34 +120,39 @@ def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
     """Rows in no block are torch's to step, which holds a moment for every entry, in the parameter's dtype."""
     if group.get("second_moment") == "block":
         raise ValueError(
-            f"{name}: second_moment='block' holds none for the rows of a parameter of shape {tuple(parameter.shape)} "
-            "that are in none of its marked blocks. Mark all of its blocks, or make two parameters of it."
+            f"{name}: second_moment='block' holds none for the rows of a parameter of shape "
+            f"{shape_in(group, parameter)} that are in none of its marked blocks. Mark all of its blocks, or make two "
+            "parameters of it."
         )
 
 
-def check_gradients(name: str, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+def check_gradients(name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
     """Raise a RuntimeError unless the gradients of marked parameters are dense, and of their dtype and device."""
     if not all(g.layout is torch.strided for g in gradients):
-        shape = next(tuple(g.shape) for g in gradients if g.layout is not torch.strided)
-        raise RuntimeError(f"{name}: a marked parameter of shape {shape} has a sparse gradient; it must be dense.")
+        p = next(p for p, g in zip(parameters, gradients, strict=True) if g.layout is not torch.strided)
+        raise RuntimeError(
+            f"{name}: a marked parameter of shape {shape_in(group, p)} has a sparse gradient; it must be dense."
+        )
     if list(map(Tensor.numel, parameters)) != list(map(Tensor.numel, gradients)):
         p, g = next((p, g) for p, g in zip(parameters, gradients, strict=True) if p.numel() != g.numel())
         raise RuntimeError(
-            f"{name}: a marked parameter has shape {tuple(p.shape)}, its gradient {tuple(g.shape)}. Call zero_grad() "
-            "after changing the shape of a parameter."
+            f"{name}: a marked parameter has shape {shape_in(group, p)}, its gradient {tuple(g.shape)}. Call "
+            "zero_grad() after changing the shape of a parameter."
         )
     if not all(g.dtype == p.dtype and g.device == p.device for p, g in zip(parameters, gradients, strict=True)):
         p, g = next(
             (p, g) for p, g in zip(parameters, gradients, strict=True) if (g.dtype, g.device) != (p.dtype, p.device)
         )
         raise RuntimeError(
-            f"{name}: a marked parameter of shape {tuple(p.shape)} is {p.dtype} on {p.device}, its gradient {g.dtype} "
-            f"on {g.device}. Call zero_grad() after converting a model."
+            f"{name}: a marked parameter of shape {shape_in(group, p)} is {p.dtype} on {p.device}, its gradient "
+            f"{g.dtype} on {g.device}. Call zero_grad() after converting a model."
         )
 
 
 @torch.no_grad()
-def check_finite(name: str, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None) -> None:
+def check_finite(
+    name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None
+) -> None:
     """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device.
 
     Gradients may be scaled: a step will divide them by ``scale``.
@@ -158,7 +171,7 @@ def check_finite(name: str, parameters: list[Tensor], gradients: list[Tensor], s
             if not bool(sound.all()):
                 raise FloatingPointError(
                     f"{name}: the gradient of block {int((~sound).nonzero()[0, 0])} of a marked parameter of shape "
-                    f"{tuple(p.shape)} is not finite, or its squares are not, and on_fault='raise'. Nothing was "
+                    f"{shape_in(group, p)} is not finite, or its squares are not, and on_fault='raise'. Nothing was "
                     "changed."
                 )
 

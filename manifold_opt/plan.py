@@ -155,7 +155,7 @@ def refuse(optimizer: Any) -> None:
     for group in optimizer.param_groups:
         _, marks, live = _survey(optimizer, group)
         if careful and any(marks) and group["on_fault"] == "raise":
-            check_finite(type(optimizer).__name__, live, [p.grad for p in live], scale)  # type: ignore[misc]
+            check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
 def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Manifold | None], list[Tensor]]:
@@ -172,7 +172,7 @@ def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Manifold |
     gradients = [p.grad for p in members]
     present = [mark is not None and g is not None for mark, g in zip(marks, gradients, strict=True)]
     live = list(itertools.compress(members, present))
-    check_gradients(name, live, list(itertools.compress(gradients, present)))
+    check_gradients(name, group, live, list(itertools.compress(gradients, present)))
     return members, marks, live
 
 

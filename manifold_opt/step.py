@@ -21,7 +21,7 @@ from . import general, walk
 from .blocks import point_norm, points_of, put_
 from .buckets import Bucket
 from .desk import Desk
-from .options import Group
+from .options import Group, shape_in
 from .plan import SCALED, Before, Plan, Rest, refuse
 from .precision import MASTER, FullPrecision, warn_unless_full, without_autocast
 from .products import may_read
@@ -129,9 +129,9 @@ def _restore(optimizer: Any) -> None:
             written = [p for p, before in pairs if p._version != before or _shows(optimizer, p)]
             try:
                 if written:
-                    found += _looked_at(optimizer, bucket, written, 1.0 if inexact and bucket.stiefel else 0.0)
+                    found += _looked_at(optimizer, group, bucket, written, 1.0 if inexact and bucket.stiefel else 0.0)
             except ValueError as refusal:
-                shape = tuple(written[0].shape)
+                shape = shape_in(group, written[0])
                 raise ValueError(
                     f"{type(optimizer).__name__}: a marked parameter of shape {shape} has been written to: {refusal}"
                 ) from None
@@ -148,32 +148,27 @@ def _shows(optimizer: Any, parameter: Tensor) -> bool:
     return master is not None and may_read(master) and not torch.equal(parameter, master.to(parameter.dtype))
 
 
-def _looked_at(optimizer: Any, bucket: Bucket, written: list[Tensor], slack: float) -> list[Found]:
+def _looked_at(optimizer: Any, group: Group, bucket: Bucket, written: list[Tensor], slack: float) -> list[Found]:
     """What is to be written to members that were written to, and to what is held of them in float32."""
     members = [p.detach() for p in written]
+    points = torch.cat([points_of(bucket.part, p) for p in members])
     if not bucket.low:
-        return [(bucket, members, *_off(bucket, members, slack))]
+        off, values = bucket.constraint.off(points, slack)
+        _warn_if_far(group, bucket, written, off, points[off] - values)
+        return [(bucket, members, off, values)]
     masters = [optimizer.state[p][MASTER] for p in written]
-    overwritten, off, values = _overwritten(bucket, members, masters)
+    overwritten, off, values = _overwritten(bucket, points, masters)
+    _warn_if_far(group, bucket, written, off, points[off] - values[off])
     if not bool(overwritten.any() | off.any()):
         return []
     return [(bucket, masters, overwritten, values[overwritten]), (bucket, members, off, values[off])]
 
 
-def _off(bucket: Bucket, members: list[Tensor], slack: float) -> tuple[Tensor, Tensor]:
-    """Which points of some members are off their manifold, and the nearest values of those."""
-    points = torch.cat([points_of(bucket.part, p) for p in members])
-    off, values = bucket.constraint.off(points, slack)
-    _warn_if_far(bucket, points[off] - values)
-    return off, values
-
-
-def _overwritten(bucket: Bucket, members: list[Tensor], masters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Which points of some members are not the rounding of what is held in float32, which are off, and what to hold.
+def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which points are not the rounding of what is held in float32, which are off, and what to hold.
 
     That is the nearest value, as it has been from the beginning for those that have not moved yet.
     """
-    points = torch.cat([points_of(bucket.part, p) for p in members])
     values = torch.cat([points_of(bucket.part, master) for master in masters])
     dims = bucket.part.dims
     other = values.to(points.dtype) != points
@@ -185,18 +180,22 @@ def _overwritten(bucket: Bucket, members: list[Tensor], masters: list[Tensor]) -
         now[out] = nearest
         values[other] = now
         off[other] = ~(bucket.constraint.error(points[other]) <= bucket.constraint.rounding(points))
-        _warn_if_far(bucket, points[off] - values[off])
     return other, off, values
 
 
-def _warn_if_far(bucket: Bucket, gap: Tensor) -> None:
-    distance = float(point_norm(gap, bucket.part.dims).max()) if len(gap) else 0.0
-    if distance > _FAR:
+def _warn_if_far(group: Group, bucket: Bucket, written: list[Tensor], off: Tensor, gap: Tensor) -> None:
+    """Warn of the point that has been put back farthest; ``gap`` is how far those that are ``off`` have been."""
+    if not len(gap):
+        return
+    distances = point_norm(gap, bucket.part.dims).flatten()
+    if float(distances.max()) > _FAR:
+        parameter = written[int(off.nonzero()[distances.argmax(), 0]) // bucket.each]
         warnings.warn(
-            f"A block of shape {tuple(bucket.point)} of a marked parameter was {distance:.2g} away from its manifold, "
-            f"{bucket.constraint}, changed outside the optimizer since it was marked or last stepped "
-            "(load_state_dict?). It was put back to the nearest value.",
-            stacklevel=10,  # the caller of opt.step(), past its hooks and decorators
+            f"A block of shape {tuple(bucket.point)} of a marked parameter of shape {shape_in(group, parameter)} was "
+            f"{float(distances.max()):.2g} away from its manifold, {bucket.constraint}, changed outside the optimizer "
+            "since it was marked or last stepped (load_state_dict?). It was put back to the nearest value, as "
+            "project_(model) does without a warning.",
+            stacklevel=9,  # the caller of opt.step(), past its hooks and decorators
         )
 
 

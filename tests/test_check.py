@@ -96,6 +96,21 @@ def test_check_sees_a_parameter_that_was_marked_late_and_replaced():
     assert problem.startswith("the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's")
 
 
+def test_check_sees_that_nothing_is_marked():
+    layer = nn.Linear(4, 4)
+    assert check(layer, torch.optim.Adam(layer.parameters())) == []
+    assert check(layer, Adam(layer.parameters()))[0].startswith("nothing in the model is marked: mark_recurrent(model)")
+    unmark(mark_orthogonal(layer.weight))
+    assert check(layer, Adam(layer.parameters())) == []
+
+
+def test_check_says_what_it_needs():
+    layer = nn.Linear(4, 4)
+    for arguments in ((Adam(layer.parameters()), layer), (layer.parameters(), layer), (layer, layer)):
+        with pytest.raises(TypeError, match="needs a model and its optimizer, in this order, got"):
+            check(*arguments)
+
+
 def test_check_sees_a_parameter_whose_successor_is_marked_otherwise():
     layer = nn.Linear(4, 8)
     mark_orthogonal(layer, "weight", 2)

@@ -309,6 +309,14 @@ def test_refuses_what_torch_refuses(name, error):
 # State.
 
 
+def is_plain(value):
+    """Tensors and what Python writes down itself, as a state_dict may hold."""
+    if isinstance(value, (dict, list, tuple)):
+        members = [*value, *value.values()] if isinstance(value, dict) else value
+        return type(value) in (dict, list, tuple) and all(map(is_plain, members))
+    return value is None or type(value) in (torch.Tensor, bool, int, float, str)
+
+
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_saved_run_goes_on_bit_for_bit(name, options, marked):
@@ -317,6 +325,7 @@ def test_a_saved_run_goes_on_bit_for_bit(name, options, marked):
     params = parameters(marked)
     opt = ours_of(name)(params, **options_of(options))
     run(opt, params)
+    assert is_plain(opt.state_dict())
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
@@ -522,6 +531,28 @@ def test_schedules(name, schedule, marked):
     assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
     if marked:
         assert on_manifold(mine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_schedule_is_what_a_marked_parameter_follows(name, schedule):
+    """As if each rate and momentum were set by hand; and otherwise than where they stay."""
+    params, by_hand, left = (parameters(marked=True)[:2] for _ in range(3))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    opt, other, constant = (ours_of(name)(some, lr=0.02, **options) for some in (params, by_hand, left))
+    plan = SCHEDULES[schedule](opt)
+    for step in range(10):
+        for some in (params, by_hand, left):
+            give_gradients(some, step)
+        for key in ("lr", "momentum", "betas"):
+            if key in opt.param_groups[0]:
+                other.param_groups[0][key] = opt.param_groups[0][key]
+        for one in (opt, other, constant):
+            one.step()
+        plan.step(*([1.0] if schedule == "plateau" else []))
+    assert_same(params, by_hand)
+    assert not torch.equal(params[0], left[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

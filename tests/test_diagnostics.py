@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import mark_orthogonal, orthogonality_error, unmark
+from manifold_opt import SGD, mark_orthogonal, orthogonality_error, unmark
 
 
 def test_by_hand():
@@ -33,6 +33,13 @@ def test_a_module_reports_its_marked_parameters_by_name():
 def test_nan_is_not_hidden():
     assert math.isnan(orthogonality_error(torch.full((2, 2), float("nan"))))
     assert math.isnan(orthogonality_error(torch.stack([torch.eye(2), torch.full((2, 2), float("nan"))])))
+
+
+def test_nan_is_not_hidden_in_a_block_after_others():
+    weight = mark_orthogonal(nn.Parameter(torch.eye(6)), blocks=(2, 4))
+    weight.data[5, 5] = torch.nan
+    assert math.isnan(orthogonality_error(weight))
+    assert math.isnan(SGD([weight], lr=0.1).metrics()["orthogonality_error"])
 
 
 def test_refuses_vectors():

@@ -118,10 +118,11 @@ def test_distributed_checkpoints(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_around_a_step_changes_no_bit(rule, dtype):
+def test_autocast_around_a_step_changes_no_bit(rule, retraction, dtype):
     model, other = net(), net()
-    opt, inside = RULES[rule](model.parameters()), RULES[rule](other.parameters())
+    opt, inside = (RULES[rule](m.parameters(), retraction=retraction) for m in (model, other))
     run(model, opt, 4)
     with torch.autocast("cpu", dtype=dtype):
         run(other, inside, 4)

@@ -1,6 +1,7 @@
 """What goes wrong is survived, counted, and where asked for raised, with nothing changed."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -79,6 +80,8 @@ def test_metrics_by_hand():
     )
     weight.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
     assert opt.metrics()["tangent_norm"] == pytest.approx(0.5**0.5)
+    weight.grad[0, 0] = torch.nan
+    assert math.isnan(opt.metrics()["tangent_norm"])
     with torch.no_grad():
         weight.mul_(2.0)
     assert opt.metrics()["orthogonality_error"] == pytest.approx(3 * 2**0.5)

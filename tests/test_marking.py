@@ -165,6 +165,13 @@ def test_blocks_one_given_explicitly_is_silent():
         mark_orthogonal(parameter(8, 4))
 
 
+def test_of_a_linear_layer_only_fused_projections_are_suspected():
+    for rows in (16, 32):
+        mark_orthogonal(nn.Linear(8, rows), "weight")
+    with pytest.warns(UserWarning, match="like fused projections of queries, keys and values.* give blocks=3"):
+        mark_orthogonal(nn.Linear(8, 24), "weight")
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_mark_recurrent_finds_all_layers_and_directions(kind, bidirectional):

@@ -576,6 +576,26 @@ def test_a_value_loaded_from_outside_is_put_back_with_a_warning(retraction, name
         assert orthogonality_error(layer.weight) < 1e-5
 
 
+def test_messages_name_a_parameter_that_came_with_its_name():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for k in range(2):
+        mark_orthogonal(net, f"{k}.weight")
+    opt = manifold_opt.SGD(net.named_parameters(), lr=0.1, on_fault="raise")
+    if "param_names" not in opt.param_groups[0]:
+        pytest.skip("torch 2.6 keeps no names")
+    net(torch.ones(1, 4)).sum().backward()
+    with torch.no_grad():
+        net[1].weight.mul_(2)
+    with pytest.warns(UserWarning, match=r"of shape \(4, 4\) \(1\.weight\) was"):
+        opt.step()
+    net[0].weight.grad[2, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"of shape \(4, 4\) \(0\.weight\) is not finite"):
+        opt.step()
+    net[0].weight.grad = net[0].weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match=r"of shape \(4, 4\) \(0\.weight\) has a sparse gradient"):
+        opt.step()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_value_that_cannot_be_put_back_is_refused_before_anything_is_written(name):
     layer = nn.Linear(4, 4)

@@ -163,5 +163,5 @@ def _problem_of_which(c: Orthogonal) -> str | None:
     count = len(c.blocks) if isinstance(c.blocks, tuple) else c.blocks
     numbers = isinstance(c.which, tuple) and all(isinstance(k, int) and not isinstance(k, bool) for k in c.which)
     if not numbers or not c.which or not all(0 <= k < count for k in c.which):
-        return f"has {count} blocks, numbered from 0: which={c.which!r} must name at least one of them."
+        return f"has {count} blocks: which={c.which!r} must name some of 0 to {count - 1}."
     return None
