@@ -239,7 +239,8 @@ def test_every_scheme_sees_the_same_batches(scheme):
 
     compare(linear, loss, batches, schemes=("polar", installed(scheme)), steps=3, seeds=1)
     ours, theirs = seen.values()
-    assert ours == theirs
+    assert len(ours) == 4  # the first of a step that is not timed, nor counted
+    assert ours[1:] == theirs[1:]
 
 
 def test_the_penalty_is_in_the_loss():
@@ -410,7 +411,7 @@ def test_a_run_that_diverges_says_at_which_step():
 
 def test_a_row_by_hand():
     """A loss that does not depend on the weights: 1, 2, 3, ...; nothing moves, and the curve is its means."""
-    counter = itertools.count(1)
+    counter = itertools.count(0)  # of the step that is not counted
     constant = lambda model, _: model[0].weight.sum() * 0 + float(next(counter))  # noqa: E731
     (row,) = compare(linear, constant, [None], schemes=("polar",), steps=400, seeds=1, target=10.5).rows
     assert row.final_loss == pytest.approx(sum(range(361, 401)) / 40)

@@ -125,7 +125,8 @@ def compare(
         loss_fn: ``loss_fn(model, batch)``, a scalar to call ``backward()`` on.
         batches: a list, a DataLoader, or a function that returns either; gone through as often as is needed. An
             iterator is read once, as far as ``steps``. A loader that shuffles must do so by torch's random state, not
-            by a generator of its own. (States of numpy and random are not kept apart.)
+            by a generator of its own. (States of numpy and random are not kept apart.) Before a run, a copy of the
+            model makes one step, which sets up what later ones use, and is neither timed nor counted.
         schemes: names in :data:`~manifold_opt.RETRACTIONS`, and of peers: geoopt, pogo, torch, geotorch (which have to
             be installed), penalty and unconstrained. At least one, none twice.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum.

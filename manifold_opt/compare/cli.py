@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         session, results = prepare(args, ["python", "-m", "manifold_opt", "compare", *arguments])
     except (ValueError, MissingDataError) as refusal:
         reader.error(" ".join(str(refusal).removeprefix("compare: ").split()))
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     from .progress import Bar, Lines
 
     with (Bar if console.is_terminal else Lines)(console) as progress:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plots
 from .results import About, Results, Summary
-from .words import cost_words, details, ended_well, final, kept, leaders, number, verdict
+from .words import cost_words, details, ended_well, final, judged, kept, leaders, number, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +64,7 @@ def _task(results: Results, name: str, figures: dict[str, Any]) -> dict[str, Any
     about, lines = results.tasks[name], results.summaries(name)
     columns = _columns(about, swept=len(results.rates(name)) > 1)
     first = leaders([line for line in lines if kept(line)], about)
+    first = first if judged(first) else []
     tied = {line.scheme: "best" if line is first[0] else "not told apart from the best" for line in first}
     return {
         "name": name,
@@ -130,12 +131,14 @@ def _note(line: Summary) -> str:
 def _explained(about: About, seeds: int) -> str:
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "of one seed"
     better = "higher is better" if about.higher_is_better else "lower is better"
+    bold = "of those with orthogonal weights bold if best, or if mean ± spread overlaps with that of the best."
+    bold = bold if seeds > 1 else "which is best takes more seeds to say."
     target = f" Target: a loss of {number(about.target)}." if about.target is not None else ""
     return (
-        f"Final {about.measure}: {over}, {better}; of those with orthogonal weights bold if best, or if mean ± spread "
-        "overlaps with that of the best. Step: median of a whole training step. Optimizer: what optimizer.step() takes "
-        "of it; parametrizations pay for the constraint elsewhere. Error: the largest ‖I - WWᵀ‖ of a block at any "
-        f"step. Clamped, skipped: how often the step of a block was shortened, or left out.{target}"
+        f"Final {about.measure}: {over}, {better}; {bold} Step: median of a whole training step. Optimizer: what "
+        "optimizer.step() takes of it; parametrizations pay for the constraint elsewhere. Error: the largest ‖I - WWᵀ‖ "
+        "of a block at any step. Clamped, skipped: how often the step of a block was shortened, or left out."
+        f"{target}"
     )
 
 

@@ -108,10 +108,15 @@ class Run:
             _set_random_state(self.unit.device, others)
 
     def prepare(self, start: nn.Module) -> None:
-        """A copy of the model, and what steps it."""
+        """A copy of the model, and what steps it. Another copy has made a step: the first of all sets up a library."""
+        scheme, task, settings = self.row.scheme, self.unit.task, self.unit.settings
         with torch.random.fork_rng():  # some libraries draw a start of their own
-            self.contender = build(self.row.scheme, copy.deepcopy(start), self.unit.settings)
-        self.batches = self.unit.task.batches()
+            other = build(scheme, copy.deepcopy(start), settings)
+            self.learn(other, next(task.batches()))
+            other.step()
+        with torch.random.fork_rng():
+            self.contender = build(scheme, copy.deepcopy(start), settings)
+        self.batches = task.batches()
 
     def turn(self) -> None:
         """Steps for as long as a turn is."""
@@ -126,11 +131,7 @@ class Run:
         contender = self.contender
         assert contender is not None
         began = time.perf_counter()
-        contender.zero_grad()
-        with parametrize.cached():  # or nn.GRU computes a weight four times
-            loss = self.unit.task.loss(contender.model, _to(batch, self.unit.device))
-            contender.backward(loss)
-        value = float(loss.detach())  # waits for an accelerator
+        value = self.learn(contender, batch)
         between = time.perf_counter()
         contender.step()
         ended = time.perf_counter()
@@ -146,6 +147,14 @@ class Run:
         if self.error == math.inf:
             raise FloatingPointError(f"diverged: the weights after step {self.made} are not finite")
         self.note_down()
+
+    def learn(self, contender: Contender, batch: Batch) -> float:
+        """Forward and backward; the loss."""
+        contender.zero_grad()
+        with parametrize.cached():  # or nn.GRU computes a weight four times
+            loss = self.unit.task.loss(contender.model, _to(batch, self.unit.device))
+            contender.backward(loss)
+        return float(loss.detach())  # waits for an accelerator
 
     def note_down(self) -> None:
         """Add to the row what is known after a step."""

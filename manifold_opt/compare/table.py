@@ -7,21 +7,30 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .results import About, Results, Summary
-from .words import kept, leaders
+from .words import judged, kept, leaders
 
 
 def tables(results: Results) -> Iterator[Any]:
     """A rich table for every task, the best of every column marked with a star, and one for the cost of steps."""
     for name, about in results.tasks.items():
         lines = results.summaries(name)
-        first = {line.scheme for line in leaders(filter(kept, lines), about)}
-        columns = _columns(about, first, swept=len(results.rates(name)) > 1, lines=lines)
+        first = leaders(filter(kept, lines), about)
+        first = first if judged(first) else []
+        columns = _columns(about, {line.scheme for line in first}, swept=len(results.rates(name)) > 1, lines=lines)
         table = _table(about.title, list(columns))
         for line in lines:
             cells = ["failed"] if line.mean is None else [cell(line) for cell in columns.values()]
             table.add_row(line.scheme, *cells)
         failures = [f"{line.scheme} failed: {line.failure}" for line in lines if line.failure]
-        table.caption = _plain([*failures, "* the best of those that stayed orthogonal, or within the spread of it"])
+        tied = ", or within its spread" if first else "; finals need more seeds"
+        table.caption = _plain(
+            [
+                *failures,
+                f"* best of those that stayed orthogonal{tied}",
+                "step, optimizer: medians; ratio: of the step to the shortest",
+                "",
+            ]
+        )
         yield table
     if results.costs:
         yield _costs(results)
@@ -32,7 +41,7 @@ def _table(title: str, columns: list[str]) -> Any:
     from rich.table import Table
 
     justified = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=_plain([title]), box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False, **justified)  # type: ignore[arg-type]
+    table = Table(title=_plain([title]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **justified)  # type: ignore[arg-type]
     table.add_column("scheme", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -51,14 +60,14 @@ def _columns(
 ) -> dict[str, Callable[[Summary], str]]:
     """What stands in a column, by its title; columns that would say nothing are left out."""
     columns: dict[str, Callable[[Summary], str]] = {
-        "final loss" if about.measure == "loss" else about.measure: functools.partial(_final, first),
+        f"final {about.measure}": functools.partial(_final, first),
     }
     if swept:
         columns["lr"] = lambda line: f"{line.lr:.2g}"
     if about.target is not None:
         columns["to target"] = _to_target
-    columns["ms a step"] = lambda line: number(line.step_ms) + _star(line, "step_ms")
-    columns["optimizer"] = lambda line: number(line.optimizer_ms) + _star(line, "optimizer_ms")
+    columns["step ms"] = lambda line: number(line.step_ms) + _star(line, "step_ms")
+    columns["optim. ms"] = lambda line: number(line.optimizer_ms) + _star(line, "optimizer_ms")
     columns["ratio"] = lambda line: "-" if line.ratio is None else f"{line.ratio:.2f}"
     columns["error"] = lambda line: (
         ("-" if line.orthogonality_error is None else f"{line.orthogonality_error:.1e}")
@@ -80,7 +89,7 @@ def _to_target(line: Summary) -> str:
     if not line.reached:
         return "-"
     some = f" ({line.reached}/{line.seeds})" if line.reached < line.seeds else ""
-    return f"{line.seconds_to_target:.2g} s{some}" + _star(line, "seconds_to_target")
+    return f"{line.seconds_to_target:#.2g} s{some}" + _star(line, "seconds_to_target")
 
 
 def _star(line: Summary, column: str) -> str:
@@ -101,4 +110,4 @@ def _costs(results: Results) -> Any:
 
 def number(x: float | None) -> str:
     """Three digits, or a dash."""
-    return "-" if x is None else f"{x:.3g}"
+    return "-" if x is None else f"{x:#.3g}".rstrip(".")

@@ -80,6 +80,11 @@ def leaders(lines: Iterable[Summary], about: About) -> list[Summary]:
     return ranked[:1] + [line for line in ranked[1:] if not told_apart(ranked[0], line, about)]
 
 
+def judged(first: list[Summary]) -> bool:
+    """Whether the leaders have been told apart from others: one alone, or of seeds enough for a spread."""
+    return len(first) == 1 or (bool(first) and min(line.different for line in first) > 1)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number to so many significant digits, as it would be written by hand."""
     if value is None:
@@ -138,7 +143,7 @@ def _choice(results: Results, about: About, good: list[Summary]) -> tuple[list[s
         said = f"Take {_named(best)}: its {value} is the best of those with orthogonal weights, beyond the spread."
         return [said, *_best_of_own(best, good, about)], best
     quickest = min(first, key=lambda line: math.inf if line.step_ms is None else line.step_ms)
-    if min(line.different for line in first) < 2:
+    if not judged(first):
         ends = f"{number(best.mean)} ({best.scheme}) to {number(first[-1].mean)} ({first[-1].scheme})"
         one = "With one seed" if first[0].seeds < 2 else "Where seeds make no difference"
         return [f"{one} there is no spread to judge a final {about.measure} by: {ends}, undecided."], quickest
@@ -277,7 +282,7 @@ def _target(lines: list[Summary], target: float | None) -> list[str]:
         return []
     there = [line for line in lines if line.seconds_to_target is not None and kept(line)]
     never = [line.scheme for line in lines if not line.reached and line.failure is None]
-    last = [f"Never there: {listed(never)}."] if never else []
+    last = [f"Never there: {listed(never)}."] if never and len(never) < len(lines) else []
     if not there:
         return [f"No scheme with orthogonal weights reached a loss of {number(target)}.", *last]
     # A median over some of the seeds does not compare with one over all of them.
