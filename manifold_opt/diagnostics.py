@@ -68,7 +68,7 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> f
                 f"its mark if it has one, here {mark}."
             )
         matrices = matrices if mark is not None else [(points_of(part, x.detach()), 1.0) for part in cut.parts(x.shape)]
-    return largest(float(error(float64(w) / gain).max()) for w, gain in matrices)
+    return largest(float(error(float64(w) / gain).max()) for w, gain in matrices if w.numel())
 
 
 def largest(values: Iterable[float]) -> float:

@@ -32,7 +32,7 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     gradients = bucket.view([p.grad for p in bucket.parameters], "gradient", desk.room)  # type: ignore[misc]
     manifold, dims, lr = bucket.constraint, bucket.part.dims, group["lr"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    decoupled = desk.decoupled or group.get("decoupled_weight_decay", False)
+    decoupled = group.get("decoupled_weight_decay", desk.decoupled)
     decay = group["weight_decay"] if (manifold.decays if decoupled else manifold.penalized) else 0
     for piece in bucket.pieces():
         x, g = points[piece], gradients[piece].to(points.dtype)

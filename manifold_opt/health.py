@@ -229,6 +229,8 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
 
     def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
         share = 1 - decay if decay is not None else 1 / (int(count) + 1)
+        if not (averaged.is_floating_point() or averaged.is_complex()):  # a count, of a BatchNorm
+            return averaged + (current - averaged) * share
         mean = averaged.lerp(current, share)
         # AveragedModel hands over detached tensors, on which no mark is to be seen: by the memory they share.
         marks = {p.data_ptr(): constraint_of(p) for p in (*model.parameters(), *model.buffers())}

@@ -1,4 +1,4 @@
-"""load_state_dict that keeps what is held in float32 so, whatever the parameters are stored in."""
+"""What is saved says how it is held; what is held in float32 is loaded so, whatever the parameters are stored in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .constraint import constraint_of
+from .moments import note
 from .precision import LOW
+
+
+def state_dict(self: Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, as in torch.optim; its groups say under which constraints it is held."""
+    note(self, self.param_groups)
+    return Optimizer.state_dict(self)
+
+
+def getstate(self: Optimizer) -> dict[str, Any]:
+    """What is copied and pickled of an optimizer, which says so too."""
+    note(self, self.param_groups)
+    return Optimizer.__getstate__(self)
 
 
 def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:

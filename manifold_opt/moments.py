@@ -23,6 +23,7 @@ from .manifolds import Manifold, Orthogonal
 from .precision import LOW, MASTER, FullPrecision, working_dtype
 
 Group = dict[str, Any]
+_UNHELD = ("no state yet",)  # the record of a marked parameter that no step has met
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -127,10 +128,21 @@ def convert(optimizer: Any, group: Group) -> None:
             del held[parameter]
         else:
             held[parameter] = new
-    group["constraints"] = tuple((i, *held[p]) for i, p in enumerate(group["params"]) if p in held)
+    note(optimizer, [group])
 
 
-def check_recorded(optimizer: Optimizer, groups: list[Group]) -> None:
+def note(optimizer: Any, groups: list[Group]) -> None:
+    """Record in groups under which constraint the state of every member is held."""
+    held, state = optimizer._held, optimizer.state
+    for group in groups:
+        group["constraints"] = tuple(
+            (position, *held.get(p, _UNHELD))
+            for position, p in enumerate(group["params"])
+            if p in held or (constraint_of(p) is not None and not state.get(p))
+        )
+
+
+def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
     """Raise a ValueError unless the parameters are marked as those were whose state is recorded in the groups.
 
     In a checkpoint, that is: a copy of an optimizer knows what its state is, whatever has been marked since.
@@ -138,11 +150,17 @@ def check_recorded(optimizer: Optimizer, groups: list[Group]) -> None:
     if not hasattr(optimizer, "param_groups"):
         return
     name = type(optimizer).__name__
-    for index, group in enumerate(groups):
+    for index, group in enumerate(loaded["param_groups"]):
         for position, *record in group.get("constraints", ()):
             parameter, then = group["params"][position], _tuples(record)
             now = constraint_of(parameter)
-            if record_of(now) != then:
+            if then == _UNHELD and loaded["state"].get(parameter):
+                raise ValueError(
+                    f"{name}: the param_groups are of an optimizer that has not stepped, the state is another's, and "
+                    f"nobody knows how that of parameter {position} of group {index} is held. Load a state_dict whole, "
+                    "and set the options of opt.param_groups afterwards."
+                )
+            if then not in (_UNHELD, record_of(now)):
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
                 raise ValueError(
                     f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
@@ -158,6 +176,7 @@ def recorded(groups: list[Group]) -> dict[Tensor, Record]:
         group["params"][position]: _tuples(record)
         for group in groups
         for position, *record in group.get("constraints", ())
+        if _tuples(record) != _UNHELD
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
-from .loading import load_state_dict
+from .loading import getstate, load_state_dict, state_dict
 from .metrics import metrics
 from .moments import check_recorded
 from .options import OnFault, add_param_group, fill_options, with_options
@@ -113,9 +113,11 @@ class SGD(torch.optim.SGD):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
+    state_dict = state_dict
+    __getstate__ = getstate
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_recorded(self, state["param_groups"])
+        check_recorded(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)
@@ -228,9 +230,11 @@ class Adam(torch.optim.Adam):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
+    state_dict = state_dict
+    __getstate__ = getstate
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_recorded(self, state["param_groups"])
+        check_recorded(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)
@@ -322,9 +326,11 @@ class AdamW(torch.optim.AdamW):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
+    state_dict = state_dict
+    __getstate__ = getstate
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_recorded(self, state["param_groups"])
+        check_recorded(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fill_options(self)
         forget_plans(self)

@@ -29,8 +29,9 @@ def with_options(params: ParamsT, options: Group) -> ParamsT:
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     for group in groups:
-        for name, value in options.items():
-            group.setdefault(name, value)
+        if isinstance(group, dict):  # torch says what is wrong with others
+            for name, value in options.items():
+                group.setdefault(name, value)
     return groups
 
 
@@ -39,6 +40,7 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
     if isinstance(param_group, dict):
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
+        param_group["constraints"] = ()  # that of another optimizer says nothing of the state of this one
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
     remember_marks(self, self.param_groups[-1]["params"])

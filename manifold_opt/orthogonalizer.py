@@ -48,6 +48,7 @@ def basin(beta: float) -> float:
     return ((1 + beta) / beta) ** 0.5
 
 
+@torch.no_grad()
 def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     r"""Nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
 
@@ -60,7 +61,7 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
         det: 1 for the nearest rotation, in SO(n), and -1 for the nearest in the other component of O(n).
 
     Returns:
-        Same shape and dtype.
+        Same shape and dtype. No gradient flows through it.
 
     Raises:
         ValueError: values that are not finite, or rank-deficient, or of the other determinant and with a smallest
@@ -89,6 +90,8 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
         check_determinant("nearest_orthogonal", det, x)
     if not bool(x.isfinite().all()):
         raise ValueError(f"nearest_orthogonal: the value has entries that are not finite. {_REMEDY}")
+    if x.numel() == 0:
+        return x.clone()
     u, s, vh = torch.linalg.svd(float64(x), full_matrices=False)
     tolerance = max(x.shape[-2:]) * torch.finfo(x.dtype).eps * s[..., 0]
     if det is not None:

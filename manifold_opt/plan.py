@@ -69,6 +69,13 @@ class Plan:
     rests: list[Rest] = field(default_factory=list)
     versions: dict[int, int | None] = field(default_factory=dict)
 
+    def part_with(self, optimizer: Any, parameters: list[Tensor]) -> None:
+        """Take the state of parameters that another group has now out of the storage that it shares here."""
+        moved = set(map(id, parameters))
+        for bucket in self.buckets:
+            if any(id(p) in moved for p in bucket.parameters):
+                leave(optimizer, bucket, set())
+
 
 class Before:
     """State and records of an optimizer before a step: taken where a plan is made anew, for when that fails."""
@@ -76,29 +83,30 @@ class Before:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._known = list(optimizer.state)
-        self._taken: tuple[dict[Tensor, Any], list[Any]] | None = None
+        self._taken: tuple[dict[Tensor, Any], dict[Tensor, Any], list[Any]] | None = None
 
     def take(self) -> None:
         """Keep what there is, once a step."""
         if self._taken is None:
             state = {p: dict(entries) for p, entries in self._optimizer.state.items()}
-            self._taken = (state, [group["constraints"] for group in self._optimizer.param_groups])
+            records = [group["constraints"] for group in self._optimizer.param_groups]
+            self._taken = (state, dict(self._optimizer._held), records)
 
     def bring_back(self) -> None:
         """State and records as they were; where none were taken, what torch's own _init_group has added goes."""
         optimizer = self._optimizer
-        state, constraints = self._taken or ({p: optimizer.state[p] for p in self._known}, ())
+        state, held, records = self._taken or ({p: optimizer.state[p] for p in self._known}, optimizer._held, ())
         optimizer.state.clear()
         optimizer.state.update(state)
-        for group, record in zip(optimizer.param_groups, constraints, strict=False):
+        for group, record in zip(optimizer.param_groups, records, strict=False):
             group["constraints"] = record
-        forget_plans(optimizer)
+        forget_plans(optimizer, held)
 
 
-def forget_plans(optimizer: Any) -> None:
-    """Start without plans and workspaces: the state may be another one now."""
+def forget_plans(optimizer: Any, held: dict[Tensor, Any] | None = None) -> None:
+    """Start without plans and workspaces: the state may be another one now, held as is recorded if not as given."""
     optimizer._plans = []
-    optimizer._held = recorded(optimizer.param_groups)
+    optimizer._held = recorded(optimizer.param_groups) if held is None else held
     remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
     optimizer._room = Room()
     optimizer._before = None
@@ -120,14 +128,14 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
 
     members, marks, live = _survey(optimizer, group)
     plan = plans[position]
-    if not plan.buckets and not group["constraints"] and not any(marks):
+    if not plan.buckets and not any(marks) and not any(p in optimizer._held for p in members):
         return group
     facts: Facts = (
         [constraint_of(p) for p in live],
         [p.dtype for p in live],
         [p.device for p in live],
         [p.is_contiguous() for p in live],
-        list(map(Tensor.numel, live)),
+        [p.shape for p in live],
         [group.get("capturable")],  # where the steps are counted
     )
     same = _are(plan.members, members) and plan.marks == marks and _are(plan.parameters, live) and plan.facts == facts
@@ -137,6 +145,9 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         remember_marks(optimizer, members)
         if optimizer._before is not None:
             optimizer._before.take()
+        for other in plans:
+            if other is not plan:
+                other.part_with(optimizer, live)
         convert(optimizer, group)
         plans[position] = _planned(optimizer, group, plan, Plan(members, marks, live, facts, (keys, scalars)))
     for bucket in plans[position].buckets:

@@ -87,6 +87,7 @@ RETRACTIONS: dict[str, Retraction] = {
 }
 
 
+@torch.no_grad()
 def retract(
     w: Tensor,
     v: Tensor,
@@ -109,8 +110,9 @@ def retract(
         correction_steps: number of iterations of ``"orthogonalizer"``, at least 1.
 
     Returns:
-        Points, same shape and dtype. ``"cayley_iterative"`` and ``"orthogonalizer"`` end near the
-        manifold and bound the step: a longer one is shortened to spectral norm 1/2 and 1 (less for ``beta`` below 1/2).
+        Points, same shape and dtype; no gradient flows through them. ``"cayley_iterative"`` and ``"orthogonalizer"``
+        end near the manifold and bound the step: a longer one is shortened to spectral norm 1/2 and 1 (less for
+        ``beta`` below 1/2).
 
     Raises:
         ValueError: unknown method or metric, options out of range, shapes or dtypes that differ.
@@ -132,6 +134,8 @@ def retract(
     """
     check_retraction("retract", method, metric=metric, beta=beta, correction_steps=correction_steps)
     check_pair("retract", w, v)
+    if w.numel() == 0:
+        return w.clone()
     if is_tall(w):
         return retract(w.mT, v.mT, method, metric=metric, beta=beta, correction_steps=correction_steps).mT
     return advance(w, v, method, metric=metric, beta=beta, correction_steps=correction_steps)

@@ -133,10 +133,10 @@ def _adam(
 ) -> None:
     keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
     functional: Callable[..., None] = adam
-    if isinstance(optimizer, torch.optim.AdamW):
-        functional = adamw
-    elif "decoupled_weight_decay" in group:
+    if "decoupled_weight_decay" in group:
         keys.append("decoupled_weight_decay")
+    elif isinstance(optimizer, torch.optim.AdamW):  # of torch 2.6
+        functional = adamw
     beta1, beta2 = group["betas"]
     functional(
         *(entries for entries in lists if isinstance(entries, list)),

@@ -227,6 +227,16 @@ def test_a_batch_is_what_torchs_parametrization_takes_for_one(layer, orthogonal_
 # What is refused, before anything is written.
 
 
+def test_a_gain_that_the_dtype_has_no_number_for_is_refused():
+    """Nothing is written; and a start with it is refused likewise."""
+    weight = nn.Parameter(gaussian(4, 4, dtype=torch.float16))
+    before = weight.detach().clone()
+    for give in (mark_orthogonal, init.orthogonal_):
+        with pytest.raises(ValueError, match=r"has dtype torch.float16, in which gain=100000.0 is infinite"):
+            give(weight, gain=1e5)
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "match"),
     [

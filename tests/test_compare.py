@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import itertools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -442,6 +443,8 @@ def test_the_largest_error_of_all_steps_counts():
         ({"measure": "f1"}, "measure must be one of loss, gap, accuracy"),
         ({"lr": -1.0}, "learning rates"),
         ({"lr": []}, "learning rates"),
+        ({"penalty": -1.0}, "penalty must be finite and at least 0"),
+        ({"orthogonal_lr_scale": math.nan}, "orthogonal_lr_scale must be finite and at least 0"),
         ({"steps": 0}, "at least 1"),
         ({"seeds": 0}, "at least 1"),
         ({"steps": 2.5}, "whole numbers"),

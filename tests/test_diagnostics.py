@@ -56,3 +56,7 @@ def test_blocks_of_an_unmarked_stack():
     for x, blocks in ((stack, 2), (stack, 0), (weight, 1), (nn.Linear(2, 2), 1)):
         with pytest.raises(ValueError, match="blocks"):
             orthogonality_error(x, blocks=blocks)
+
+
+def test_of_no_matrices_none_is_off():
+    assert orthogonality_error(torch.empty(0, 3, 3)) == 0

@@ -51,7 +51,7 @@ ALLOWED = {
         *("retractions", "rules", "unmarked", "walk"),
     },
     "metrics": {"blocks", "constraint", "diagnostics", "manifolds", "precision", "tally"},
-    "loading": {"constraint", "precision"},
+    "loading": {"constraint", "moments", "precision"},
     "optim": {
         *("direction", "loading", "metrics", "moments", "options", "plan", "rules", "step", "stiefel", "unmarked"),
     },

@@ -341,3 +341,20 @@ def test_the_state_of_an_optimizer_knows_its_constraint():
     fresh.load_state_dict(state)
     unmark(other.rnn.weight_hh_l0)
     train(other, fresh)
+
+
+def test_an_average_with_buffers_counts_as_torchs():
+    """A BatchNorm counts its batches in whole numbers."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    mark_orthogonal(net, "0.weight")
+    ours, theirs = (
+        AveragedModel(net, use_buffers=True, **options) for options in ({"avg_fn": orthogonal_average(net)}, {})
+    )
+    for _ in range(3):
+        net(torch.randn(5, 4))
+        ours.update_parameters(net)
+        theirs.update_parameters(net)
+    for key, value in theirs.state_dict().items():
+        if key != "module.0.weight":
+            torch.testing.assert_close(ours.state_dict()[key], value)
+    assert orthogonality_error(ours)["module.0.weight"] < 1e-5

@@ -398,3 +398,13 @@ def test_products_of_a_small_step(method, square, wide):
 def test_refuses_with_the_valid_choices(options, match):
     with pytest.raises(ValueError, match=match):
         retract(torch.eye(2), torch.zeros(2, 2), **options)
+
+
+@pytest.mark.parametrize("method", RETRACTIONS)
+def test_points_may_want_gradients_or_not_be_there(method):
+    w = point(2, 3, 5).requires_grad_()
+    v = tangent(w.detach(), 0.1)
+    moved = retract(w, v, method)
+    assert not moved.requires_grad
+    assert torch.equal(moved, retract(w.detach(), v, method))
+    assert retract(w[:0], v[:0], method).shape == (0, 3, 5)

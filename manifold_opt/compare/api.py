@@ -131,7 +131,7 @@ def compare(
             be installed), penalty and unconstrained. At least one, none twice.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum.
         lr: learning rate, above 0; several are all tried, and a scheme is judged by the one that ends best.
-        orthogonal_lr_scale: learning rate of marked parameters as a multiple of it.
+        orthogonal_lr_scale: learning rate of marked parameters as a multiple of it, at least 0.
         metric: ``"euclidean"`` or ``"canonical"``.
         second_moment: of this package's Adam, ``"element"`` or ``"block"``.
         penalty: weight of :math:`\|I - W W^\top\|_F^2` in the scheme of that name, at least 0.
@@ -168,6 +168,9 @@ def compare(
     rates = [float(lr)] if isinstance(lr, (int, float)) else [float(rate) for rate in lr]
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     check(schemes, optimizer, metric, second_moment, rates, steps, numbers, measure)
+    for name, value in (("penalty", penalty), ("orthogonal_lr_scale", orthogonal_lr_scale)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"compare: {name} must be finite and at least 0, got {value}.")
     with torch.random.fork_rng():
         marked = places(make_model())
     if not marked:

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..blocks import Blocks, Shape, can_be_moved
@@ -130,6 +131,8 @@ def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
         return problem
     if not (isinstance(c.gain, (int, float)) and 0 < c.gain < math.inf):
         return f"needs a finite gain above 0, got gain={c.gain!r}."
+    if (tensor.is_floating_point() or tensor.is_complex()) and not c.gain <= torch.finfo(tensor.dtype).max:
+        return f"has dtype {tensor.dtype}, in which gain={c.gain!r} is infinite."
     if not can_be_moved(c.parts(shape), tensor.detach()):
         return (
             f"has strides {tensor.stride()} in which its blocks cannot be seen as matrices; keep it contiguous, with "
