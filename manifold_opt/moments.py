@@ -35,7 +35,7 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
         present = [
             _shaped(optimizer.state[p].get(key), key in scalars, p, bucket.constraint) for p in bucket.parameters
         ]
-        shown, held = _held(bucket, present, key in scalars)
+        shown, held = _laid_out(bucket, present, key in scalars)
         if held is not None:
             bucket.moments[key] = held
         bucket.shown[key] = shown
@@ -59,13 +59,13 @@ def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
             master = parameter.detach().float()
             put_back_(master, off_manifold(master, bucket.constraint))
         masters.append(master.to(parameter.device, torch.float32))
-    masters, bucket.master = _held(bucket, masters, False)
+    masters, bucket.master = _laid_out(bucket, masters, False)
     bucket.shown[MASTER] = masters
     for parameter, master in zip(bucket.parameters, masters, strict=True):
         optimizer.state[parameter][MASTER] = master
 
 
-def _held(bucket: Bucket, present: list[Tensor], scalar: bool) -> tuple[list[Tensor], Tensor | None]:
+def _laid_out(bucket: Bucket, present: list[Tensor], scalar: bool) -> tuple[list[Tensor], Tensor | None]:
     """What the members' state shows of a moment, and what the rule works on: None where each step gathers that."""
     if bucket.gathered and not bucket.carried:
         storage = torch.cat(present) if scalar else bucket.storage(present)

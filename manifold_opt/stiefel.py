@@ -123,11 +123,6 @@ def coordinates(w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     return (skew(along),) if w.shape[-2] == w.shape[-1] else (skew(along), g - along @ w)
 
 
-def from_coordinates(w: Tensor, omega: Tensor, normal: Tensor | None = None) -> Tensor:
-    r"""The tangent :math:`\Omega W + N`, wide; what of ``normal`` is not normal to ``w`` is dropped."""
-    return omega @ w if normal is None else normal + (omega - normal @ w.mH) @ w
-
-
 def random(
     *shape: int,
     dtype: torch.dtype | None = None,

@@ -39,7 +39,7 @@ def step_rests_sgd(optimizer: Any, group: Group, rests: list[Rest]) -> None:
     buffers: list[Any] = [None if rest.fresh else buffer for rest, buffer in zip(rests, held, strict=False)]
     buffers = buffers or [None] * len(rests)
     values, gradients = _views(optimizer, rests)
-    before = _kept(optimizer, values, held)
+    before = _copies(optimizer, values, held)
     _sgd(group, (values, gradients, buffers), False)
     for rest, buffer, new in zip(rests, held, buffers, strict=False):
         if rest.fresh:
@@ -73,10 +73,10 @@ def _views(optimizer: Any, rests: list[Rest]) -> tuple[list[Tensor], list[Tensor
     gradients = [rest.of(rest.parameter.grad) for rest in rests]  # type: ignore[arg-type]
     gradients = [gradient.to(working_dtype(gradient.dtype)) for gradient in gradients]
     gradients = gradients if scale is None else [gradient / scale.to(gradient) for gradient in gradients]
-    return [_held(optimizer, rest) for rest in rests], gradients
+    return [_rows_of(optimizer, rest) for rest in rests], gradients
 
 
-def _held(optimizer: Any, rest: Rest) -> Tensor:
+def _rows_of(optimizer: Any, rest: Rest) -> Tensor:
     """The rows, or of a parameter of low precision their values in float32, which follow what is written to it."""
     rows, master = rest.of(rest.parameter), optimizer.state[rest.parameter].get(MASTER)
     if master is None:
@@ -97,7 +97,7 @@ def _scaling(optimizer: Any) -> tuple[Tensor | None, ...]:
     return tuple(getattr(optimizer, key, None) for key in SCALED)
 
 
-def _kept(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _copies(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """What a step will write to, and copies, where it may turn out that an overflow forbids it."""
     _, overflow = _scaling(optimizer)
     return [] if overflow is None else [(tensor, tensor.clone()) for tensors in written for tensor in tensors]
@@ -158,7 +158,7 @@ def step_rests_adam(optimizer: Any, group: Group, rests: list[Rest]) -> None:
     steps = [state["step"].clone() for state in states]
     has_complex = any(rest.parameter.is_complex() for rest in rests)
     values, gradients = _views(optimizer, rests)
-    before = _kept(optimizer, values, *moments)
+    before = _copies(optimizer, values, *moments)
     _adam(optimizer, group, (values, gradients, *moments, *largest, steps), has_complex)
     _put_back(optimizer, before)
     _round(rests, values)
