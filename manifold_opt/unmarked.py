@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from .plan import SCALED, Rest
 from .precision import MASTER, working_dtype
 
 Lists = tuple[Any, ...]
+_ADAM_CAN_DECOUPLE = "decoupled_weight_decay" in inspect.signature(adam).parameters  # not that of torch 2.6
 
 
 def lists_of_sgd(_: Any, __: Group) -> Lists:
@@ -133,9 +135,9 @@ def _adam(
 ) -> None:
     keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
     functional: Callable[..., None] = adam
-    if "decoupled_weight_decay" in group:
+    if _ADAM_CAN_DECOUPLE and "decoupled_weight_decay" in group:
         keys.append("decoupled_weight_decay")
-    elif isinstance(optimizer, torch.optim.AdamW):  # of torch 2.6
+    elif isinstance(optimizer, torch.optim.AdamW):
         functional = adamw
     beta1, beta2 = group["betas"]
     functional(
