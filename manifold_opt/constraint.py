@@ -20,6 +20,7 @@ from .precision import LOW, FullPrecision, working_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
+CONSTRAINED = "constrained"  # key of a one in an optimizer's state of a parameter, where that is held as one asks
 _ATTRIBUTE = "_manifold_opt_constraint"
 Record = tuple[Any, ...]
 T = TypeVar("T", bound=Tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from .constraint import constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
+from .constraint import CONSTRAINED, constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
 from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import kept_by
 from .options import check_marked
@@ -147,7 +147,11 @@ def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
     for key, value in opt.state.get(p, {}).items():
         if isinstance(value, Tensor) and not value.is_meta and not bool(value.isfinite().all()):
             yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
-        if isinstance(value, Tensor) and key != "step" and (value.dtype not in dtypes or value.device != p.device):
+        if (
+            isinstance(value, Tensor)
+            and key not in ("step", CONSTRAINED)
+            and (value.dtype not in dtypes or value.device != p.device)
+        ):
             yield (
                 f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "
                 "it."

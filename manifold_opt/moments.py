@@ -1,9 +1,9 @@
 """The moments of marked parameters: created, taken over from what the optimizer's state holds, shown under its keys.
 
-Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. The optimizer knows
-under which constraint each parameter's state is held, and records it in ``group["constraints"]``, as
-``(position, name, ...)`` each, so that a checkpoint of torch's own, or of a parameter that has been marked or
-unmarked since, is converted when it is met.
+Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. A state that is held
+under a constraint says so itself, by one more entry, so that one of torch's own is known wherever it comes from, and
+converted when it is met. Under which constraint is what the optimizer knows, and records in ``group["constraints"]``,
+``(position, name, ...)`` each.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.optim.optimizer import Optimizer
 
 from .blocks import Part, can_be_viewed, points_of, put_
 from .buckets import Bucket
-from .constraint import Record, constraint_of, described, off_manifold, put_back_, recalled, record_of
+from .constraint import CONSTRAINED, Record, constraint_of, described, off_manifold, put_back_, recalled, record_of
 from .direction import from_frame, to_frame
 from .manifolds import Manifold, Orthogonal
 from .precision import LOW, MASTER, FullPrecision, working_dtype
 
 Group = dict[str, Any]
-_UNHELD = ("no state yet",)  # the record of a marked parameter that no step has met
+NO_MOMENTS = ("step", MASTER, CONSTRAINED)
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -43,6 +43,9 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             optimizer.state[parameter][key] = moment
     _hold_master(optimizer, bucket)
     _hold_count(optimizer, group, bucket)
+    one = torch.ones((), device=bucket.parameters[0].device)
+    for parameter in bucket.parameters:
+        optimizer.state[parameter].setdefault(CONSTRAINED, one)
 
 
 def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
@@ -115,31 +118,28 @@ def convert(optimizer: Any, group: Group) -> None:
     """Bring the state of a group from the constraints that it is held under to those of today, and record them."""
     held: dict[Tensor, Record] = optimizer._held
     for parameter in group["params"]:
-        old, new = held.get(parameter), record_of(constraint_of(parameter))
+        state, new = optimizer.state.get(parameter), record_of(constraint_of(parameter))
+        # Of a state that says nothing of under which one it is as if it were the one of today.
+        old = held.get(parameter, new) if state and CONSTRAINED in state else None
+        if new is not None:
+            held[parameter] = new
         if old == new:
             continue
-        state = optimizer.state.get(parameter)
         if state and old is not None:
             _change(state, parameter, old, from_frame)
         if state and new is not None:
             _change(state, parameter, new, to_frame)
         if new is None:
             _as_torch_holds_it(state or {}, parameter)
-            del held[parameter]
-        else:
-            held[parameter] = new
+            held.pop(parameter, None)
     note(optimizer, [group])
 
 
 def note(optimizer: Any, groups: list[Group]) -> None:
     """Record in groups under which constraint the state of every member is held."""
-    held, state = optimizer._held, optimizer.state
+    held = optimizer._held
     for group in groups:
-        group["constraints"] = tuple(
-            (position, *held.get(p, _UNHELD))
-            for position, p in enumerate(group["params"])
-            if p in held or (constraint_of(p) is not None and not state.get(p))
-        )
+        group["constraints"] = tuple((i, *held[p]) for i, p in enumerate(group["params"]) if p in held)
 
 
 def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
@@ -154,13 +154,7 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
         for position, *record in group.get("constraints", ()):
             parameter, then = group["params"][position], _tuples(record)
             now = constraint_of(parameter)
-            if then == _UNHELD and loaded["state"].get(parameter):
-                raise ValueError(
-                    f"{name}: the param_groups are of an optimizer that has not stepped, the state is another's, and "
-                    f"nobody knows how that of parameter {position} of group {index} is held. Load a state_dict whole, "
-                    "and set the options of opt.param_groups afterwards."
-                )
-            if then not in (_UNHELD, record_of(now)):
+            if then != record_of(now):
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
                 raise ValueError(
                     f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
@@ -168,6 +162,13 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
                     f"{'not marked' if now is None else now}. "
                     "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
                 )
+    known = recorded(loaded["param_groups"])
+    for parameter, state in loaded["state"].items():
+        if CONSTRAINED in state and constraint_of(parameter) is None and parameter not in known:
+            raise ValueError(
+                f"{name}: the state of a parameter of shape {tuple(parameter.shape)} is held under a constraint, which "
+                "the groups beside it do not name; here it is not marked. Mark it as it was before loading."
+            )
 
 
 def recorded(groups: list[Group]) -> dict[Tensor, Record]:
@@ -176,7 +177,6 @@ def recorded(groups: list[Group]) -> dict[Tensor, Record]:
         group["params"][position]: _tuples(record)
         for group in groups
         for position, *record in group.get("constraints", ())
-        if _tuples(record) != _UNHELD
     }
 
 
@@ -204,7 +204,7 @@ def _change(state: dict[str, Any], parameter: Tensor, record: Record, change: An
         return
     framed = {}
     for key, moment in state.items():
-        if key not in ("step", MASTER) and isinstance(moment, Tensor):
+        if key not in NO_MOMENTS and isinstance(moment, Tensor):
             held = _shaped(moment, False, parameter, constraint)
             state[key] = held if held is not moment else moment.clone(memory_format=torch.preserve_format)
             if moment.shape == parameter.shape:
@@ -227,6 +227,7 @@ def _change(state: dict[str, Any], parameter: Tensor, record: Record, change: An
 def _as_torch_holds_it(state: dict[str, Any], parameter: Tensor) -> None:
     """Moments of a parameter that is marked no more in its own dtype, and nothing in float32 beside it."""
     state.pop(MASTER, None)
+    state.pop(CONSTRAINED, None)
     for key, value in state.items():
         if key != "step" and isinstance(value, Tensor) and parameter.dtype in LOW:
             state[key] = value.to(parameter.dtype)

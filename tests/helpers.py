@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, stiefel
+from manifold_opt.constraint import CONSTRAINED
 
 EXACT = [name for name, scheme in RETRACTIONS.items() if scheme.exact]
 SQUARE = [(1, 1), (2, 2), (5, 5), (16, 16)]
@@ -23,6 +24,7 @@ TALL = [(4, 1), (8, 3), (12, 10)]
 DTYPES = [torch.float32, torch.float64]
 UNITARY = [torch.complex64, torch.complex128]
 FIELDS = [torch.float64, torch.complex128]
+UNMOVED = ("step", CONSTRAINED)  # entries of a state that are no moments
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from manifold_opt import (
+    SGD,
     Adam,
     Orthogonal,
     check,
@@ -236,6 +237,28 @@ def test_distributed_wrappers(form):
     train(wrapped, opt)
     assert orthogonality_error(weight_of(net)) < 1e-5
     assert check(wrapped, opt.optim if hasattr(opt, "optim") else opt) == []
+
+
+@pytest.mark.parametrize("rule", [SGD, Adam])
+@pytest.mark.usefixtures("process_group")
+def test_zero_resumes_bit_for_bit(rule):
+    """Which hands over states one by one, behind the back of the optimizer that it wraps."""
+    options = {"momentum": 0.9} if rule is SGD else {}
+
+    def build():
+        net, _ = start("module")
+        return net, ZeroRedundancyOptimizer(net.parameters(), optimizer_class=rule, lr=0.01, **options)
+
+    net, opt = build()
+    train(net, opt)
+    opt.consolidate_state_dict()
+    saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    other, resumed = build()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for model, optimizer in ((net, opt), (other, resumed)):
+        train(model, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)

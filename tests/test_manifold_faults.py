@@ -22,7 +22,7 @@ from manifold_opt import project_ as project_model
 from manifold_opt.blocks import points_of
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
 
-from .helpers import gaussian, never_read
+from .helpers import UNMOVED, gaussian, never_read
 from .manifold_cases import CASES, parameter
 from .test_faults import assert_unchanged, everything
 from .test_manifold_steps import OTHERS, OWN, build, give, run
@@ -43,7 +43,7 @@ def picture(opt, parameters):
     seen = [torch.cat(rows)]
     for key in opt.state[parameters[0]]:
         moments = [opt.state[p][key] for p in parameters]
-        if key != "step" and moments[0] is not None:
+        if key not in UNMOVED and moments[0] is not None:
             same = moments[0].shape == parameters[0].shape
             pieces = [points_in(p, m) if same else m for p, m in zip(parameters, moments, strict=True)]
             seen.append(torch.cat([m.flatten(0, -1 - part.dims).clone() for m in pieces]))

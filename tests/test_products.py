@@ -8,7 +8,7 @@ from manifold_opt import SGD, Adam, mark_orthogonal, stiefel
 from manifold_opt.products import across, add_gram_, adjoint, components, gram, matmul, matmul_add, norm, transpose
 from manifold_opt.room import Room
 
-from .helpers import FIELDS, gaussian, point, rounding
+from .helpers import FIELDS, UNMOVED, gaussian, point, rounding
 
 
 def lying(x, how):
@@ -110,7 +110,7 @@ def test_many_tiny_blocks_move_as_few(optimizer, options, retraction, p, n, gain
                 weight.grad = part.reshape(-1, n).clone()
             for opt in opts:
                 opt.step()
-        moments = [opt.state[w][key] for opt in opts for w in opt.state for key in opt.state[w] if key != "step"]
+        moments = [opt.state[w][key] for opt in opts for w in opt.state for key in opt.state[w] if key not in UNMOVED]
         return torch.cat([weight.detach() for weight in weights]).view(300, p, n), moments
 
     (together, moments), (apart, _) = run(count), run(3)

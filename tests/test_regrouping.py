@@ -189,24 +189,53 @@ def test_groups_of_another_optimizer_are_options_and_no_more(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_options_of_one_run_and_state_of_another(rule):
-    """Where they can be told to fit they do; where not, they are refused before anything has changed."""
+@pytest.mark.parametrize("stepped", [False, True])
+def test_options_of_one_run_and_state_of_another(rule, stepped):
+    """A state says itself how it is held, whatever the groups beside it say."""
     params, others = parameters(), parameters()
     opt, new = RULES[rule](params), RULES[rule](others)
     steps(opt, params, 0)
-    mixed = opt.state_dict() | {"param_groups": new.state_dict()["param_groups"]}
-    with pytest.raises(ValueError, match="Load a state_dict whole, and set the options"):
-        new.load_state_dict(mixed)
     steps(new, others, 0)
-    for group in new.param_groups:
+    new = new if stepped else RULES[rule](others)
+    for group in (*new.param_groups, *opt.param_groups):
         group["lr"] = 0.01
     new.load_state_dict(copy.deepcopy(opt.state_dict()) | {"param_groups": new.state_dict()["param_groups"]})
-    assert new.param_groups[0]["lr"] == 0.01
-    for group in opt.param_groups:
-        group["lr"] = 0.01
     steps(opt, params, 2)
     steps(new, others, 2)
     assert_alike(others, params)
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adam"])
+def test_a_state_of_torchs_beside_groups_of_ours(rule):
+    """Is taken as one beside torch's own groups, which say nothing."""
+    free = [nn.Parameter(p.detach().clone()) for p in parameters()]
+    torchs = getattr(torch.optim, rule)(free, **({"momentum": 0.9} if rule == "SGD" else {}))
+    steps(torchs, free, 0)
+    ends = []
+    for mixed in (False, True):
+        params = parameters()
+        opt = RULES[rule](params)
+        if mixed:
+            steps(opt, params, 5, 1)
+            with torch.no_grad():
+                for p, q in zip(params, parameters(), strict=True):
+                    p.copy_(q)
+        groups = {"param_groups": opt.state_dict()["param_groups"]}
+        opt.load_state_dict(copy.deepcopy(torchs.state_dict()) | groups)
+        steps(opt, params, 2)
+        ends.append(params)
+    assert_alike(*ends)
+
+
+def test_a_state_held_under_a_constraint_that_nobody_names_is_refused():
+    params = parameters()
+    opt = RULES["Adam"](params)
+    steps(opt, params, 0)
+    free = [nn.Parameter(p.detach().clone()) for p in params]
+    new = RULES["Adam"](free)
+    with pytest.raises(ValueError, match="is held under a constraint, which the groups beside it do not name"):
+        new.load_state_dict(opt.state_dict() | {"param_groups": new.state_dict()["param_groups"]})
+    assert not new.state
 
 
 def test_a_group_says_whether_its_decay_is_decoupled():
