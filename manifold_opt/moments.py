@@ -129,6 +129,7 @@ def convert(optimizer: Any, group: Group) -> None:
             _change(state, parameter, old, from_frame)
         if state and new is not None:
             _change(state, parameter, new, to_frame)
+            state[CONSTRAINED] = torch.ones((), device=parameter.device)  # whether it is to move in this step or not
         if new is None:
             _as_torch_holds_it(state or {}, parameter)
             held.pop(parameter, None)
@@ -162,9 +163,8 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
                     f"{'not marked' if now is None else now}. "
                     "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
                 )
-    known = recorded(loaded["param_groups"])
     for parameter, state in loaded["state"].items():
-        if CONSTRAINED in state and constraint_of(parameter) is None and parameter not in known:
+        if CONSTRAINED in state and constraint_of(parameter) is None:
             raise ValueError(
                 f"{name}: the state of a parameter of shape {tuple(parameter.shape)} is held under a constraint, which "
                 "the groups beside it do not name; here it is not marked. Mark it as it was before loading."

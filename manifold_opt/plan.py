@@ -69,9 +69,8 @@ class Plan:
     rests: list[Rest] = field(default_factory=list)
     versions: dict[int, int | None] = field(default_factory=dict)
 
-    def part_with(self, optimizer: Any, parameters: list[Tensor]) -> None:
-        """Take the state of parameters that another group has now out of the storage that it shares here."""
-        moved = set(map(id, parameters))
+    def part_with(self, optimizer: Any, moved: set[int]) -> None:
+        """Take the state of parameters that another group has now, by id, out of the storage that it shares here."""
         for bucket in self.buckets:
             if any(id(p) in moved for p in bucket.parameters):
                 leave(optimizer, bucket, set())
@@ -145,9 +144,10 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         remember_marks(optimizer, members)
         if optimizer._before is not None:
             optimizer._before.take()
+        here = set(map(id, live))
         for other in plans:
             if other is not plan:
-                other.part_with(optimizer, live)
+                other.part_with(optimizer, here)
         convert(optimizer, group)
         plans[position] = _planned(optimizer, group, plan, Plan(members, marks, live, facts, (keys, scalars)))
     for bucket in plans[position].buckets:

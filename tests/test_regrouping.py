@@ -227,6 +227,27 @@ def test_a_state_of_torchs_beside_groups_of_ours(rule):
     assert_alike(*ends)
 
 
+@pytest.mark.parametrize("rule", ["SGD", "Adam"])
+def test_a_state_of_torchs_waits_for_its_gradient(rule):
+    """It is taken over once, though a step has gone by in which only the others had gradients."""
+    free = [nn.Parameter(p.detach().clone()) for p in parameters()]
+    torchs = getattr(torch.optim, rule)(free, **({"momentum": 0.9} if rule == "SGD" else {}))
+    steps(torchs, free, 0)
+    ends = []
+    for waits in (False, True):
+        params = parameters()
+        opt = RULES[rule](params)
+        opt.load_state_dict(copy.deepcopy(torchs.state_dict()))
+        if waits:
+            for k in (0, 2, 3):
+                params[k].grad = gaussian(*params[k].shape, seed=7 + k)
+            opt.step()
+        params[1].grad = gaussian(4, 4, seed=5)
+        opt.step()
+        ends.append(params[1].detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
 def test_a_state_held_under_a_constraint_that_nobody_names_is_refused():
     params = parameters()
     opt = RULES["Adam"](params)

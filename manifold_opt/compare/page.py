@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plots
 from .results import About, Results, Summary
-from .words import cost_words, details, ended_well, final, judged, kept, leaders, number, verdict
+from .words import cost_words, details, ended_well, final, kept, number, verdict, winners
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +63,7 @@ def html(results: Results) -> str:
 def _task(results: Results, name: str, figures: dict[str, Any]) -> dict[str, Any]:
     about, lines = results.tasks[name], results.summaries(name)
     columns = _columns(about, swept=len(results.rates(name)) > 1)
-    first = leaders([line for line in lines if kept(line)], about)
-    first = first if judged(first) else []
+    first = winners(lines, about)
     tied = {line.scheme: "best" if line is first[0] else "not told apart from the best" for line in first}
     return {
         "name": name,

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .results import About, Results, Summary
-from .words import judged, kept, leaders
+from .words import winners
 
 
 def tables(results: Results) -> Iterator[Any]:
     """A rich table for every task, the best of every column marked with a star, and one for the cost of steps."""
     for name, about in results.tasks.items():
         lines = results.summaries(name)
-        first = leaders(filter(kept, lines), about)
-        first = first if judged(first) else []
+        first = winners(lines, about)
         columns = _columns(about, {line.scheme for line in first}, swept=len(results.rates(name)) > 1, lines=lines)
         table = _table(about.title, list(columns))
         for line in lines:

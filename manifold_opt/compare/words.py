@@ -80,6 +80,12 @@ def leaders(lines: Iterable[Summary], about: About) -> list[Summary]:
     return ranked[:1] + [line for line in ranked[1:] if not told_apart(ranked[0], line, about)]
 
 
+def winners(lines: Iterable[Summary], about: About) -> list[Summary]:
+    """The leaders of those that stayed orthogonal; none where too few seeds tell them apart from others."""
+    first = leaders(filter(kept, lines), about)
+    return first if judged(first) else []
+
+
 def judged(first: list[Summary]) -> bool:
     """Whether the leaders have been told apart from others: one alone, or of seeds enough for a spread."""
     return len(first) == 1 or (bool(first) and min(line.different for line in first) > 1)
