@@ -23,9 +23,9 @@ AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 def check(model: nn.Module, opt: Optimizer) -> list[str]:
     """What is wrong with the constraints of a model that an optimizer is to train; an empty list if all is well.
 
-    Says if nothing is marked, and which parameters have lost their mark, are marked but not in the optimizer or not in one of this package, are off
-    their manifold by more than rounding, or have state that is not finite or of another dtype or device; and which
-    marked parameters the optimizer still moves though they are no longer the model's.
+    Says if nothing is marked; which parameters have lost their mark, are marked but not in the optimizer or not in one of
+    this package, are off their manifold by more than rounding, or have state that is not finite or of another dtype or
+    device; and which marked parameters the optimizer still moves though they are no longer the model's.
 
     Args:
         model: the module that is trained, or a wrapper of it.

@@ -96,26 +96,23 @@ def largest_gradient(dtype: torch.dtype) -> float:
 
 def shape_in(group: Group, parameter: Tensor) -> str:
     """The shape of a parameter for a message, and its name where the optimizer has been given named parameters."""
-    names = group.get("param_names")
-    position = next((i for i, p in enumerate(group["params"]) if p is parameter), None)
-    name = f" ({names[position]})" if names and position is not None else ""
-    return f"{tuple(parameter.shape)}{name}"
+    named = zip(group.get("param_names", ()), group["params"], strict=False)
+    return f"{tuple(parameter.shape)}" + next((f" ({name})" for name, p in named if p is parameter), "")
 
 
 def check_marked(name: str, parameter: Tensor, group: Group) -> None:
     """Raise a ValueError unless the dtype, the memory format and the group's options let a marked parameter step."""
-    shape = shape_in(group, parameter)
     if parameter.dtype not in DTYPES:
         raise ValueError(
-            f"{name}: a marked parameter of shape {shape} has dtype {parameter.dtype}; only float32, "
-            "float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
+            f"{name}: a marked parameter of shape {shape_in(group, parameter)} has dtype {parameter.dtype}; only "
+            "float32, float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
         )
     constraint = constraint_of(parameter)
     if isinstance(constraint, Orthogonal) and constraint.which is not None:
         _check_rest(name, parameter, group)
     problem = None if constraint is None else constraint.problem(parameter)
     if problem:
-        raise ValueError(f"{name}: a marked parameter of shape {shape} {problem}")
+        raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)} {problem}")
 
 
 def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
