@@ -33,15 +33,44 @@ def off_manifold(parameter: Tensor, constraint: Manifold, slack: float = 0.0) ->
     Off by more than rounding, or where ``slack`` allows for more, than that. Empty if none is.
 
     Raises:
-        ValueError: one of them is not finite or rank-deficient.
+        ValueError: a point has no nearest value, such as a block that is not finite or is rank-deficient. The message
+            gives the index of the point.
     """
     if parameter.is_meta:
         return []  # it has no value yet; the first step puts it back
-    found = (
-        (part, *constraint.off(points_of(part, parameter.detach()), slack))
-        for part in constraint.parts(parameter.shape)
-    )
-    return [(part, off, values) for part, off, values in found if bool(off.any())]
+    parts = constraint.parts(parameter.shape)
+    batches = [points_of(part, parameter.detach()) for part in parts]
+    before, found = 0, []
+    for part, points in zip(parts, batches, strict=True):
+        try:
+            off, values = constraint.off(points, slack)
+        except ValueError as refusal:
+            place, reason = _first_refused(constraint, points, slack) or (0, refusal)
+            alone = sum(map(len, batches)) == 1
+            where = "" if alone else f"{constraint.point_name} {constraint.index_of(before + place)}: "
+            raise ValueError(where + str(reason).removeprefix("nearest_orthogonal: ")) from None
+        if bool(off.any()):
+            found.append((part, off, values))
+        before += len(points)
+    return found
+
+
+def _first_refused(constraint: Manifold, points: Tensor, slack: float) -> tuple[int, ValueError] | None:
+    """Place of the first point without a nearest value, found by bisection, and what is said of that point alone."""
+    first = 0
+    while len(points) > 1:
+        half = points[: len(points) // 2]
+        try:
+            constraint.off(half, slack)
+        except ValueError:
+            points = half
+        else:
+            first, points = first + len(half), points[len(half) :]
+    try:
+        constraint.off(points, slack)
+    except ValueError as refusal:
+        return first, refusal
+    return None  # only together, whatever that means to a manifold of somebody else
 
 
 @torch.no_grad()

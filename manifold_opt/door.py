@@ -142,8 +142,7 @@ def _mark_all(function: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> N
         try:
             projected.append(off_manifold(parameter, constraint))
         except ValueError as refusal:
-            reason = str(refusal).removeprefix("nearest_orthogonal: ")
-            raise ValueError(f"{function}: {label}: {reason}") from None
+            raise ValueError(f"{function}: {label}: {refusal}") from None
     for (parameter, constraint, _), found in zip(marks, projected, strict=True):
         put_back_(parameter, found)
         attach(parameter, constraint)

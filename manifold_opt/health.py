@@ -141,7 +141,7 @@ def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
                 "next step."
             )
     except ValueError as refusal:  # what the next step would raise
-        reason = str(refusal).removeprefix(f"{name}: ").removeprefix("nearest_orthogonal: ")
+        reason = str(refusal).removeprefix(f"{name}: ")
         yield f"{name} cannot be kept {_adjective(constraint)}: {reason}"
     dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number a block is real
     for key, value in opt.state.get(p, {}).items():

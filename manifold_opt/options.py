@@ -164,15 +164,18 @@ def check_finite(
             continue
         constraint = constraint_of(p)
         assert constraint is not None
+        before = 0
         for part in constraint.parts(p.shape):
             points = points_of(part, g)
             sound = point_norm(points, part.dims) <= limit
             if not bool(sound.all()):
+                index = constraint.index_of(before + int((~sound).nonzero()[0, 0]))
                 raise FloatingPointError(
-                    f"{name}: the gradient of block {int((~sound).nonzero()[0, 0])} of a marked parameter of shape "
+                    f"{name}: the gradient of {constraint.point_name} {index} of a marked parameter of shape "
                     f"{shape_in(group, p)} is not finite, or its squares are not, and on_fault='raise'. Nothing was "
                     "changed."
                 )
+            before += len(points)
 
 
 def fill_options(optimizer: Optimizer) -> None:

@@ -16,14 +16,16 @@ quadratically. One kernel, three methods of the field:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .products import gram, norm
-from .stiefel import float64, wide
+from .stiefel import error_at_rounding, float64, wide
 
 _MANY = 32  # rows from which on row sums are worth their price
-_REMEDY = "Initialize it first, with manifold_opt.init.orthogonal_ for one."
+_REMEDY = "Initialize it first, for example with manifold_opt.init.orthogonal_."
 
 
 @wide
@@ -52,9 +54,13 @@ def basin(beta: float) -> float:
 def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     r"""Nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
 
-    The polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`, by SVD in float64. It is for
-    the door; the optimizers do without. The nearest of a given determinant is :math:`U D V^\top` with D the identity,
+    The polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`, by SVD in float64. Marking uses
+    it; a step of an optimizer does not. The nearest of a given determinant is :math:`U D V^\top` with D the identity,
     or, where that has the other determinant, with -1 in the direction of the smallest singular value.
+
+    A matrix has full rank if its smallest singular value is above ``max(p, n) * eps`` times its largest, with the eps
+    of float64 for every dtype of ``x``. A square weight of 2048 rows has a condition of :math:`10^4` and more, so
+    float32 or bfloat16 could not tell it from a singular one.
 
     Args:
         x: ``(..., p, n)``, wide or tall, real or complex, of full rank; with ``det`` real and square.
@@ -64,9 +70,9 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
         Same shape and dtype. No gradient flows through it.
 
     Raises:
-        ValueError: values that are not finite, or rank-deficient, or of the other determinant and with a smallest
-            singular value that is double, where the nearest is not unique; ``det`` other than 1 or -1, or where it
-            has no meaning.
+        ValueError: values that are not finite, or rank-deficient; with ``det``, a matrix of the other determinant
+            whose smallest singular value is double, or that is orthogonal already, so that the nearest is not unique;
+            ``det`` other than 1 or -1, or where it has no meaning. Of a batch the message gives the index.
 
     Reference: Higham (2008), *Functions of Matrices*, theorem 8.4; Kabsch (1976) and Umeyama (1991) for ``det``.
 
@@ -88,35 +94,62 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
         )
     if det is not None:
         check_determinant("nearest_orthogonal", det, x)
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"nearest_orthogonal: the value has entries that are not finite. {_REMEDY}")
+    bad = _first(~x.isfinite().flatten(-2).all(-1))
+    if bad is not None:
+        raise ValueError(f"nearest_orthogonal: {_matrix(x, bad)} has entries that are not finite. {_REMEDY}")
     if x.numel() == 0:
         return x.clone()
     u, s, vh = torch.linalg.svd(float64(x), full_matrices=False)
-    tolerance = max(x.shape[-2:]) * torch.finfo(x.dtype).eps * s[..., 0]
     if det is not None:
-        u = _towards(det, u, s, vh, tolerance)
-    elif bool((s[..., -1] <= tolerance).any()):
-        raise ValueError(
-            "nearest_orthogonal: the value is rank-deficient (smallest singular value "
-            f"{float(s[..., -1].min()):.1e}), so the nearest orthogonal matrix is not unique. {_REMEDY}"
-        )
+        u = _with_determinant(det, x, u, s, vh)
+    else:
+        bad = _first(s[..., -1] <= _rank_tolerance(s, x))
+        if bad is not None:
+            largest, smallest = float(s[bad][0]), float(s[bad][-1])
+            raise ValueError(
+                f"nearest_orthogonal: {_matrix(x, bad)} is rank-deficient (smallest singular value {smallest:.1e}, "
+                f"condition {largest / smallest if smallest else math.inf:.1e}), so the nearest orthogonal matrix is "
+                f"not unique. {_REMEDY}"
+            )
     # The product of two rounded factors is 2 to 6 times as far off as one Newton-Schulz step leaves it.
     return orthogonalizer(u @ vh).to(x)
 
 
-def _towards(det: int, u: Tensor, s: Tensor, vh: Tensor, tolerance: Tensor) -> Tensor:
+def _rank_tolerance(s: Tensor, x: Tensor) -> Tensor:
+    """Singular values ``s`` of ``x`` up to this are zero as far as an SVD in float64 can tell, ``(...)``."""
+    return max(x.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., 0]
+
+
+def _first(bad: Tensor) -> tuple[int, ...] | None:
+    """The index of the first True of ``bad``, None if there is none."""
+    return tuple(bad.nonzero()[0].tolist()) if bool(bad.any()) else None
+
+
+def _matrix(x: Tensor, index: tuple[int, ...]) -> str:
+    """Name a matrix of ``x`` for a message: its place in the batch, if there is one, and its shape."""
+    shape, alone = f"of shape {tuple(x.shape[-2:])}", not any(length > 1 for length in x.shape[:-2])
+    return f"the matrix {shape}" if alone else f"matrix {', '.join(map(str, index))} of the batch, {shape},"
+
+
+def _with_determinant(det: int, x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
     """``u`` with the sign of its last column such that ``u @ vh`` has determinant ``det``.
 
-    Unique unless the two smallest singular values, the last one with that sign, add up to zero (Umeyama 1991).
+    Unique unless the two smallest singular values, the last one with that sign, add up to zero (Umeyama 1991). Those
+    of an orthogonal matrix in the dtype of ``x`` differ by rounding only, which must not choose.
     """
     sign = det * determinant(u @ vh)
-    if u.shape[-1] > 1 and bool((s[..., -2] + sign * s[..., -1] <= tolerance).any()):
-        raise ValueError(
-            f"nearest_orthogonal: the nearest matrix of determinant {det} is not unique: the value has the other "
-            "determinant and a smallest singular value that is double, like an orthogonal matrix, or lacks two of "
-            f"full rank. Negate a row first, or initialize it with manifold_opt.init.orthogonal_(..., det={det})."
-        )
+    if u.shape[-1] > 1:
+        spread = torch.linalg.vector_norm((s / s.mean(-1, keepdim=True)).square() - 1, dim=-1)
+        orthogonal = spread <= error_at_rounding(x.shape[-2], x.shape[-1], x.dtype)
+        double = s[..., -2] + sign * s[..., -1] <= _rank_tolerance(s, x)
+        bad = _first(double | (orthogonal & (sign < 0)))
+        if bad is not None:
+            raise ValueError(
+                f"nearest_orthogonal: the nearest matrix of determinant {det} is not unique: {_matrix(x, bad)} has the "
+                "other determinant and a smallest singular value that is double, like an orthogonal matrix, or lacks "
+                "two of full rank. Negate a row first, or initialize it with "
+                f"manifold_opt.init.orthogonal_(..., det={det})."
+            )
     return torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], -1)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import general, walk
 from .blocks import point_norm, points_of, put_
 from .buckets import Bucket
+from .constraint import off_manifold
 from .desk import Desk
 from .options import Group, shape_in
 from .plan import SCALED, Before, Plan, Rest, refuse
@@ -127,19 +128,30 @@ def _restore(optimizer: Any) -> None:
             pairs = zip(bucket.parameters, bucket.versions, strict=True)
             # What is held in float32 shows even what has been written through .data.
             written = [p for p, before in pairs if p._version != before or _shows(optimizer, p)]
+            slack = 1.0 if inexact and bucket.stiefel else 0.0
             try:
                 if written:
-                    found += _looked_at(optimizer, group, bucket, written, 1.0 if inexact and bucket.stiefel else 0.0)
-            except ValueError as refusal:
-                shape = shape_in(group, written[0])
-                raise ValueError(
-                    f"{type(optimizer).__name__}: a marked parameter of shape {shape} has been written to: {refusal}"
-                ) from None
+                    found += _looked_at(optimizer, group, bucket, written, slack)
+            except ValueError:
+                for parameter in written:
+                    _check_written(optimizer, group, bucket, parameter, slack)
+                raise
     for bucket, tensors, which, values in found:
         counts = [int(some.sum()) for some in which.split(bucket.each)]  # type: ignore[no-untyped-call]
         for tensor, some, nearest in zip(tensors, which.split(bucket.each), values.split(counts), strict=True):  # type: ignore[no-untyped-call]
             if bool(some.any()):
                 put_(bucket.part, tensor, some, nearest.to(tensor.dtype))
+
+
+def _check_written(optimizer: Any, group: Group, bucket: Bucket, parameter: Tensor, slack: float) -> None:
+    """Raise a ValueError that names the parameter and its block, if its value has no nearest point."""
+    try:
+        off_manifold(parameter, bucket.constraint, slack)
+    except ValueError as refusal:
+        raise ValueError(
+            f"{type(optimizer).__name__}: a marked parameter of shape {shape_in(group, parameter)} has been written "
+            f"to: {refusal}"
+        ) from None
 
 
 def _shows(optimizer: Any, parameter: Tensor) -> bool:

@@ -47,7 +47,7 @@ ALLOWED = {
     },
     "general": {"buckets", "desk", "direction", "options", "precision", "products", "riemannian", "rules"},
     "step": {
-        *("blocks", "buckets", "desk", "general", "moments", "options", "plan", "precision", "products"),
+        *("blocks", "buckets", "constraint", "desk", "general", "moments", "options", "plan", "precision", "products"),
         *("retractions", "rules", "unmarked", "walk"),
     },
     "metrics": {"blocks", "constraint", "diagnostics", "manifolds", "precision", "tally"},

@@ -50,6 +50,7 @@ class Manifold:
     decays = False
     penalized = False
     complex = False
+    point_name = "point"  # in messages
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:  # noqa: ARG002
         """Where the points of a parameter of this shape lie, if not in its last dimensions.
@@ -107,6 +108,10 @@ class Manifold:
         """Which points are off by more than rounding and ``slack``, and the nearest values of those."""
         off = ~(self.error(x) <= max(self.rounding(x), slack))  # a NaN is off
         return off, self.nearest(x[off].to(working_dtype(x.dtype))).to(x) if bool(off.any()) else x[off]
+
+    def index_of(self, point: int) -> int:
+        """The index by which a message names a point, counted over all parts."""
+        return point
 
     def unfit(self) -> str | None:
         """Why a checkpoint cannot record it, as the end of a sentence that begins with its name."""

@@ -38,6 +38,7 @@ class Orthogonal(Manifold):
     """
 
     complex = True
+    point_name = "block"
     blocks: int | tuple[int, ...] = 1
     dim: int = 0
     gain: float = 1.0
@@ -107,6 +108,10 @@ class Orthogonal(Manifold):
     def off(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """As for any manifold; ``slack`` is an error a row."""
         return super().off(x, slack * x.shape[-2] ** 0.5)
+
+    def index_of(self, point: int) -> int:
+        """The number of a block among all blocks, marked or not."""
+        return point if self.which is None else self.which[point]
 
     def problem(self, tensor: Tensor) -> str | None:
         """Blocks that do not fit the shape, a gain out of range, strides that cannot be seen as a matrix."""

@@ -27,6 +27,7 @@ class UnitNorm(Manifold):
     """
 
     complex = True
+    point_name = "slice"
     dim: int = 0
 
     def parts(self, shape: Shape) -> tuple[Slices, ...]:
