@@ -1,11 +1,13 @@
 """What a parameter promises: its points lie on a manifold.
 
 The promise is an attribute of the parameter. The parameter stays the plain ``nn.Parameter`` it was, under
-its own name, with its own storage.
+its own name, with its own storage. The attribute of a constraint of this package is a tuple of primitives, so that a
+parameter saved by itself loads with ``weights_only=True``, and where this package is not installed.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)
 
 CONSTRAINED = "constrained"  # key of a one in an optimizer's state of a parameter, where that is held as one asks
 _ATTRIBUTE = "_manifold_opt_constraint"
+_OWN = frozenset(MANIFOLDS.values()) - {MANIFOLDS["geoopt"]}  # those that their record says in full
 Record = tuple[Any, ...]
 T = TypeVar("T", bound=Tensor)
 
@@ -100,6 +103,18 @@ def recalled(record: Record) -> Manifold | None:
     return MANIFOLDS[name](*options) if name in MANIFOLDS and name != "geoopt" else None
 
 
+@functools.lru_cache(maxsize=1024)
+def _constraint_in(tag: Record) -> Manifold:
+    """The constraint that the attribute of a parameter says: the same object every time, for every step asks."""
+    constraint = recalled(tag)
+    if constraint is None:
+        raise ValueError(
+            f"constraint_of: a parameter was saved with the mark {tag[0]!r}, which this version of manifold_opt does "
+            "not have. Install the version that saved it, or delete its attribute _manifold_opt_constraint."
+        )
+    return constraint
+
+
 def described(record: Record) -> str:
     """A record in words."""
     known = recalled(record)
@@ -108,7 +123,7 @@ def described(record: Record) -> str:
 
 def attach(parameter: Tensor, constraint: Manifold) -> None:
     """Tag a parameter. What it promises has to be true already: marking.py sees to that."""
-    setattr(parameter, _ATTRIBUTE, constraint)
+    setattr(parameter, _ATTRIBUTE, record_of(constraint) if type(constraint) in _OWN else constraint)
 
 
 def unmark(parameter: T) -> T:
@@ -162,6 +177,8 @@ def constraint_of(parameter: Tensor) -> Manifold | None:
     Orthogonal(blocks=3, dim=0, gain=1.0)
     """
     found = getattr(parameter, _ATTRIBUTE, None)
+    if type(found) is tuple:
+        found = _constraint_in(found)
     if type(parameter) is nn.Parameter or (found is None and hasattr(parameter, _ATTRIBUTE)):
         return found
     return constraint_of_geoopt(parameter) or found  # its manifold may be another one by now

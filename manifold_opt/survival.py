@@ -14,12 +14,11 @@ import functools
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 
 from .constraint import attach, constraint_of
-from .manifolds import MANIFOLDS, Manifold
+from .manifolds import Manifold
 
 _RECORDS = "_manifold_opt_records"
 Record = tuple[Tensor, Manifold]
@@ -74,5 +73,4 @@ def _rebuild_with_mark(constraint: Manifold, rebuild: Any, arguments: Any) -> Te
 
 
 nn.Parameter.__deepcopy__ = _deepcopy_with_mark  # type: ignore[method-assign, assignment]
-torch.serialization.add_safe_globals(list(MANIFOLDS.values()))  # so that a saved parameter loads with weights_only=True
 ForkingPickler.register(nn.Parameter, _reduce_with_mark)

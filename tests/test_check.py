@@ -1,7 +1,6 @@
 """`check`, and what a module remembers of its marks: everything that can have gone wrong is said, once, and truly."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from manifold_opt import SGD, Adam, check, constraint_of, mark_orthogonal, orthogonality_error, unmark
 
-from .helpers import gaussian, point
+from .helpers import gaussian
 from .test_lifecycle import CONSTRAINT, assigned, replaced, start, swapped, weight_of
 
 
@@ -248,14 +247,6 @@ def test_check_looks_into_an_optimizer_that_wraps_ours():
         param_groups = optim.param_groups
 
     assert check(layer, Wrapper()) == []
-
-
-def test_a_parameter_saved_with_its_mark_loads_safely():
-    weight = mark_orthogonal(nn.Parameter(point(4, 4)))
-    file = io.BytesIO()
-    torch.save({"weight": weight}, file)
-    file.seek(0)
-    assert constraint_of(torch.load(file, weights_only=True)["weight"]) == constraint_of(weight)
 
 
 class Wrapper:

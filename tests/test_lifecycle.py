@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -20,7 +22,10 @@ from manifold_opt import (
     check,
     constraint_of,
     mark_orthogonal,
+    mark_positive,
     mark_recurrent,
+    mark_spectral,
+    mark_unit_norm,
     orthogonal_average,
     orthogonality_error,
     project_,
@@ -267,6 +272,41 @@ def test_a_compiled_model(form):
     compiled = torch.compile(net, backend="eager")
     assert check(compiled, opt) == []
     assert constraint_of(weight_of(compiled)) == CONSTRAINT
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+import torch
+torch.save(torch.load(sys.argv[1], weights_only=True), sys.argv[2])
+assert "manifold_opt" not in sys.modules
+"""
+
+
+def test_a_parameter_saved_by_itself_loads_anywhere(tmp_path):
+    """With weights_only=True and before this package is imported; and it brings its mark back."""
+    layer = nn.GRU(3, 4)
+    marked = {
+        "gates": mark_orthogonal(layer, "weight_hh_l0", which=(0, 2), gain=0.5),
+        "unequal": mark_orthogonal(nn.Parameter(gaussian(7, 3)), blocks=(3, 4)),
+        "filters": mark_unit_norm(nn.Parameter(gaussian(3, 2, 2)), dim=1),
+        "bounded": mark_spectral(nn.Parameter(gaussian(3, 3)), 0.5),
+        "positive": mark_positive(nn.Parameter(torch.ones(3))),
+    }
+    torch.save(marked, tmp_path / "saved.pt")
+    run = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "saved.pt"), str(tmp_path / "again.pt")]
+    subprocess.run(run, check=True, timeout=100)
+    for file in ("saved.pt", "again.pt"):
+        loaded = torch.load(tmp_path / file, weights_only=True)
+        assert {name: constraint_of(p) for name, p in loaded.items()} == {
+            name: constraint_of(p) for name, p in marked.items()
+        }
+
+
+def test_a_mark_of_a_newer_version_is_not_taken_for_none():
+    weight = nn.Parameter(torch.eye(3))
+    weight._manifold_opt_constraint = ("from the future", 1)
+    with pytest.raises(ValueError, match="'from the future', which this version of manifold_opt does not have"):
+        Adam([weight])
 
 
 def child(net, queue):
