@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from .precision import LOW, FullPrecision, working_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
-CONSTRAINED = "constrained"  # key of a one in an optimizer's state of a parameter, where that is held as one asks
+CONSTRAINED = "constrained"  # key in an optimizer's state of a parameter: under which constraint the moments are held
 _ATTRIBUTE = "_manifold_opt_constraint"
 _OWN = frozenset(MANIFOLDS.values()) - {MANIFOLDS["geoopt"]}  # those that their record says in full
 Record = tuple[Any, ...]
@@ -101,6 +102,38 @@ def recalled(record: Record) -> Manifold | None:
     """The constraint that a record says, where it is of this package; None of another."""
     name, *options = record
     return MANIFOLDS[name](*options) if name in MANIFOLDS and name != "geoopt" else None
+
+
+def is_record_of(record: Record, constraint: Manifold | None) -> bool:
+    """Whether a record, perhaps of an earlier version with fewer options, says this constraint."""
+    known = recalled(record)
+    return record == record_of(constraint) if known is None else known == constraint
+
+
+def record_as_tensor(record: Record) -> Tensor:
+    """A record as a tensor, which an optimizer's state can hold: the bytes of JSON, uint8 on the CPU.
+
+    >>> from manifold_opt.constraint import record_as_tensor
+    >>> bytes(record_as_tensor(("unit_norm", 0))).decode()
+    '["unit_norm", 0]'
+    """
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def record_in(tensor: Tensor) -> Record | None:
+    """The record that an optimizer's state holds, whatever dtype it was loaded as.
+
+    None if it does not say which: a checkpoint of an earlier version has a single one there.
+    """
+    if tensor.ndim == 0 or tensor.is_meta:
+        return None
+    record: Record = as_tuples(json.loads(bytes(tensor.to("cpu", torch.uint8).tolist())))
+    return record
+
+
+def as_tuples(record: Any) -> Any:
+    """A record whose tuples have become lists on a way that knows none, like JSON's."""
+    return tuple(map(as_tuples, record)) if isinstance(record, (list, tuple)) else record
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from .constraint import CONSTRAINED, constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
+from .constraint import constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
 from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import kept_by
 from .options import check_marked
-from .precision import working_dtype
+from .precision import MASTER, working_dtype
 from .retractions import RETRACTIONS
 from .survival import records_of
 
@@ -145,13 +145,11 @@ def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
         yield f"{name} cannot be kept {_adjective(constraint)}: {reason}"
     dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number a block is real
     for key, value in opt.state.get(p, {}).items():
+        if key not in (*opt._state_keys, MASTER):  # type: ignore[attr-defined]
+            continue
         if isinstance(value, Tensor) and not value.is_meta and not bool(value.isfinite().all()):
             yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
-        if (
-            isinstance(value, Tensor)
-            and key not in ("step", CONSTRAINED)
-            and (value.dtype not in dtypes or value.device != p.device)
-        ):
+        if isinstance(value, Tensor) and (value.dtype not in dtypes or value.device != p.device):
             yield (
                 f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "
                 "it."

@@ -1,4 +1,4 @@
-"""What is saved says how it is held; what is held in float32 is loaded so, whatever the parameters are stored in."""
+"""Load the state of an optimizer: what is held in float32 stays float32, whatever the parameters are stored in."""
 
 from __future__ import annotations
 
@@ -9,28 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .constraint import constraint_of
-from .moments import note
-from .precision import LOW
-
-
-def state_dict(self: Optimizer) -> dict[str, Any]:
-    """The state of an optimizer, as in torch.optim; its groups say under which constraints it is held."""
-    note(self, self.param_groups)
-    return Optimizer.state_dict(self)
-
-
-def getstate(self: Optimizer) -> dict[str, Any]:
-    """What is copied and pickled of an optimizer, which says so too."""
-    note(self, self.param_groups)
-    return Optimizer.__getstate__(self)
+from .constraint import CONSTRAINED, constraint_of, record_in
+from .precision import LOW, MASTER
 
 
 def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
     """Load the state of an optimizer, as in torch.optim.
 
-    torch casts every moment to the dtype of its parameter. Those of a marked parameter in bfloat16 or float16, and its
-    master, are float32, whatever they were saved as.
+    torch casts every entry to the dtype of its parameter. The moments of a marked parameter in bfloat16 or float16, and
+    its master, are float32, whatever they were saved as; the record of its constraint is as it was saved.
     """
     given: dict[str, Any] = {}
     hooks = (
@@ -44,14 +31,17 @@ def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
             hook.remove()
 
 
-def _as_saved(optimizer: Optimizer, given: dict[str, Any]) -> None:
+def _as_saved(optimizer: Any, given: dict[str, Any]) -> None:
     ids, parameters = (
         itertools.chain.from_iterable(group["params"] for group in groups)
         for groups in (given["param_groups"], optimizer.param_groups)
     )
     for key, parameter in zip(ids, parameters, strict=True):
+        saved = given["state"].get(key, {})
+        if CONSTRAINED in saved and record_in(saved[CONSTRAINED]) is not None:
+            optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.uint8, copy=True)
         if constraint_of(parameter) is None or parameter.dtype not in LOW:
             continue
-        for name, value in given["state"].get(key, {}).items():
-            if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
-                optimizer.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
+        for name in (*optimizer._state_keys, MASTER):
+            if isinstance(saved.get(name), Tensor):
+                optimizer.state[parameter][name] = saved[name].to(parameter.device, torch.float32, copy=True)

@@ -1,9 +1,10 @@
 """The moments of marked parameters: created, taken over from what the optimizer's state holds, shown under its keys.
 
 Those of square blocks are held in the frame of W (direction.py); all others as torch holds them. A state that is held
-under a constraint says so itself, by one more entry, so that one of torch's own is known wherever it comes from, and
-converted when it is met. Under which constraint is what the optimizer knows, and records in ``group["constraints"]``,
-``(position, name, ...)`` each.
+under a constraint says under which, by one more entry, ``constrained``: the bytes of the constraint's record. So a
+state of torch's own is known wherever it comes from, and converted when it is met; and the record goes wherever the
+state of its parameter goes, also where a checkpoint is loaded by name. Entries that other code keeps in the state are
+left alone.
 """
 
 from __future__ import annotations
@@ -17,13 +18,25 @@ from torch.optim.optimizer import Optimizer
 
 from .blocks import Part, can_be_viewed, points_of, put_
 from .buckets import Bucket
-from .constraint import CONSTRAINED, Record, constraint_of, described, off_manifold, put_back_, recalled, record_of
+from .constraint import (
+    CONSTRAINED,
+    Record,
+    as_tuples,
+    constraint_of,
+    described,
+    is_record_of,
+    off_manifold,
+    put_back_,
+    recalled,
+    record_as_tensor,
+    record_in,
+    record_of,
+)
 from .direction import from_frame, to_frame
 from .manifolds import Manifold, Orthogonal
 from .precision import LOW, MASTER, FullPrecision, working_dtype
 
 Group = dict[str, Any]
-NO_MOMENTS = ("step", MASTER, CONSTRAINED)
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -43,9 +56,15 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             optimizer.state[parameter][key] = moment
     _hold_master(optimizer, bucket)
     _hold_count(optimizer, group, bucket)
-    one = torch.ones((), device=bucket.parameters[0].device)
     for parameter in bucket.parameters:
-        optimizer.state[parameter].setdefault(CONSTRAINED, one)
+        _say_held(optimizer.state[parameter], bucket.constraint)
+
+
+def _say_held(state: dict[str, Any], constraint: Manifold) -> None:
+    """Record in a state under which constraint it is held, unless it says so."""
+    record = record_of(constraint)
+    if record is not None and (CONSTRAINED not in state or record_in(state[CONSTRAINED]) != record):
+        state[CONSTRAINED] = record_as_tensor(record)
 
 
 def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
@@ -115,47 +134,45 @@ def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
 
 @torch.no_grad()
 def convert(optimizer: Any, group: Group) -> None:
-    """Bring the state of a group from the constraints that it is held under to those of today, and record them."""
-    held: dict[Tensor, Record] = optimizer._held
+    """Bring the state of a group from the constraints that it is held under to those of today."""
     for parameter in group["params"]:
-        state, new = optimizer.state.get(parameter), record_of(constraint_of(parameter))
-        # Of a state that says nothing of under which one it is as if it were the one of today.
-        old = held.get(parameter, new) if state and CONSTRAINED in state else None
-        if new is not None:
-            held[parameter] = new
-        if old == new:
+        state, constraint = optimizer.state.get(parameter), constraint_of(parameter)
+        if not state:
             continue
-        if state and old is not None:
-            _change(state, parameter, old, from_frame)
-        if state and new is not None:
-            _change(state, parameter, new, to_frame)
-            state[CONSTRAINED] = torch.ones((), device=parameter.device)  # whether it is to move in this step or not
+        old = record_in(state[CONSTRAINED]) if CONSTRAINED in state else None
+        if (old is None) == (constraint is None) and (old is None or is_record_of(old, constraint)):
+            continue
+        if old is not None:
+            _change(state, optimizer._state_keys, parameter, old, from_frame)
+        new = record_of(constraint)
         if new is None:
-            _as_torch_holds_it(state or {}, parameter)
-            held.pop(parameter, None)
-    note(optimizer, [group])
-
-
-def note(optimizer: Any, groups: list[Group]) -> None:
-    """Record in groups under which constraint the state of every member is held."""
-    held = optimizer._held
-    for group in groups:
-        group["constraints"] = tuple((i, *held[p]) for i, p in enumerate(group["params"]) if p in held)
+            _as_torch_holds_it(state, optimizer._state_keys, parameter)
+            continue
+        _change(state, optimizer._state_keys, parameter, new, to_frame)
+        state[CONSTRAINED] = record_as_tensor(new)  # whether it is to move in this step or not
 
 
 def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-    """Raise a ValueError unless the parameters are marked as those were whose state is recorded in the groups.
+    """Raise a ValueError unless the parameters are marked as those were whose state is to be loaded.
 
     In a checkpoint, that is: a copy of an optimizer knows what its state is, whatever has been marked since.
     """
     if not hasattr(optimizer, "param_groups"):
         return
     name = type(optimizer).__name__
+    older = _records_of_groups(loaded["param_groups"])
     for index, group in enumerate(loaded["param_groups"]):
-        for position, *record in group.get("constraints", ()):
-            parameter, then = group["params"][position], _tuples(record)
-            now = constraint_of(parameter)
-            if then != record_of(now):
+        for position, parameter in enumerate(group["params"]):
+            state, now = loaded["state"].get(parameter, {}), constraint_of(parameter)
+            if CONSTRAINED not in state:
+                continue
+            then = record_in(state[CONSTRAINED]) or older.get(parameter)
+            if then is None and now is None:
+                raise ValueError(
+                    f"{name}: the state of a parameter of shape {tuple(parameter.shape)} is held under a constraint, "
+                    "which the groups beside it do not name; here it is not marked. Mark it as it was before loading."
+                )
+            if then is not None and not is_record_of(then, now):
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
                 raise ValueError(
                     f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
@@ -163,26 +180,31 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
                     f"{'not marked' if now is None else now}. "
                     "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
                 )
-    for parameter, state in loaded["state"].items():
-        if CONSTRAINED in state and constraint_of(parameter) is None:
-            raise ValueError(
-                f"{name}: the state of a parameter of shape {tuple(parameter.shape)} is held under a constraint, which "
-                "the groups beside it do not name; here it is not marked. Mark it as it was before loading."
-            )
 
 
-def recorded(groups: list[Group]) -> dict[Tensor, Record]:
-    """The constraints that state is held under, as the groups of a checkpoint record them."""
+def upgrade(optimizer: Optimizer) -> None:
+    """Let every state that has come say under which constraint it is held, as this version writes it.
+
+    Earlier ones have a single one there, and the constraints in ``group["constraints"]``, ``(position, name, ...)``
+    each, which were those of today's marks or have been refused.
+    """
+    older = _records_of_groups(optimizer.param_groups)
+    for group in optimizer.param_groups:
+        group.pop("constraints", None)
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if CONSTRAINED in state and record_in(state[CONSTRAINED]) is None:
+                record = older.get(parameter) or record_of(constraint_of(parameter))
+                if record is not None:
+                    state[CONSTRAINED] = record_as_tensor(record)
+
+
+def _records_of_groups(groups: list[Group]) -> dict[Tensor, Record]:
     return {
-        group["params"][position]: _tuples(record)
+        group["params"][position]: as_tuples(record)
         for group in groups
         for position, *record in group.get("constraints", ())
     }
-
-
-def _tuples(record: Any) -> Any:
-    """A record whose tuples have become lists on a way that knows none, like JSON's."""
-    return tuple(map(_tuples, record)) if isinstance(record, (list, tuple)) else record
 
 
 def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
@@ -194,7 +216,7 @@ def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
                 state[key] = shown[index].clone()
 
 
-def _change(state: dict[str, Any], parameter: Tensor, record: Record, change: Any) -> None:
+def _change(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, record: Record, change: Any) -> None:
     """Every moment of one parameter into the frame of its square blocks, or out of it, as tensors of its shape.
 
     The frame is that of the point that the next step starts from, where a value just loaded is still to be put back.
@@ -203,8 +225,9 @@ def _change(state: dict[str, Any], parameter: Tensor, record: Record, change: An
     if constraint is None:
         return
     framed = {}
-    for key, moment in state.items():
-        if key not in NO_MOMENTS and isinstance(moment, Tensor):
+    for key in keys:
+        moment = state.get(key)
+        if isinstance(moment, Tensor):
             held = _shaped(moment, False, parameter, constraint)
             state[key] = held if held is not moment else moment.clone(memory_format=torch.preserve_format)
             if moment.shape == parameter.shape:
@@ -224,13 +247,13 @@ def _change(state: dict[str, Any], parameter: Tensor, record: Record, change: An
                 put_(part, moment, ..., change(w, key, points_of(part, moment).to(w)))
 
 
-def _as_torch_holds_it(state: dict[str, Any], parameter: Tensor) -> None:
+def _as_torch_holds_it(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor) -> None:
     """Moments of a parameter that is marked no more in its own dtype, and nothing in float32 beside it."""
     state.pop(MASTER, None)
     state.pop(CONSTRAINED, None)
-    for key, value in state.items():
-        if key != "step" and isinstance(value, Tensor) and parameter.dtype in LOW:
-            state[key] = value.to(parameter.dtype)
+    for key in keys:
+        if isinstance(state.get(key), Tensor) and parameter.dtype in LOW:
+            state[key] = state[key].to(parameter.dtype)
 
 
 def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Manifold) -> Tensor:

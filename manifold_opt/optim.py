@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
-from .loading import getstate, load_state_dict, state_dict
+from .loading import load_state_dict
 from .metrics import metrics
-from .moments import check_recorded
+from .moments import check_recorded, upgrade
 from .options import OnFault, add_param_group, fill_options, with_options
 from .plan import forget_plans, prepare
 from .rules import adam_moments, rule_of_adam, rule_of_sgd, sgd_moments
@@ -67,6 +67,8 @@ class SGD(torch.optim.SGD):
     True
     """
 
+    _state_keys = ("momentum_buffer",)  # entries of the state that this package reads and writes
+
     def __init__(
         self,
         params: ParamsT,
@@ -93,7 +95,6 @@ class SGD(torch.optim.SGD):
             "orthogonal_lr_scale": orthogonal_lr_scale,
             "beta": beta,
             "correction_steps": correction_steps,
-            "constraints": (),
             "on_fault": on_fault,
         }
         super().__init__(
@@ -113,13 +114,12 @@ class SGD(torch.optim.SGD):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
-    state_dict = state_dict
-    __getstate__ = getstate
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state)
+        fill_options(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        fill_options(self)
+        upgrade(self)
         forget_plans(self)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
@@ -176,6 +176,8 @@ class Adam(torch.optim.Adam):
     True
     """
 
+    _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
     def __init__(
         self,
         params: ParamsT,
@@ -206,7 +208,6 @@ class Adam(torch.optim.Adam):
             "second_moment": second_moment,
             "beta": beta,
             "correction_steps": correction_steps,
-            "constraints": (),
             "on_fault": on_fault,
         }
         # torch 2.6 does not have it yet.
@@ -230,13 +231,12 @@ class Adam(torch.optim.Adam):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
-    state_dict = state_dict
-    __getstate__ = getstate
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state)
+        fill_options(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        fill_options(self)
+        upgrade(self)
         forget_plans(self)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
@@ -276,6 +276,8 @@ class AdamW(torch.optim.AdamW):
     True
     """
 
+    _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
     def __init__(
         self,
         params: ParamsT,
@@ -305,7 +307,6 @@ class AdamW(torch.optim.AdamW):
             "second_moment": second_moment,
             "beta": beta,
             "correction_steps": correction_steps,
-            "constraints": (),
             "on_fault": on_fault,
         }
         super().__init__(
@@ -326,13 +327,12 @@ class AdamW(torch.optim.AdamW):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
-    state_dict = state_dict
-    __getstate__ = getstate
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state)
+        fill_options(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        fill_options(self)
+        upgrade(self)
         forget_plans(self)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:

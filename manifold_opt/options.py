@@ -17,6 +17,8 @@ from .precision import working_dtype
 from .retractions import check_retraction
 
 Group = dict[str, Any]
+# Options of this package, which a group of torch.optim does not have.
+OPTIONS = ("retraction", "metric", "orthogonal_lr_scale", "second_moment", "beta", "correction_steps", "on_fault")
 OnFault = Literal["skip", "raise"]
 ON_FAULT: tuple[str, ...] = get_args(OnFault)
 
@@ -40,7 +42,7 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
     if isinstance(param_group, dict):
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-        param_group["constraints"] = ()  # that of another optimizer says nothing of the state of this one
+        param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
     remember_marks(self, self.param_groups[-1]["params"])
@@ -178,8 +180,14 @@ def check_finite(
             before += len(points)
 
 
-def fill_options(optimizer: Optimizer) -> None:
-    """Give groups that came from a stock torch.optim checkpoint the options of this optimizer."""
-    for group in optimizer.param_groups:
-        for key, value in optimizer.defaults.items():
-            group.setdefault(key, value)
+def fill_options(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+    """Give loaded groups the options that they lack, from the groups whose place they take.
+
+    A checkpoint of torch.optim lacks those of this package. One that is loaded by name, to parameters in other groups,
+    may leave a group none at all, which torch would stumble over in the next step.
+    """
+    for k, group in enumerate(loaded["param_groups"]):
+        own = optimizer.param_groups[k] if hasattr(optimizer, "param_groups") else loaded["defaults"]
+        for key in OPTIONS if "lr" in group else own:
+            if key in own:
+                group.setdefault(key, own[key])

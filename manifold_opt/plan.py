@@ -13,7 +13,7 @@ from torch import Tensor
 from .buckets import Bucket, fill
 from .constraint import constraint_of
 from .manifolds import Manifold, Orthogonal
-from .moments import convert, hold, leave, recorded, still_shown
+from .moments import convert, hold, leave, still_shown
 from .options import Group, check_finite, check_gradients, check_marked, check_options, remember_marks
 from .retractions import RETRACTIONS
 from .room import Room
@@ -77,35 +77,30 @@ class Plan:
 
 
 class Before:
-    """State and records of an optimizer before a step: taken where a plan is made anew, for when that fails."""
+    """The state of an optimizer before a step: taken where a plan is made anew, for when that fails."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._known = list(optimizer.state)
-        self._taken: tuple[dict[Tensor, Any], dict[Tensor, Any], list[Any]] | None = None
+        self._taken: dict[Tensor, Any] | None = None
 
     def take(self) -> None:
         """Keep what there is, once a step."""
         if self._taken is None:
-            state = {p: dict(entries) for p, entries in self._optimizer.state.items()}
-            records = [group["constraints"] for group in self._optimizer.param_groups]
-            self._taken = (state, dict(self._optimizer._held), records)
+            self._taken = {p: dict(entries) for p, entries in self._optimizer.state.items()}
 
     def bring_back(self) -> None:
-        """State and records as they were; where none were taken, what torch's own _init_group has added goes."""
-        optimizer = self._optimizer
-        state, held, records = self._taken or ({p: optimizer.state[p] for p in self._known}, optimizer._held, ())
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        for group, record in zip(optimizer.param_groups, records, strict=False):
-            group["constraints"] = record
-        forget_plans(optimizer, held)
+        """State as it was; where none was taken, what torch's own _init_group has added goes."""
+        state = self._optimizer.state
+        before = {p: state[p] for p in self._known} if self._taken is None else self._taken
+        state.clear()
+        state.update(before)
+        forget_plans(self._optimizer)
 
 
-def forget_plans(optimizer: Any, held: dict[Tensor, Any] | None = None) -> None:
-    """Start without plans and workspaces: the state may be another one now, held as is recorded if not as given."""
+def forget_plans(optimizer: Any) -> None:
+    """Start without plans and workspaces: the state may be another one now."""
     optimizer._plans = []
-    optimizer._held = recorded(optimizer.param_groups) if held is None else held
     remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
     optimizer._room = Room()
     optimizer._before = None
@@ -127,7 +122,8 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
 
     members, marks, live = _survey(optimizer, group)
     plan = plans[position]
-    if not plan.buckets and not any(marks) and not any(p in optimizer._held for p in members):
+    unchanged = _are(plan.members, members) and plan.marks == marks
+    if unchanged and not any(marks):
         return group
     facts: Facts = (
         [constraint_of(p) for p in live],
@@ -137,7 +133,7 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
         [p.shape for p in live],
         [group.get("capturable")],  # where the steps are counted
     )
-    same = _are(plan.members, members) and plan.marks == marks and _are(plan.parameters, live) and plan.facts == facts
+    same = unchanged and _are(plan.parameters, live) and plan.facts == facts
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
         for parameter in live:
             check_marked(name, parameter, group)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, stiefel
-from manifold_opt.constraint import CONSTRAINED
+from manifold_opt.constraint import CONSTRAINED, record_in
 
 EXACT = [name for name, scheme in RETRACTIONS.items() if scheme.exact]
 SQUARE = [(1, 1), (2, 2), (5, 5), (16, 16)]
@@ -53,6 +53,12 @@ def rounding(w: Tensor) -> float:
     at most; the diagonal, p of them, carries most.
     """
     return 4 * torch.finfo(w.dtype).eps * max(w.shape[-2:]) ** 0.5
+
+
+def held_under(opt: torch.optim.Optimizer, parameter: Tensor) -> tuple | None:
+    """The record of the constraint that the state of a parameter is held under; None if that is torch's own."""
+    tag = opt.state.get(parameter, {}).get(CONSTRAINED)
+    return None if tag is None else record_in(tag)
 
 
 class Memory(TorchDispatchMode):

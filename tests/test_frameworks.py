@@ -333,3 +333,33 @@ def test_timm_trains_and_resumes(tmp_path):
 def test_mark_attention_finds_none_of_timms():
     with pytest.raises(ValueError, match=r"blocks=3 \* heads"):
         mark_attention(vision_transformer())
+
+
+def test_safetensors_saves_the_state_of_an_optimizer(tmp_path):
+    """It refuses tensors that share memory. What it loads resumes bit for bit."""
+    safe = wanted("safetensors.torch")
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.GRU(4, 6), nn.GRU(6, 6))
+        mark_recurrent(model)
+        return model, Adam(model.parameters(), lr=1e-2)
+
+    def train(model, opt, seed):
+        for k, p in enumerate(model.parameters()):
+            p.grad = gaussian(*p.shape, dtype=torch.float32, seed=seed + k)
+        opt.step()
+
+    (model, opt), (other, resumed) = start(), start()
+    train(model, opt, 0)
+    whole = opt.state_dict()
+    entries = {f"{i} {key}": value for i, state in whole["state"].items() for key, value in state.items()}
+    safe.save_file(entries, tmp_path / "opt.safetensors")
+    state = {}
+    for name, value in safe.load_file(tmp_path / "opt.safetensors").items():
+        state.setdefault(int(name.split()[0]), {})[name.split()[1]] = value
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    train(model, opt, 50)
+    train(other, resumed, 50)
+    assert same(model, other)

@@ -248,14 +248,24 @@ def test_a_state_of_torchs_waits_for_its_gradient(rule):
     torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
 
 
-def test_a_state_held_under_a_constraint_that_nobody_names_is_refused():
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_state_held_under_a_constraint_is_refused_where_there_is_no_mark(earlier):
+    """Also one of a version that had the constraint in the groups, beside groups that do not name it."""
     params = parameters()
     opt = RULES["Adam"](params)
     steps(opt, params, 0)
     free = [nn.Parameter(p.detach().clone()) for p in params]
     new = RULES["Adam"](free)
-    with pytest.raises(ValueError, match="is held under a constraint, which the groups beside it do not name"):
-        new.load_state_dict(opt.state_dict() | {"param_groups": new.state_dict()["param_groups"]})
+    checkpoint = opt.state_dict() | {"param_groups": new.state_dict()["param_groups"]}
+    if earlier:
+        for state in checkpoint["state"].values():
+            if "constrained" in state:
+                state["constrained"] = torch.ones(())
+    match = (
+        "under a constraint, which the groups beside it do not name" if earlier else r"marked as Orthogonal\(blocks=1"
+    )
+    with pytest.raises(ValueError, match=match):
+        new.load_state_dict(checkpoint)
     assert not new.state
 
 

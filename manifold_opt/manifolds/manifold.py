@@ -131,4 +131,4 @@ class Manifold:
 def _is_primitive(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_primitive, value))
-    return value is None or type(value) in (bool, int, float, complex, str)
+    return value is None or type(value) in (bool, int, float, str)
