@@ -9,9 +9,11 @@ Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam
 """
 
 from . import init
-from .constraint import constraint_of, orthogonalize_, unmark
+from .average import orthogonal_average, project_
+from .constraint import constraint_of, orthogonalize_
 from .diagnostics import orthogonality_error
-from .health import check, orthogonal_average, project_
+from .door import unmark
+from .health import check
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .marking import mark_attention, mark_orthogonal, mark_recurrent
 from .marks import mark_manifold, mark_positive, mark_spectral, mark_unit_norm

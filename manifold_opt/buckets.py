@@ -40,6 +40,7 @@ class Bucket:
         before: number of points in earlier parts; the first part shows the step count.
         fresh: whether their first gradient is to enter the momentum whole, without dampening.
         versions: of each member when it was last stepped: another one says that it has been written to since.
+        addresses: of each member's memory then: another one says that its ``data`` has been replaced since.
         moments: what the rule holds, ``(B, *point)`` or ``(B, 1, ..)`` each: views of the members' state, or the
             storage that their state is a view of; nothing where moments are ``carried``.
         master: points in float32 of members that are stored in less, of which theirs are the rounding; likewise.
@@ -47,6 +48,7 @@ class Bucket:
         steps: ``(members,)`` step counts, as the moments.
         lockstep: the step count of all members where the host knows that it is the same.
         shown: what the members' state shows, by key.
+        addresses_shown: of the memory of that.
     """
 
     parameters: list[Tensor]
@@ -55,12 +57,14 @@ class Bucket:
     before: int
     fresh: bool
     versions: list[int | None]
+    addresses: list[int | None]
     ranks: list[int]
     moments: dict[str, Tensor] = field(default_factory=dict)
     master: Tensor | None = None
     steps: Tensor | None = None
     lockstep: int | None = None
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
+    addresses_shown: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = self.parameters[0]
@@ -88,6 +92,16 @@ class Bucket:
         self.tall = isinstance(self.part, Blocks) and self.part.tall(rows)
         self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
         self._as_they_lie = rows.shape == first.shape and rows.stride() == first.stride()
+
+    def remember_values(self) -> None:
+        """Take note of the members as they are now, on their manifold."""
+        self.versions = [p._version for p in self.parameters]
+        self.addresses = list(map(Tensor.data_ptr, self.parameters))
+
+    def overwritten(self) -> list[Tensor]:
+        """Members that have been written to, or whose ``data`` has been replaced, since :meth:`remember_values`."""
+        before = zip(self.parameters, self.versions, self.addresses, strict=True)
+        return [p for p, version, address in before if p._version != version or p.data_ptr() != address]
 
     def view(self, tensors: list[Tensor], role: str, room: Room) -> Tensor:
         """The members' ``tensors`` as points ``(B, *point)``: a view of a lone one, a copy of many."""
@@ -245,6 +259,7 @@ def fill(parameters: list[Tensor], constraints: list[Manifold], fresh: list[bool
             part,
             before,
             fresh[some[0]],
+            [None] * len(some),
             [None] * len(some),
             [ranks[i] for i in some],
         )

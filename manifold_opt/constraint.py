@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .manifolds.geoopt import constraint_of_geoopt, release
 from .orthogonalizer import basin, orthogonalizer, spectral_bound
 from .precision import LOW, FullPrecision, working_dtype
+from .stiefel import check_whole
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
@@ -85,8 +86,8 @@ def put_back_(parameter: Tensor, found: list[tuple[Part, Tensor, Tensor]]) -> No
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, of which a process holds a part. To import that class takes long."""
-    return hasattr(parameter, "placements")
+    """Whether a process has a part of it only: a DTensor, or a flat piece of FSDP1. To import those takes long."""
+    return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
 
 
 def record_of(constraint: Manifold | None) -> Record | None:
@@ -159,27 +160,11 @@ def attach(parameter: Tensor, constraint: Manifold) -> None:
     setattr(parameter, _ATTRIBUTE, record_of(constraint) if type(constraint) in _OWN else constraint)
 
 
-def unmark(parameter: T) -> T:
-    """Take the constraint off a parameter; its value stays. One that has none is returned as it is.
-
-    A geoopt.ManifoldParameter gets the Euclidean manifold.
-
-    Args:
-        parameter: any tensor.
-
-    Returns:
-        The same object, which optimizers built from now on train as torch would.
-
-    >>> import torch
-    >>> from manifold_opt import constraint_of, mark_orthogonal, unmark
-    >>> weight = mark_orthogonal(torch.nn.Parameter(torch.eye(3)))
-    >>> constraint_of(unmark(weight)) is None
-    True
-    """
+def free(parameter: Tensor) -> None:
+    """Take the tag off a parameter and let it say so. A geoopt.ManifoldParameter gets the Euclidean manifold."""
     if constraint_of(parameter) is not None:
-        setattr(parameter, _ATTRIBUTE, None)
         release(parameter)
-    return parameter
+    setattr(parameter, _ATTRIBUTE, None)
 
 
 def adopt(parameter: Tensor) -> None:
@@ -194,27 +179,41 @@ def was_unmarked(parameter: Tensor) -> bool:
     return hasattr(parameter, _ATTRIBUTE) and constraint_of(parameter) is None
 
 
-def constraint_of(parameter: Tensor) -> Manifold | None:
-    """The constraint a parameter was marked with, or None.
+@overload
+def constraint_of(x: Tensor) -> Manifold | None: ...
+@overload
+def constraint_of(x: nn.Module) -> dict[str, Manifold]: ...
+def constraint_of(x: Any) -> Any:
+    """The constraint that a parameter was marked with, or those of all marked parameters of a module.
 
     Args:
-        parameter: any tensor.
+        x: any tensor, or a module.
 
     Returns:
         An :class:`~manifold_opt.Orthogonal`, another of :data:`~manifold_opt.MANIFOLDS`, or one of your own; None of a
-        parameter that is free.
+        parameter that is free. For a module, ``{name: constraint}`` of its marked parameters.
+
+    Raises:
+        TypeError: neither a tensor nor a module.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal
-    >>> constraint_of(mark_orthogonal(torch.nn.Parameter(torch.eye(4).repeat(3, 1)), blocks=3))
+    >>> gru = torch.nn.GRU(4, 4)
+    >>> constraint_of(mark_orthogonal(gru, "weight_hh_l0"))
     Orthogonal(blocks=3, dim=0, gain=1.0)
+    >>> constraint_of(gru)
+    {'weight_hh_l0': Orthogonal(blocks=3, dim=0, gain=1.0)}
     """
-    found = getattr(parameter, _ATTRIBUTE, None)
+    found = getattr(x, _ATTRIBUTE, None)
     if type(found) is tuple:
         found = _constraint_in(found)
-    if type(parameter) is nn.Parameter or (found is None and hasattr(parameter, _ATTRIBUTE)):
+    if type(x) is nn.Parameter or (found is None and hasattr(x, _ATTRIBUTE)):
         return found
-    return constraint_of_geoopt(parameter) or found  # its manifold may be another one by now
+    if isinstance(x, nn.Module):
+        return {name: known for name, p in x.named_parameters() if (known := constraint_of(p)) is not None}
+    if not isinstance(x, Tensor):
+        raise TypeError(f"constraint_of: needs a parameter or a module, got {type(x).__name__}.")
+    return constraint_of_geoopt(x) or found  # its manifold may be another one by now
 
 
 @torch.no_grad()
@@ -277,6 +276,7 @@ def _check_basin(w: Tensor, beta: float) -> None:
 
 def matrices_of(tensor: Tensor, name: str) -> list[tuple[Tensor, float]]:
     """The matrices that ``tensor`` stands for, views where they can be, and the gain they are to be divided by."""
+    check_whole(name, tensor)
     constraint = constraint_of(tensor)
     if isinstance(constraint, Orthogonal):
         return [(points_of(part, tensor.detach()), constraint.gain) for part in constraint.parts(tensor.shape)]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .constraint import DTYPES, attach, constraint_of, is_sharded, off_manifold, put_back_
+from .constraint import DTYPES, attach, constraint_of, free, is_sharded, off_manifold, put_back_, was_unmarked
 from .manifolds import Manifold
-from .survival import record
+from .survival import marked_otherwise, record, unmark_module
 
 T = TypeVar("T", bound=Tensor)
 
@@ -24,9 +24,12 @@ def label_of(target: Any, name: Any) -> str:
 
 def mark(function: str, target: Any, name: Any, parameter: T, constraint: Manifold) -> T:
     """Mark one parameter, given as ``(module, name)`` or by itself, that has been checked."""
+    again = was_unmarked(parameter)
     _mark_all(function, [(parameter, constraint, label_of(target, name))])
     if isinstance(target, nn.Module):
         _remember(target, name, parameter, constraint)
+    if again:
+        marked_otherwise([parameter])
     return parameter
 
 
@@ -36,6 +39,41 @@ def mark_found(function: str, module: nn.Module, found: Sequence[tuple[nn.Parame
     for parameter, constraint, label in found:
         _remember(module, label, parameter, constraint)
     return [label for _, _, label in found]
+
+
+M = TypeVar("M", Tensor, nn.Module)
+
+
+def unmark(target: M) -> M:
+    """Take the constraint off a parameter, or off all parameters of a module; values stay.
+
+    A geoopt.ManifoldParameter gets the Euclidean manifold. The moments that an optimizer has are converted to those of
+    torch.optim by its next step, or when its state is saved.
+
+    Args:
+        target: any tensor, or a module.
+
+    Returns:
+        The same object, which trains as torch would train it.
+
+    Raises:
+        TypeError: neither a tensor nor a module.
+
+    >>> import torch
+    >>> from manifold_opt import constraint_of, mark_recurrent, unmark
+    >>> rnn = torch.nn.RNN(3, 4)
+    >>> _ = mark_recurrent(rnn)
+    >>> constraint_of(unmark(rnn))
+    {}
+    """
+    if isinstance(target, nn.Module):
+        unmark_module(target)
+    elif not isinstance(target, Tensor):
+        raise TypeError(f"unmark: needs a parameter or a module, got {type(target).__name__}.")
+    else:
+        free(target)
+        marked_otherwise([target])
+    return target
 
 
 def marked(function: str, target: Any, name: Any, constraint: Manifold) -> Any:
@@ -51,7 +89,7 @@ def _remember(module: nn.Module, name: str, parameter: Tensor, constraint: Manif
     tied = [key for key, p in module.named_parameters(remove_duplicate=False) if p is parameter]
     for key in {name, *tied}:
         path, _, leaf = key.rpartition(".")
-        record(module.get_submodule(path), leaf, parameter, constraint)
+        record(module.get_submodule(path), leaf, constraint)
 
 
 def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:

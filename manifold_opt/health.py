@@ -1,38 +1,50 @@
-"""Whether a model and its optimizer still agree on what is constrained, and what to do after averaging weights."""
+"""Whether a model and its optimizers still agree on what is constrained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer
 
-from .constraint import constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
+from .constraint import constraint_of, is_sharded, off_manifold, was_unmarked
 from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import kept_by
-from .options import check_marked
+from .moments import check_owner, check_shapes
+from .options import (
+    check_finite,
+    check_gradients,
+    check_marked,
+    check_options,
+    check_sharded,
+    remember_marks,
+    sharded_problem,
+)
 from .precision import MASTER, working_dtype
 from .retractions import RETRACTIONS
 from .survival import records_of
 
-AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
+_REBUILD = "Mark it again and build the optimizer anew."
 
 
-def check(model: nn.Module, opt: Optimizer) -> list[str]:
-    """What is wrong with the constraints of a model that an optimizer is to train; an empty list if all is well.
+def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
+    """List what is wrong with the constraints of a model that an optimizer is to train; empty if all is well.
 
-    Says if nothing is marked; which parameters have lost their mark, are marked but not in the optimizer or not in one of
-    this package, are off their manifold by more than rounding, or have state that is not finite or of another dtype or
-    device; and which marked parameters the optimizer still moves though they are no longer the model's.
+    It reports that nothing is marked; parameters that have lost their mark, are marked but in no optimizer or in one
+    that does not keep them, are off their manifold by more than rounding, share memory with another parameter, or have
+    state that is not finite or of another dtype or device; marked parameters that an optimizer still moves though they
+    are no longer the model's; and whatever the next step would refuse, with the reason that the step would give.
 
     Args:
         model: the module that is trained, or a wrapper of it.
-        opt: its optimizer, of this package or not.
+        opt: its optimizer, of this package or not, or a wrapper of it; or all optimizers that train the model.
 
     Returns:
-        One sentence a problem, which names the parameter and the remedy.
+        One sentence per problem, which names the parameter and the remedy.
 
     Raises:
         TypeError: not a module and an optimizer.
@@ -50,38 +62,31 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
     weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place. Mark it again and build the optimizer anew.
     the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Mark what has taken its place, and build the optimizer anew.
     """  # noqa: E501
-    opt = _unwrapped(opt)
-    if not isinstance(model, nn.Module) or not hasattr(opt, "param_groups"):
-        raise TypeError(
-            f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
-            f"{type(opt).__name__}."
-        )
-    ours = hasattr(opt, "_plans")
-    marks: dict[Tensor, Manifold | None] = getattr(opt, "_marks", {})
-    moved = {id(p): group for group in opt.param_groups for p in group["params"]}
+    opts = [_unwrapped(one) for one in (opt if isinstance(opt, (list, tuple, set)) else [opt])]
+    for one in opts:
+        if not isinstance(model, nn.Module) or not hasattr(one, "param_groups"):
+            raise TypeError(
+                f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
+                f"{type(one).__name__}."
+            )
+    ours = [one for one in opts if hasattr(one, "_plans")]
+    owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
+    refusals = _refusals(ours)
     named = dict(model.named_parameters(remove_duplicate=False))
-    problems = list(_lost(model))
-    lost = {problem.split(" ")[0] for problem in problems}
+    problems = [*_lost(model, opts), *refusals.get(None, ())]
     for name, p in named.items():
+        refused = refusals.get(id(p), [])
         constraint = constraint_of(p)
         if constraint is None:
-            if marks.get(p) is not None and not was_unmarked(p) and name not in lost:
-                problems.append(f"{name} has lost its constraint {marks[p]}. Mark it again.")
-            continue
-        if id(p) not in moved:
-            if p.requires_grad:
-                problems.append(f"{name} is marked, but not in the optimizer: nothing moves it.")
-        elif not ours and not kept_by(opt, p):
-            problems.append(
-                f"{name} is marked, but moved by {type(opt).__module__}.{type(opt).__name__}, which does not keep it "
-                f"{_adjective(constraint)}: use the one of manifold_opt."
-            )
-        elif ours:
-            problems.extend(_unwell(name, p, opt))
+            problems.extend(f"{name}: {reason}" for reason in refused)
+        else:
+            problems.extend(f"{name} cannot be kept {_adjective(constraint)}: {reason}" for reason in refused)
+            problems.extend(_unwell(name, p, owners.get(id(p)), refused=bool(refused)))
+    problems.extend(_sharing(named))
     present = {id(p) for p in named.values()}
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if id(p) not in present and (constraint_of(p) or marks.get(p)) is not None:
+    for one in opts:
+        for p in (p for group in one.param_groups for p in group["params"]):
+            if id(p) not in present and constraint_of(p) is not None:
                 problems.append(
                     f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's. "
                     "Mark what has taken its place, and build the optimizer anew."
@@ -92,159 +97,174 @@ def check(model: nn.Module, opt: Optimizer) -> list[str]:
 
 
 def _unwrapped(opt: Any) -> Any:
-    """What torch's ZeroRedundancyOptimizer (optim) and Accelerate (optimizer) wrap."""
-    for name in ("optim", "optimizer"):
-        inner = getattr(opt, name, None)
-        if not hasattr(opt, "_plans") and hasattr(inner, "param_groups"):
-            return _unwrapped(inner)
+    """The optimizer of this package that is somewhere in a wrapper, or in what that wraps; else the innermost."""
+    seen: set[int] = set()
+    while not hasattr(opt, "_plans") and id(opt) not in seen:
+        seen.add(id(opt))
+        # ZeroRedundancyOptimizer; Accelerate, Lightning, Lookahead; others, like SAM, in whatever attribute.
+        held = [getattr(opt, "optim", None), getattr(opt, "optimizer", None), *getattr(opt, "__dict__", {}).values()]
+        inner = [value for value in held if hasattr(value, "param_groups") and value is not opt]
+        opt = next((value for value in inner if hasattr(value, "_plans")), inner[0] if inner else opt)
     return opt
 
 
-def _lost(model: nn.Module) -> Iterator[str]:
-    """Parameters that have taken the place of marked ones and are not marked."""
+def _lost(model: nn.Module, opts: list[Any]) -> Iterator[str]:
+    """Where a module remembers a marked parameter that is there no more, or is not marked as it was."""
+    moved = (p for one in opts for group in one.param_groups for p in group["params"])
+    flat = {  # what is in a flat parameter of FSDP1
+        (id(info.module), info.param_name)
+        for p in (*model.parameters(), *moved)
+        for info in getattr(p, "_param_infos", ())
+    }
     for path, module in model.named_modules():
-        for leaf, (marked, constraint) in records_of(module).items():
-            now = getattr(module, leaf, None)
-            present = constraint_of(now) if isinstance(now, Tensor) else None
-            if was_unmarked(marked) or present == constraint or (now is marked and present is not None):
-                continue
-            yield (
-                f"{f'{path}.{leaf}' if path else leaf} has lost its constraint {constraint}: "
-                f"{_what_became_of(marked, now)}"
-            )
+        for leaf, constraint in records_of(module).items():
+            now = module._parameters.get(leaf)
+            name = f"{path}.{leaf}" if path else leaf
+            if (id(module), leaf) in flat or (now is not None and is_sharded(now)):
+                yield f"{name} {sharded_problem(now, constraint)}"
+            elif now is None or constraint_of(now) != constraint:
+                yield f"{name} {_what_became_of(module, leaf, constraint)}"
 
 
-def _what_became_of(marked: Tensor, now: object) -> str:
-    if isinstance(now, Tensor) and is_sharded(now):
-        return "it has been sharded. Leave it out, as with fully_shard(module, ignored_params={parameter})."
-    if now is marked:
-        became = "it was converted"
-    else:
-        became = "another parameter has taken its place" if isinstance(now, Tensor) else "it is there no more"
-    return f"{became}. Mark it again and build the optimizer anew."
+def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:
+    """How a marked parameter has been lost and what to do, as the end of a sentence that begins with its name."""
+    if module._parameters.get(leaf) is not None:
+        return f"has lost its constraint {constraint}: another parameter has taken its place. {_REBUILD}"
+    if is_parametrized(module, leaf):
+        return (
+            f"was marked as {constraint} and is parametrized since: it is computed from other tensors, and only those "
+            f"stay on a manifold that are marked. remove_parametrizations(module, {leaf!r}), then mark it again; or "
+            "unmark(module), if the parametrization is meant instead."
+        )
+    if f"{leaf}_mask" in module._buffers and f"{leaf}_orig" in module._parameters:
+        return (
+            f"was marked as {constraint} and is pruned since: {leaf}_orig stays on the manifold, its product with the "
+            f"mask does not. To keep the zeros, unmark(module); to undo the pruning, module.{leaf}_mask.fill_(1) and "
+            f"torch.nn.utils.prune.remove(module, {leaf!r})."
+        )
+    return (
+        f"has lost its constraint {constraint}: it is there no more, or computed by a hook like weight_norm. Undo "
+        "that, mark it again and build the optimizer anew; or unmark(module), if it is meant."
+    )
 
 
-def _unwell(name: str, p: Tensor, opt: Optimizer) -> Iterator[str]:
-    """What is wrong with a marked parameter of an optimizer of this package."""
-    constraint = constraint_of(p)
-    group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
+def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
+    """What the next step would refuse: by the id of a parameter, and by None what is said of a group.
+
+    As if every parameter had a gradient; where one has none now, it may have one by then.
+    """
+    found: dict[int | None, list[str]] = {}
+
+    def attempt(key: int | None, check_one: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        try:
+            check_one(*arguments, **options)
+        except (ValueError, RuntimeError, ArithmeticError) as refusal:
+            found.setdefault(key, []).append(str(refusal).removeprefix(f"{name}: "))
+
+    for opt in ours:
+        name = type(opt).__name__
+        for group in opt.param_groups:
+            remember_marks(opt, group["params"])
+            marked = [p for p in group["params"] if constraint_of(p) is not None]
+            if marked:
+                attempt(None, check_options, name, group)
+            for p in group["params"]:
+                attempt(id(p), check_sharded, name, [p])
+                attempt(id(p), check_owner, name, group, p, opt.state.get(p, {}))
+            for p in marked:
+                attempt(id(p), _check_next_step, opt, group, p)
+    return found
+
+
+def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
+    """Raise what the next step would, of one marked parameter."""
+    name, constraint = type(opt).__name__, constraint_of(p)
     assert constraint is not None
-    if p.is_meta:
+    check_marked(name, p, group)
+    check_shapes(opt, group, p, opt.state.get(p, {}), constraint)
+    if p.grad is not None:
+        check_gradients(name, group, [p], [p.grad])
+        if group["on_fault"] == "raise" and not p.is_meta:
+            check_finite(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
+    off_manifold(p, constraint)
+
+
+def _unwell(name: str, p: Tensor, opt: Any, *, refused: bool) -> Iterator[str]:
+    """What is wrong with a marked parameter though the next step takes it. ``opt`` is the optimizer that moves it."""
+    constraint = constraint_of(p)
+    assert constraint is not None
+    adjective = _adjective(constraint)
+    if opt is None and p.requires_grad:
+        yield f"{name} is marked, but not in the optimizer: nothing moves it."
+        return
+    if opt is not None and not hasattr(opt, "_plans"):
+        if not kept_by(opt, p):
+            yield _not_kept(name, adjective, opt)
         return
     try:
-        check_marked(name, p, group)
-        if not bool(p.isfinite().all()):
-            yield f"{name} has entries that are not finite."
-        elif _is_exact(constraint, group) and off_manifold(p, constraint):
-            yield (
-                f"{name} is not {_adjective(constraint)} to rounding: project_(model) puts it back, and so does the "
-                "next step."
-            )
-    except ValueError as refusal:  # what the next step would raise
-        reason = str(refusal).removeprefix(f"{name}: ")
-        yield f"{name} cannot be kept {_adjective(constraint)}: {reason}"
-    dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number a block is real
-    for key, value in opt.state.get(p, {}).items():
-        if key not in (*opt._state_keys, MASTER):  # type: ignore[attr-defined]
+        off = not refused and _is_exact(constraint, p, opt) and bool(off_manifold(p, constraint))
+    except ValueError as refusal:  # of one that no optimizer moves; else that has been said
+        yield f"{name} cannot be kept {adjective}: {refusal}"
+        return
+    if off:
+        yield (
+            f"{name} is not {adjective} to rounding: project_(model) puts it back"
+            f"{', and so does the next step' if opt is not None else ''}."
+        )
+    if opt is not None and not p.is_meta:
+        yield from _unwell_state(name, p, opt)
+
+
+def _unwell_state(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number per block is real
+    for key in (*opt._state_keys, MASTER):
+        value = opt.state.get(p, {}).get(key)
+        if not isinstance(value, Tensor):
             continue
-        if isinstance(value, Tensor) and not value.is_meta and not bool(value.isfinite().all()):
+        if not value.is_meta and not bool(value.isfinite().all()):
             yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
-        if isinstance(value, Tensor) and (value.dtype not in dtypes or value.device != p.device):
+        if value.dtype not in dtypes or value.device != p.device:
             yield (
                 f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "
                 "it."
             )
 
 
-def _is_exact(constraint: Manifold, group: dict[str, Any]) -> bool:
-    return not isinstance(constraint, Orthogonal) or RETRACTIONS[group["retraction"]].exact
+def _not_kept(name: str, adjective: str, opt: Any) -> str:
+    kind = f"{type(opt).__module__}.{type(opt).__name__}"
+    if kind.startswith(("torch.", "geoopt.")):
+        return (
+            f"{name} is marked, but moved by {kind}, which does not keep it {adjective}: use the one of manifold_opt."
+        )
+    return (
+        f"{name} is marked, but moved by {kind}, which is no optimizer of manifold_opt and wraps none that check "
+        f"finds: it cannot say whether that keeps it {adjective}."
+    )
+
+
+def _sharing(named: Mapping[str, Tensor]) -> Iterator[str]:
+    """Marked parameters whose memory another parameter has too, so that two are stepped where there is one."""
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.nbytes, name)
+        for name, p in {id(p): (name, p) for name, p in named.items() if type(p) is nn.Parameter}.values()
+        if p.layout is torch.strided and p.numel() and not p.is_meta and not is_sharded(p)
+    )
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        marked = [name for name in (one, other) if constraint_of(named[name]) is not None]
+        if start < end and marked:
+            yield (
+                f"{one} and {other} are two parameters in one memory, and {' and '.join(marked)} marked: each is "
+                "stepped by itself. Tie the parameter, not its data: other.weight = one.weight."
+            )
+
+
+def _is_exact(constraint: Manifold, p: Tensor, opt: Any) -> bool:
+    """Whether a step ends on the manifold to rounding."""
+    if opt is None or not isinstance(constraint, Orthogonal):
+        return True
+    group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
+    return RETRACTIONS[group["retraction"]].exact if group["retraction"] in RETRACTIONS else False
 
 
 def _adjective(constraint: Manifold) -> str:
     return "orthogonal" if isinstance(constraint, Orthogonal) else f"on {constraint}"
-
-
-@torch.no_grad()
-def project_(model: nn.Module) -> nn.Module:
-    """Put every marked parameter of a module back on its manifold, to the nearest point, in place.
-
-    The thing to do after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep
-    their bits.
-
-    Args:
-        model: any module; one without marked parameters stays as it is.
-
-    Returns:
-        The same module.
-
-    Raises:
-        ValueError: one is not finite or rank-deficient; nothing has been written then.
-
-    >>> import torch
-    >>> from manifold_opt import mark_orthogonal, orthogonality_error, project_
-    >>> layer = torch.nn.Linear(4, 4)
-    >>> _ = mark_orthogonal(layer, "weight")
-    >>> with torch.no_grad():
-    ...     _ = layer.weight.mul_(1.1)
-    >>> orthogonality_error(project_(layer))["weight"] < 1e-5
-    True
-    """
-    found = []
-    for p in model.parameters():
-        constraint = constraint_of(p)
-        if constraint is not None:
-            found.append((p, off_manifold(p, constraint)))
-    for p, off in found:
-        put_back_(p, off)
-    return model
-
-
-def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageFn:
-    """An ``avg_fn`` for torch.optim.swa_utils.AveragedModel whose averages of marked parameters stay orthogonal.
-
-    The average in the surrounding space, then the nearest point: the induced arithmetic mean of two.
-
-    Args:
-        model: the module whose parameters are averaged.
-        decay: of an exponential moving average, in [0, 1); the mean of all, unless given.
-
-    Returns:
-        A function of the average so far, the current parameter and their count.
-
-    Raises:
-        ValueError: ``decay`` out of range; when called, a parameter that is not the model's.
-
-    Reference: Moakher (2002), *Means and averaging in the group of rotations*.
-
-    >>> import torch
-    >>> from torch.optim.swa_utils import AveragedModel
-    >>> from manifold_opt import mark_orthogonal, orthogonal_average, orthogonality_error
-    >>> layer = torch.nn.Linear(4, 4)
-    >>> _ = mark_orthogonal(layer, "weight")
-    >>> averaged = AveragedModel(layer, avg_fn=orthogonal_average(layer, decay=0.9))
-    >>> averaged.update_parameters(layer)
-    >>> orthogonality_error(averaged)["module.weight"] < 1e-5
-    True
-    """
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"orthogonal_average: decay must lie in [0, 1), got {decay}.")
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        share = 1 - decay if decay is not None else 1 / (int(count) + 1)
-        if not (averaged.is_floating_point() or averaged.is_complex()):  # a count, of a BatchNorm
-            return averaged + (current - averaged) * share
-        mean = averaged.lerp(current, share)
-        # AveragedModel hands over detached tensors, on which no mark is to be seen: by the memory they share.
-        marks = {p.data_ptr(): constraint_of(p) for p in (*model.parameters(), *model.buffers())}
-        if current.data_ptr() not in marks:
-            raise ValueError(
-                "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "
-                "another device. Give it the model that update_parameters gets; for averages on another device, "
-                "average as torch does and call project_(averaged_model) afterwards."
-            )
-        constraint = marks[current.data_ptr()]
-        if constraint is not None:
-            put_back_(mean, off_manifold(mean, constraint))
-        return mean
-
-    return average

@@ -25,7 +25,7 @@ from .blocks import points_of, put_
 from .constraint import constraint_of
 from .manifolds import Orthogonal
 from .orthogonalizer import check_determinant, determinant
-from .stiefel import in_double, random
+from .stiefel import check_whole, in_double, random
 
 T = TypeVar("T", bound=Tensor)
 
@@ -96,6 +96,7 @@ def orthogonal_(
 
 def _checked(tensor: Tensor, blocks: int | Sequence[int] | None, gain: float | None, scheme: str) -> Orthogonal:
     """What the blocks are to be, as the arguments and the mark say, or a ValueError."""
+    check_whole("init.orthogonal_", tensor)
     mark = constraint_of(tensor)
     if scheme not in _SCHEMES:
         raise ValueError(f"init.orthogonal_: scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}.")

@@ -1,4 +1,7 @@
-"""Load the state of an optimizer: what is held in float32 stays float32, whatever the parameters are stored in."""
+"""Save and load the state of an optimizer.
+
+What is held in float32 stays float32, whatever the parameters are stored in.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,21 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .constraint import CONSTRAINED, constraint_of, record_in
+from .moments import convert
 from .precision import LOW, MASTER
+
+
+def state_dict(self: Optimizer) -> dict[str, Any]:
+    """Return the state of the optimizer, as in torch.optim, held under the constraints that parameters have now.
+
+    So the state of a parameter that has been unmarked is one of torch.optim.
+
+    Raises:
+        ValueError: the state of a marked parameter has been handed to one that is not marked.
+    """
+    for group in self.param_groups:
+        convert(self, group)
+    return Optimizer.state_dict(self)
 
 
 def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -31,12 +31,12 @@ from .constraint import (
     record_as_tensor,
     record_in,
     record_of,
+    was_unmarked,
 )
 from .direction import from_frame, to_frame
 from .manifolds import Manifold, Orthogonal
+from .options import Group, shape_in
 from .precision import LOW, MASTER, FullPrecision, working_dtype
-
-Group = dict[str, Any]
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -56,6 +56,7 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             optimizer.state[parameter][key] = moment
     _hold_master(optimizer, bucket)
     _hold_count(optimizer, group, bucket)
+    bucket.addresses_shown = {key: list(map(Tensor.data_ptr, shown)) for key, shown in bucket.shown.items()}
     for parameter in bucket.parameters:
         _say_held(optimizer.state[parameter], bucket.constraint)
 
@@ -124,10 +125,18 @@ def _hold_count(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
 
 
 def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
-    """Whether the members' state is what the bucket works on: load_state_dict and users may have replaced it."""
+    """Whether the members' state is what the bucket works on.
+
+    load_state_dict and users may have replaced its tensors, or the ``data`` of these, as a loop does that moves a state
+    to another device.
+    """
     states = [optimizer.state[p] for p in bucket.parameters]
     try:
-        return all(all(map(is_, map(itemgetter(key), states), shown)) for key, shown in bucket.shown.items())
+        return all(
+            all(map(is_, map(itemgetter(key), states), shown))
+            and list(map(Tensor.data_ptr, shown)) == bucket.addresses_shown[key]
+            for key, shown in bucket.shown.items()
+        )
     except KeyError:
         return False
 
@@ -139,9 +148,11 @@ def convert(optimizer: Any, group: Group) -> None:
         state, constraint = optimizer.state.get(parameter), constraint_of(parameter)
         if not state:
             continue
+        check_owner(type(optimizer).__name__, group, parameter, state)
         old = record_in(state[CONSTRAINED]) if CONSTRAINED in state else None
         if (old is None) == (constraint is None) and (old is None or is_record_of(old, constraint)):
             continue
+        check_shapes(optimizer, group, parameter, state, constraint if old is None else recalled(old))
         if old is not None:
             _change(state, optimizer._state_keys, parameter, old, from_frame)
         new = record_of(constraint)
@@ -150,6 +161,37 @@ def convert(optimizer: Any, group: Group) -> None:
             continue
         _change(state, optimizer._state_keys, parameter, new, to_frame)
         state[CONSTRAINED] = record_as_tensor(new)  # whether it is to move in this step or not
+
+
+def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any]) -> None:
+    """Raise a ValueError if a state was held under a constraint that its parameter has never had.
+
+    So it is where code that replaces parameters hands the state of a marked one to its successor.
+    """
+    if CONSTRAINED in state and constraint_of(parameter) is None and not was_unmarked(parameter):
+        record = record_in(state[CONSTRAINED])
+        raise ValueError(
+            f"{name}: a parameter of shape {shape_in(group, parameter)} is not marked, but its state is that of one "
+            f"marked as {'something' if record is None else described(record)}, handed over to it. Mark it so too, "
+            "or del opt.state[param]."
+        )
+
+
+def check_shapes(
+    optimizer: Any, group: Group, parameter: Tensor, state: dict[str, Any], constraint: Manifold | None
+) -> None:
+    """Raise a RuntimeError unless every moment has one entry for each of the parameter, or one for each point."""
+    if constraint is None:
+        return
+    points = sum(len(points_of(part, parameter.detach())) for part in constraint.parts(parameter.shape))
+    for key in optimizer._state_keys:
+        moment = state.get(key)
+        if isinstance(moment, Tensor) and moment.shape != parameter.shape and moment.numel() not in (1, points):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: a marked parameter has shape {shape_in(group, parameter)}, what the "
+                f"optimizer holds for it {tuple(moment.shape)}. After changing the shape of a parameter, "
+                "del opt.state[param]."
+            )
 
 
 def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
@@ -275,11 +317,6 @@ def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: 
     value = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
     if moment is None:
         return value
-    if moment.numel() > 1 and moment.shape[1:] != ones[0].shape[1:]:
-        raise RuntimeError(
-            f"a marked parameter has shape {tuple(parameter.shape)}, what the optimizer holds for it "
-            f"{tuple(moment.shape)}. After changing the shape of a parameter, del opt.state[param]."
-        )
     a_point = moment if moment.numel() == count else moment.mean().expand(count, *ones[0].shape[1:])
     if scalar:
         return value.copy_(a_point)

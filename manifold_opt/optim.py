@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .direction import SecondMoment
-from .loading import load_state_dict
+from .loading import load_state_dict, state_dict
 from .metrics import metrics
 from .moments import check_recorded, upgrade
 from .options import OnFault, add_param_group, fill_options, with_options
@@ -114,6 +114,7 @@ class SGD(torch.optim.SGD):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
+    state_dict = state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state)
@@ -231,6 +232,7 @@ class Adam(torch.optim.Adam):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
+    state_dict = state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state)
@@ -327,6 +329,7 @@ class AdamW(torch.optim.AdamW):
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
+    state_dict = state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_recorded(self, state)

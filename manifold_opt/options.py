@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .blocks import point_norm, points_of
-from .constraint import DTYPES, adopt, constraint_of, was_unmarked
+from .constraint import DTYPES, adopt, attach, constraint_of, is_sharded, was_unmarked
 from .direction import ADAM
 from .manifolds import Manifold, Orthogonal
 from .precision import working_dtype
 from .retractions import check_retraction
+from .survival import sharded_marks
 
 Group = dict[str, Any]
 # Options of this package, which a group of torch.optim does not have.
@@ -49,12 +50,26 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
 
 
 def remember_marks(optimizer: Any, parameters: list[Tensor]) -> None:
-    """Keep the marks that parameters have, and those that they have had and lost: :func:`check` will ask for them."""
-    marks: dict[Tensor, Manifold | None] = optimizer.__dict__.setdefault("_marks", {})
+    """Remember the marks that parameters have. One that has lost its mark, and was not unmarked, gets it back.
+
+    torch.utils.swap_tensors, by which a module may convert or load its parameters, drops what is an attribute.
+    """
+    marks: dict[Tensor, Manifold] = optimizer.__dict__.setdefault("_marks", {})
     for p in parameters:
-        if constraint_of(p) is not None or was_unmarked(p):
-            marks[p] = constraint_of(p)
+        constraint = constraint_of(p)
+        if constraint is not None:
+            marks[p] = constraint
             adopt(p)
+        elif p in marks and not was_unmarked(p):
+            attach(p, marks[p])
+        else:
+            marks.pop(p, None)
+
+
+def forget_marks(optimizer: Any) -> None:
+    """Forget parameters that have left the optimizer, so that they are freed."""
+    here = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer._marks = {p: constraint for p, constraint in optimizer._marks.items() if id(p) in here}
 
 
 def check_group(name: str, group: Group) -> None:
@@ -63,8 +78,25 @@ def check_group(name: str, group: Group) -> None:
     parameters = [member[1] if isinstance(member, tuple) else member for member in _listed(members)]
     marked = [p for p in parameters if isinstance(p, Tensor) and constraint_of(p) is not None]
     check_options(name, group, marked=bool(marked))
+    check_sharded(name, [p for p in parameters if isinstance(p, Tensor)])
     for parameter in marked:
         check_marked(name, parameter, group)
+
+
+def check_sharded(name: str, parameters: list[Tensor]) -> None:
+    """Raise a ValueError if a shard stands where a module remembers a marked parameter."""
+    for shard, label, constraint in sharded_marks(parameters):
+        raise ValueError(f"{name}: {label} {sharded_problem(shard, constraint)}")
+
+
+def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
+    """What is wrong with a shard of a marked parameter, as the end of a sentence that begins with its name."""
+    kind = "a DTensor" if hasattr(shard, "placements") else "a part of a flat parameter of FSDP1"
+    return (
+        f"was marked as {constraint} and has been sharded since: it is {kind}, of which no process has the whole. "
+        "Leave it out of the sharding, as with fully_shard(module, ignored_params={parameter}), and average its "
+        "gradient; or call unmark on its module to train it unconstrained."
+    )
 
 
 def _listed(members: Any) -> Any:
@@ -110,6 +142,10 @@ def check_marked(name: str, parameter: Tensor, group: Group) -> None:
             "float32, float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
         )
     constraint = constraint_of(parameter)
+    if constraint is not None and is_sharded(parameter):
+        raise ValueError(
+            f"{name}: a parameter of shape {shape_in(group, parameter)} {sharded_problem(parameter, constraint)}"
+        )
     if isinstance(constraint, Orthogonal) and constraint.which is not None:
         _check_rest(name, parameter, group)
     problem = None if constraint is None else constraint.problem(parameter)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .products import gram, norm
-from .stiefel import error_at_rounding, float64, wide
+from .stiefel import check_whole, error_at_rounding, float64, wide
 
 _MANY = 32  # rows from which on row sums are worth their price
 _REMEDY = "Initialize it first, for example with manifold_opt.init.orthogonal_."
@@ -87,6 +87,7 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     >>> nearest_orthogonal(torch.tensor([[3.0j]]))
     tensor([[0.+1.j]])
     """
+    check_whole("nearest_orthogonal", x)
     if x.ndim < 2 or not (x.is_floating_point() or x.is_complex()):
         raise ValueError(
             "nearest_orthogonal: needs floating-point matrices (..., p, n), real or complex, got "

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, fill
-from .constraint import constraint_of
+from .constraint import CONSTRAINED, constraint_of
 from .manifolds import Manifold, Orthogonal
-from .moments import convert, hold, leave, still_shown
-from .options import Group, check_finite, check_gradients, check_marked, check_options, remember_marks
+from .moments import check_shapes, convert, hold, leave, still_shown
+from .options import (
+    Group,
+    check_finite,
+    check_gradients,
+    check_marked,
+    check_options,
+    check_sharded,
+    forget_marks,
+    remember_marks,
+)
 from .retractions import RETRACTIONS
 from .room import Room
 from .tally import Tally
@@ -50,16 +59,19 @@ class Plan:
     """The buckets of one parameter group, and what they were made for.
 
     Attributes:
-        members: all parameters of the group.
+        ids: of all parameters of the group.
+        members: these parameters, if one of them is marked. Of others nothing is held, so that one which leaves the
+            group is freed at once.
         marks: their constraints.
         parameters: those that are marked and have gradients.
         facts: what of these a bucket depends on.
         keys: the moments that the group's options ask for, and which of them are one number a block.
         buckets: of these parameters.
         rests: what of these is in none of their blocks.
-        versions: of the members that are in none, when they last were.
+        versions: version and address of the members that are in no bucket, when they last were in one.
     """
 
+    ids: list[int] = field(default_factory=list)
     members: list[Tensor] = field(default_factory=list)
     marks: list[Manifold | None] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
@@ -67,7 +79,7 @@ class Plan:
     keys: Keys = field(default_factory=lambda: ([], []))
     buckets: list[Bucket] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
-    versions: dict[int, int | None] = field(default_factory=dict)
+    versions: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
 
     def part_with(self, optimizer: Any, moved: set[int]) -> None:
         """Take the state of parameters that another group has now, by id, out of the storage that it shares here."""
@@ -101,7 +113,9 @@ class Before:
 def forget_plans(optimizer: Any) -> None:
     """Start without plans and workspaces: the state may be another one now."""
     optimizer._plans = []
+    optimizer._stale = False
     remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+    forget_marks(optimizer)
     optimizer._room = Room()
     optimizer._before = None
     if not hasattr(optimizer, "_tally"):
@@ -115,15 +129,19 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     have gradients, the options that decide what moments there are, and the state that holds these.
     """
     plans: list[Plan] = optimizer._plans
-    plans.extend(Plan() for _ in range(len(optimizer.param_groups) - len(plans)))
-    del plans[len(optimizer.param_groups) :]
-    position = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+    groups = optimizer.param_groups
+    plans.extend(Plan() for _ in range(len(groups) - len(plans)))
+    optimizer._stale |= len(plans) > len(groups)
+    del plans[len(groups) :]
+    position = next(i for i, other in enumerate(groups) if other is group)
     name = type(optimizer).__name__
-
-    members, marks, live = _survey(optimizer, group)
     plan = plans[position]
-    unchanged = _are(plan.members, members) and plan.marks == marks
-    if unchanged and not any(marks):
+    members, marks, live, unchanged = _survey(optimizer, group, plan)
+    optimizer._stale |= not unchanged
+    if optimizer._stale and group is groups[-1]:
+        forget_marks(optimizer)
+        optimizer._stale = False
+    if unchanged and not any(marks) and not any(CONSTRAINED in optimizer.state.get(p, ()) for p in members):
         return group
     facts: Facts = (
         [constraint_of(p) for p in live],
@@ -135,9 +153,9 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     )
     same = unchanged and _are(plan.parameters, live) and plan.facts == facts
     if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
-        for parameter in live:
+        for parameter, constraint in zip(live, facts[0], strict=True):
             check_marked(name, parameter, group)
-        remember_marks(optimizer, members)
+            check_shapes(optimizer, group, parameter, optimizer.state.get(parameter, {}), constraint)
         if optimizer._before is not None:
             optimizer._before.take()
         here = set(map(id, live))
@@ -145,7 +163,9 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
             if other is not plan:
                 other.part_with(optimizer, here)
         convert(optimizer, group)
-        plans[position] = _planned(optimizer, group, plan, Plan(members, marks, live, facts, (keys, scalars)))
+        held = members if any(marks) else []
+        new = Plan(list(map(id, members)), held, marks, live, facts, (keys, scalars))
+        plans[position] = _planned(optimizer, group, plan, new)
     for bucket in plans[position].buckets:
         bucket.ask_for(RETRACTIONS[group["retraction"]].temporaries)
     return {**group, "params": [p for p, mark in zip(members, marks, strict=True) if mark is None]}
@@ -159,28 +179,35 @@ def refuse(optimizer: Any) -> None:
     scale, overflow = (getattr(optimizer, key, None) for key in SCALED)
     if overflow is not None and float(overflow) != 0:
         careful = False  # a GradScaler has seen it, and nothing will move
-    for group in optimizer.param_groups:
-        _, marks, live = _survey(optimizer, group)
+    plans = itertools.chain(optimizer._plans, itertools.repeat(Plan()))
+    for group, plan in zip(optimizer.param_groups, plans, strict=False):
+        _, marks, live, _ = _survey(optimizer, group, plan)
         if careful and any(marks) and group["on_fault"] == "raise":
             check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
-def _survey(optimizer: Any, group: Group) -> tuple[list[Tensor], list[Manifold | None], list[Tensor]]:
-    """The members of a group, their marks, and those that are marked and have gradients, which are checked.
+def _survey(optimizer: Any, group: Group, plan: Plan) -> tuple[list[Tensor], list[Manifold | None], list[Tensor], bool]:
+    """The members of a group, their marks, those that are marked and have gradients, and whether all is as planned.
 
-    No tuple a parameter: ten thousand of them a step would keep Python's garbage collector busy.
+    What is new is checked, and marks are remembered. No tuple a parameter: ten thousand of them a step would keep
+    Python's garbage collector busy.
     """
     name = type(optimizer).__name__
     members = list(group["params"])
     marks = [constraint_of(p) for p in members]
+    unchanged = plan.ids == list(map(id, members)) and plan.marks == marks
+    if not unchanged:
+        check_sharded(name, members)
+        remember_marks(optimizer, members)
+        marks = [constraint_of(p) for p in members]
     if not any(marks):
-        return members, marks, []
+        return members, marks, [], unchanged
     check_options(name, group)
     gradients = [p.grad for p in members]
     present = [mark is not None and g is not None for mark, g in zip(marks, gradients, strict=True)]
     live = list(itertools.compress(members, present))
     check_gradients(name, group, live, list(itertools.compress(gradients, present)))
-    return members, marks, live
+    return members, marks, live, unchanged
 
 
 def _are(before: list[Tensor], now: list[Tensor]) -> bool:
@@ -204,7 +231,7 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     first = [id(p) in waiting or optimizer.state.get(p, {}).get("momentum_buffer") is None for p in parameters]
     fresh = [damped and none_yet for none_yet in first]
     marked = itertools.count()
-    rank = {id(p): next(marked) for p, mark in zip(new.members, new.marks, strict=True) if mark is not None}
+    rank = {key: next(marked) for key, mark in zip(new.ids, new.marks, strict=True) if mark is not None}
     new.buckets = fill(parameters, new.facts[0], fresh, [rank[id(p)] for p in parameters])
     new.rests = [
         Rest(p, constraint.dim, *interval, none_yet)
@@ -215,14 +242,16 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     versions = dict(old.versions)
     for bucket in old.buckets:
         if bucket.parameters[0].dtype == bucket.dtype:  # rounded to another one, they are to be looked at
-            versions.update(zip(map(id, bucket.parameters), bucket.versions, strict=True))
+            pairs = zip(bucket.versions, bucket.addresses, strict=True)
+            versions.update(zip(map(id, bucket.parameters), pairs, strict=True))
         leave(optimizer, bucket, set(map(id, parameters)))
     with torch.no_grad():
         for bucket in new.buckets:
-            bucket.versions = [versions.get(id(p)) for p in bucket.parameters]
+            seen = [versions.get(id(p), (None, None)) for p in bucket.parameters]
+            bucket.versions, bucket.addresses = ([one[k] for one in seen] for k in (0, 1))
             optimizer._tally.prepare(bucket.parameters[0].device)
             hold(optimizer, group, bucket, *new.keys)
             bucket.reserve(optimizer._room)
-    known = {id(p) for p in new.members}
+    known = set(map(id, new.members))
     new.versions = {key: version for key, version in versions.items() if key in known}
     return new

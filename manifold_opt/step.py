@@ -82,7 +82,7 @@ def step(
     if not compiling:
         for plan in plans:
             for bucket in plan.buckets:
-                bucket.versions = [p._version for p in bucket.parameters]
+                bucket.remember_values()
     return loss
 
 
@@ -123,15 +123,15 @@ def _restore(optimizer: Any) -> None:
     for plan, group in zip(optimizer._plans, optimizer.param_groups, strict=True):
         inexact = not RETRACTIONS[group["retraction"]].exact
         for bucket in plan.buckets:
-            if not bucket.low and [p._version for p in bucket.parameters] == bucket.versions:
+            written = bucket.overwritten()
+            if bucket.low:  # what is held in float32 shows even what has been written through .data
+                others = set(map(id, written))
+                written = [p for p in bucket.parameters if id(p) in others or _shows(optimizer, p)]
+            if not written:
                 continue
-            pairs = zip(bucket.parameters, bucket.versions, strict=True)
-            # What is held in float32 shows even what has been written through .data.
-            written = [p for p, before in pairs if p._version != before or _shows(optimizer, p)]
             slack = 1.0 if inexact and bucket.stiefel else 0.0
             try:
-                if written:
-                    found += _looked_at(optimizer, group, bucket, written, slack)
+                found += _looked_at(optimizer, group, bucket, written, slack)
             except ValueError:
                 for parameter in written:
                     _check_written(optimizer, group, bucket, parameter, slack)

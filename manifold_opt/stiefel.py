@@ -176,8 +176,16 @@ def check_metric(name: str, metric: str) -> None:
         raise ValueError(f"{name}: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
 
 
+def check_whole(name: str, x: Tensor) -> None:
+    """Raise a ValueError if ``x`` is a DTensor: ``float`` and ``bool`` of one see the part of this process only."""
+    if hasattr(x, "placements"):
+        raise ValueError(f"{name}: got a DTensor, of which every process has a part; give it x.full_tensor().")
+
+
 def check_pair(name: str, w: Tensor, v: Tensor) -> None:
     """Raise a ValueError unless ``w`` and ``v`` are matrices of one shape and one dtype of :data:`DTYPES`."""
+    check_whole(name, w)
+    check_whole(name, v)
     if w.ndim < 2 or w.shape != v.shape or w.dtype != v.dtype or w.dtype not in DTYPES:
         raise ValueError(
             f"{name}: needs two floating-point tensors (..., p, n) of the same shape and dtype, float32, float64, "

@@ -11,6 +11,10 @@ PACKAGE = Path(manifold_opt.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "how-to" / "when_it_goes_wrong.md"
 
 
+# Functions that return or yield what is wrong, beside those with "problem" in their names.
+REPORTING = ("_lost", "_what_became_of", "_unwell", "_unwell_state", "_not_kept", "_sharing", "unfit")
+
+
 def text_of(node: ast.AST) -> str:
     """A string of the source, with ``...`` in the place of what is put in; empty of anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -39,7 +43,7 @@ def messages() -> Iterator[str]:
             continue
         for function in ast.walk(ast.parse(file.read_text())):
             if isinstance(function, ast.FunctionDef):
-                problems = "problem" in function.name or function.name in ("_lost", "_unwell", "unfit")
+                problems = "problem" in function.name or function.name in REPORTING
                 for node in ast.walk(function):
                     said = said_by(node, problems)
                     if said is not None and len(re.findall(r"[a-z]{2,}", text_of(said))) > 2:
