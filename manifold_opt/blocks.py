@@ -141,6 +141,21 @@ class Slices:
 Part = Blocks | Slices
 
 
+def overlap_problem(tensor: Tensor) -> str | None:
+    """What is wrong with a tensor two of whose entries may lie in one place, as the end of a sentence; None if none do.
+
+    None do if every stride is longer than the entries along the shorter strides reach. (There are layouts without an
+    overlap that are not so; nobody makes them.)
+    """
+    reach = 0
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1:
+            if stride <= reach:
+                return f"has strides {tensor.stride()}, so that some of its entries share memory; use .clone() first."
+            reach += stride * (length - 1)
+    return None
+
+
 def points_of(part: Part, tensor: Tensor) -> Tensor:
     """The points of a tensor: a view where that can be, else a copy."""
     return part.points(part.rows(tensor, copy=True))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from .blocks import Part, points_of, put_
+from .blocks import Part, overlap_problem, points_of, put_
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .manifolds.geoopt import constraint_of_geoopt, release
 from .orthogonalizer import basin, orthogonalizer, spectral_bound
@@ -248,6 +248,9 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
         raise ValueError(f"orthogonalize_: beta must lie in (0, 1), got {beta}; 0.5 converges fastest.")
     if steps < 1:
         raise ValueError(f"orthogonalize_: steps must be at least 1, got {steps}.")
+    problem = overlap_problem(tensor)
+    if problem:
+        raise ValueError(f"orthogonalize_: the tensor {problem}")
     dtype = working_dtype(tensor.dtype)
     found = matrices_of(tensor, "orthogonalize_")
     for matrices, gain in found:

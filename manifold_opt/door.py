@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from .blocks import overlap_problem
 from .constraint import DTYPES, attach, constraint_of, free, is_sharded, off_manifold, put_back_, was_unmarked
 from .manifolds import Manifold
 from .survival import marked_otherwise, record, unmark_module
@@ -160,9 +161,7 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
         return f"has dtype {parameter.dtype}; {type(constraint).__name__} is for real parameters."
     if parameter.numel() == 0:
         return f"is empty, shape {shape}."
-    if any(stride == 0 < length - 1 for stride, length in zip(parameter.stride(), shape, strict=True)):
-        return f"has strides {parameter.stride()}: some of its entries are one and the same; use .clone() first."
-    problem = constraint.problem(parameter)
+    problem = overlap_problem(parameter) or constraint.problem(parameter)
     if problem:
         return problem
     present = constraint_of(parameter)

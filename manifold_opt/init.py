@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from .blocks import points_of, put_
+from .blocks import overlap_problem, points_of, put_
 from .constraint import constraint_of
 from .manifolds import Orthogonal
 from .orthogonalizer import check_determinant, determinant
@@ -113,7 +113,7 @@ def _checked(tensor: Tensor, blocks: int | Sequence[int] | None, gain: float | N
     given: dict[str, Any] = {name: value for name, value in (("blocks", blocks), ("gain", gain)) if value is not None}
     given["blocks"] = _as_tuple(given.get("blocks", present.blocks))
     constraint = replace(present, **given)
-    problem = constraint.problem(tensor)
+    problem = overlap_problem(tensor) or constraint.problem(tensor)
     if problem:
         raise ValueError(f"init.orthogonal_: the tensor {problem}")
     return constraint

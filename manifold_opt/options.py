@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .blocks import point_norm, points_of
+from .blocks import overlap_problem, point_norm, points_of
 from .constraint import DTYPES, adopt, attach, constraint_of, is_sharded, was_unmarked
 from .direction import ADAM
 from .manifolds import Manifold, Orthogonal
@@ -148,7 +148,7 @@ def check_marked(name: str, parameter: Tensor, group: Group) -> None:
         )
     if isinstance(constraint, Orthogonal) and constraint.which is not None:
         _check_rest(name, parameter, group)
-    problem = None if constraint is None else constraint.problem(parameter)
+    problem = None if constraint is None else overlap_problem(parameter) or constraint.problem(parameter)
     if problem:
         raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)} {problem}")
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "manifolds": {"blocks", "orthogonalizer", "precision", "schemes", "spectral", "stiefel"},
     "constraint": {"blocks", "manifolds", "orthogonalizer", "precision", "stiefel"},
     "survival": {"constraint", "manifolds"},
-    "door": {"constraint", "manifolds", "survival"},
+    "door": {"blocks", "constraint", "manifolds", "survival"},
     "marking": {"door", "manifolds"},
     "marks": {"door", "manifolds"},
     "migration": {"constraint", "marking", "stiefel"},

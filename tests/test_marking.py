@@ -12,12 +12,14 @@ import manifold_opt
 from manifold_opt import (
     Adam,
     Orthogonal,
+    check,
     constraint_of,
     init,
     mark_orthogonal,
     mark_recurrent,
     nearest_orthogonal,
     orthogonality_error,
+    orthogonalize_,
     unmark,
 )
 from manifold_opt.stiefel import error
@@ -394,11 +396,6 @@ def test_numbers_from_numpy_become_pythons():
     assert [type(x) for x in (constraint.blocks, constraint.dim, constraint.gain)] == [int, int, float]
 
 
-def test_entries_that_are_one_and_the_same_are_refused():
-    with pytest.raises(ValueError, match="one and the same"):
-        mark_orthogonal(nn.Parameter(torch.ones(1).expand(4, 1)), blocks=4)
-
-
 def test_a_weight_without_a_value_is_marked_and_put_there_by_the_first_step():
     layer = nn.Linear(4, 4, device="meta")
     mark_orthogonal(layer, "weight")
@@ -425,3 +422,49 @@ def test_blocks_may_be_a_list_wherever_they_are_told():
     init.orthogonal_(stacked, blocks=[8, 16])
     assert orthogonality_error(stacked, blocks=[8, 16]) < 1e-5
     assert constraint_of(mark_orthogonal(stacked, blocks=[8, 16])) == Orthogonal((8, 16))
+
+
+OVERLAPPING = {
+    "expanded": lambda: torch.randn(1, 4).expand(4, 4),
+    "windows": lambda: torch.randn(7).unfold(0, 4, 1),  # (4, 4) with strides (1, 1): a Hankel matrix
+    "strided": lambda: torch.randn(20).as_strided((4, 4), (3, 1)),
+    "a batch": lambda: torch.randn(12).as_strided((3, 2, 2), (2, 2, 1)),
+    "complex": lambda: torch.randn(5, dtype=torch.complex64).as_strided((3, 3), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPPING)
+def test_entries_that_share_memory_are_refused_everywhere(case):
+    """Such matrices were accepted, and written to until they were 0.7 off."""
+    x = OVERLAPPING[case]()
+    before = x.clone()
+    options = {"flatten": False} if x.ndim == 3 else {}
+    for function in (lambda x: mark_orthogonal(nn.Parameter(x), **options), orthogonalize_, init.orthogonal_):
+        with pytest.raises(ValueError, match=r"has strides .*share memory; use \.clone\(\) first"):
+            function(x)
+    assert torch.equal(x, before)
+    weight = mark_orthogonal(nn.Parameter(gaussian(*x.shape, dtype=x.dtype)), **options)
+    layer = nn.ParameterList([weight])
+    opt = Adam([weight])
+    weight.data = x
+    weight.grad = torch.zeros(x.shape, dtype=x.dtype)
+    assert "share memory" in check(layer, opt)[0]
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(5, 4).t(),
+        torch.randn(8, 8)[::2, ::2],
+        torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.randn(6, 1)[::3].as_strided((2, 1), (3, 0)),
+        torch.randn(1, 4).expand(1, 4),
+        torch.randn(2, 3, 4).movedim(0, 1),
+    ],
+)
+def test_strides_that_do_not_overlap_are_taken(x):
+    weight = mark_orthogonal(nn.Parameter(x), blocks=1)
+    assert weight.stride() == x.stride()
+    assert orthogonality_error(weight) < 1e-6

@@ -60,7 +60,7 @@ ANY = {
         (lambda: (nn.Parameter(torch.ones(3, 4, dtype=torch.int32), requires_grad=False),), "has dtype torch.int32"),
         (lambda: (nn.Parameter(torch.eye(3).to_sparse()),), r"is sparse .*only dense parameters can be marked"),
         (lambda: (nn.Parameter(torch.empty(0, 4)),), "is empty"),
-        (lambda: (nn.Parameter(torch.ones(1, 4).expand(3, 4)),), r"one and the same; use .clone\(\) first"),
+        (lambda: (nn.Parameter(torch.ones(1, 4).expand(3, 4)),), r"share memory; use .clone\(\) first"),
         (lambda: (nn.UninitializedParameter(),), "is lazy and has no shape yet; run one batch"),
         (lambda: (mark_orthogonal(weight(3, 4)),), r"is already marked as Orthogonal\(.*\), not .*; call unmark"),
         (lambda: (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "weight"), "is parametrized"),
