@@ -113,15 +113,20 @@ class Slices:
     Attributes:
         dims: number of dimensions of a point, the last ones.
         dim: dimension that is moved to the front; None leaves the tensor as it is.
+        start: the first of the slices.
+        length: how many they are; all of them where it is None.
     """
 
     dims: int
     dim: int | None = None
+    start: int = 0
+    length: int | None = None
 
     def rows(self, tensor: Tensor, *, copy: bool = False) -> Tensor:  # noqa: ARG002 - a view, always
         """The slices, ``(B, ...)``; a tensor that is one point becomes a batch of one."""
         moved = tensor.movedim(self.dim, 0) if self.dim else tensor
-        return moved if moved.ndim > self.dims else moved.unsqueeze(0)
+        moved = moved if moved.ndim > self.dims else moved.unsqueeze(0)
+        return moved if self.length is None else moved.narrow(0, self.start, self.length)
 
     def points(self, rows: Tensor) -> Tensor:
         """The rows as they are."""
@@ -132,7 +137,7 @@ class Slices:
         return self.rows(tensor)
 
     def unlike(self, rows: Tensor, shape: Shape) -> Tensor:
-        """The inverse of :meth:`rows`."""
+        """The inverse of :meth:`rows` where the slices are all there is."""
         if not self.dim:
             return rows.view(shape)
         return rows.view(shape[self.dim], *shape[: self.dim], *shape[self.dim + 1 :]).movedim(0, self.dim)

@@ -84,7 +84,7 @@ class Bucket:
         self._in_turn = int(self._turns[-1] - self._turns[0]) == len(self._turns) - 1
         self.tiny = self.stiefel and self.p <= TINY and self.n <= TINY and self.blocks >= MANY
         self._along = self.part.dim if isinstance(self.part, Blocks) else 0  # where rows are stacked
-        self.carried = self.gathered and isinstance(self.part, Blocks) and self.part.length is not None
+        self.carried = self.gathered and self.part.length is not None
         self._rows = rows.shape[self._along]
         self.stacked = tuple(
             length * (len(self.parameters) if dim == self._along else 1) for dim, length in enumerate(rows.shape)

@@ -16,12 +16,14 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @overload
-def mark_unit_norm(target: nn.Module, name: str, *, dim: int = 0) -> nn.Parameter: ...
+def mark_unit_norm(target: nn.Module, name: str, *, dim: int = 0, padding_idx: int | None = None) -> nn.Parameter: ...
 @overload
-def mark_unit_norm(target: T, name: None = None, *, dim: int = 0) -> T: ...
+def mark_unit_norm(target: T, name: None = None, *, dim: int = 0, padding_idx: int | None = None) -> T: ...
 @overload
-def mark_unit_norm(target: Tensor | nn.Module, name: str | None = None, *, dim: int = 0) -> Tensor: ...
-def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0) -> Any:
+def mark_unit_norm(
+    target: Tensor | nn.Module, name: str | None = None, *, dim: int = 0, padding_idx: int | None = None
+) -> Tensor: ...
+def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0, padding_idx: int | None = None) -> Any:
     r"""Mark a parameter whose slices along ``dim`` have norm one, and divide them by their norms.
 
     The rows of a Linear, the filters of a convolution (``dim=0``), the columns (``dim=1``): what torch's weight_norm
@@ -31,13 +33,15 @@ def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0) -> Any:
         target: a leaf tensor, or a module that has one, with its name.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
         dim: dimension whose slices they are, from 0.
+        padding_idx: index of a slice that is left as it is and trained as torch trains it, like the row of zeros of an
+            embedding. Of an nn.Embedding or nn.EmbeddingBag its own, unless given.
 
     Returns:
         The parameter, the same object.
 
     Raises:
         ValueError: a parameter that cannot be marked, or not so, like one with a slice of zeros; the message names the
-            remedy. Nothing has been written then.
+            slice and the remedy. Nothing has been written then.
 
     Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
 
@@ -51,7 +55,12 @@ def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0) -> Any:
     >>> torch.linalg.vector_norm(layer.weight, dim=1).sub(1).abs().max() < 1e-6
     tensor(True)
     """
-    return marked("mark_unit_norm", target, name, UnitNorm(dim))
+    if isinstance(target, nn.Module):
+        named_parameter("mark_unit_norm", target, name)  # or it says what is wrong with the name
+        owner = target.get_submodule(name.rpartition(".")[0])
+        if padding_idx is None and dim == 0 and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+            padding_idx = owner.padding_idx
+    return marked("mark_unit_norm", target, name, UnitNorm(dim, padding_idx))
 
 
 @overload

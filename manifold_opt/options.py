@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .blocks import overlap_problem, point_norm, points_of
 from .constraint import DTYPES, adopt, attach, constraint_of, is_sharded, was_unmarked
 from .direction import ADAM
-from .manifolds import Manifold, Orthogonal
+from .manifolds import Manifold
 from .precision import working_dtype
 from .retractions import check_retraction
 from .survival import sharded_marks
@@ -146,11 +146,11 @@ def check_marked(name: str, parameter: Tensor, group: Group) -> None:
         raise ValueError(
             f"{name}: a parameter of shape {shape_in(group, parameter)} {sharded_problem(parameter, constraint)}"
         )
-    if isinstance(constraint, Orthogonal) and constraint.which is not None:
-        _check_rest(name, parameter, group)
     problem = None if constraint is None else overlap_problem(parameter) or constraint.problem(parameter)
     if problem:
         raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)} {problem}")
+    if constraint is not None and constraint.rest(parameter.shape):
+        _check_rest(name, parameter, group)
 
 
 def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
@@ -158,8 +158,7 @@ def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
     if group.get("second_moment") == "block":
         raise ValueError(
             f"{name}: second_moment='block' holds none for the rows of a parameter of shape "
-            f"{shape_in(group, parameter)} that are in none of its marked blocks. Mark all of its blocks, or make two "
-            "parameters of it."
+            f"{shape_in(group, parameter)} that are not marked. Mark all of them, or make two parameters of it."
         )
 
 

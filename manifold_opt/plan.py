@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .buckets import Bucket, fill
 from .constraint import CONSTRAINED, constraint_of
-from .manifolds import Manifold, Orthogonal
+from .manifolds import Manifold
 from .moments import check_shapes, convert, hold, leave, still_shown
 from .options import (
     Group,
@@ -35,7 +35,7 @@ Facts = tuple[list[Any], ...]
 
 @dataclass
 class Rest:
-    """Rows or columns of a marked parameter that are in none of its blocks: unmarked, for torch to step.
+    """Rows or columns of a marked parameter that are in none of its points: unmarked, for torch to step.
 
     Attributes:
         parameter: whose they are.
@@ -234,10 +234,9 @@ def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
     rank = {key: next(marked) for key, mark in zip(new.ids, new.marks, strict=True) if mark is not None}
     new.buckets = fill(parameters, new.facts[0], fresh, [rank[id(p)] for p in parameters])
     new.rests = [
-        Rest(p, constraint.dim, *interval, none_yet)
+        Rest(p, constraint.dim, start, length, none_yet)
         for p, constraint, none_yet in zip(parameters, new.facts[0], first, strict=True)
-        if isinstance(constraint, Orthogonal)
-        for interval in constraint.rest(p.shape)
+        for start, length in constraint.rest(p.shape)
     ]
     versions = dict(old.versions)
     for bucket in old.buckets:

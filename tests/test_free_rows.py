@@ -223,7 +223,7 @@ def test_amsgrad_switched_off_for_some_and_on_again():
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_a_number_a_block_is_refused(name):
     weight, _ = pair("candidate")
-    with pytest.raises(ValueError, match=rf"{name}: second_moment='block' holds none.*Mark all of its blocks"):
+    with pytest.raises(ValueError, match=rf"{name}: second_moment='block' holds none.*Mark all of them"):
         build(name, [weight], second_moment="block")
     opt = build(name, [weight])
     give([weight], 0)

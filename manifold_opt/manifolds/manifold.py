@@ -21,6 +21,7 @@ class Manifold:
 
     Attributes:
         dims: how many dimensions of a parameter, the last ones, are one point; those before count points.
+        dim: the dimension along which :meth:`rest` counts.
         decays: whether decoupled weight decay acts: :math:`(1 - t) x` of a point is one, :math:`0 \le t < 1`.
         penalized: whether an L2 penalty does: by its gradient.
         complex: whether complex parameters can be points.
@@ -47,6 +48,7 @@ class Manifold:
     """
 
     dims = 0
+    dim = 0
     decays = False
     penalized = False
     complex = False
@@ -58,6 +60,10 @@ class Manifold:
         :class:`~manifold_opt.blocks.Slices` along another dimension, or :class:`~manifold_opt.blocks.Blocks`.
         """
         return (Slices(self.dims),)
+
+    def rest(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Start and length along ``dim`` of what is in no part of it, and is trained as torch trains it."""
+        return []
 
     def project(self, x: Tensor, g: Tensor) -> Tensor:
         """The Riemannian gradient at ``x`` of a function with Euclidean gradient ``g``."""

@@ -13,7 +13,7 @@ from ..stiefel import float64
 from .manifold import Manifold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnitNorm(Manifold):
     r"""The constraint of a parameter each of whose slices along ``dim`` has norm one.
 
@@ -22,6 +22,7 @@ class UnitNorm(Manifold):
 
     Attributes:
         dim: the dimension whose slices they are: 0 for the rows of a Linear, the filters of a convolution.
+        padding_idx: a slice that is left out, as the row of zeros of an embedding; None if there is none.
 
     Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
     """
@@ -29,10 +30,26 @@ class UnitNorm(Manifold):
     complex = True
     point_name = "slice"
     dim: int = 0
+    padding_idx: int | None = None
+
+    def __repr__(self) -> str:
+        return f"UnitNorm(dim={self.dim}{'' if self.padding_idx is None else f', padding_idx={self.padding_idx}'})"
 
     def parts(self, shape: Shape) -> tuple[Slices, ...]:
-        """Slices ``(B, ..)``, each one point."""
-        return (Slices(dims=len(shape) - 1, dim=self.dim),)
+        """Slices ``(B, ..)``, each one point: all, or those before and those behind the one that is left out."""
+        dims, count, k = len(shape) - 1, shape[self.dim], self.padding_idx
+        if k is None:
+            return (Slices(dims, self.dim),)
+        runs = ((0, k), (k + 1, count - k - 1))
+        return tuple(Slices(dims, self.dim, start, length) for start, length in runs if length)
+
+    def rest(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
+        """The slice that is left out."""
+        return [] if self.padding_idx is None else [(self.padding_idx, 1)]
+
+    def index_of(self, point: int) -> int:
+        """The index of a slice among all."""
+        return point if self.padding_idx is None or point < self.padding_idx else point + 1
 
     def project(self, x: Tensor, g: Tensor) -> Tensor:
         r""":math:`g - \langle x, g\rangle x`."""
@@ -50,7 +67,7 @@ class UnitNorm(Manifold):
         if not bool((norm.isfinite() & (norm > 0)).all()):
             raise ValueError(
                 "a slice is zero or has entries that are not finite, so that none of norm one is nearest. Initialize "
-                "it first, with torch.nn.init.normal_ for one."
+                "it first, for example with torch.nn.init.normal_, or leave it out with padding_idx."
             )
         return (float64(x) / norm).to(x)
 
@@ -72,6 +89,9 @@ class UnitNorm(Manifold):
                 f"has shape {shape}: its slices along dim {self.dim} are single entries, never but 1 or -1. "
                 "Give one vector a dimension of length 1 in front, or mark it with mark_manifold and geoopt.Sphere()."
             )
+        k, count = self.padding_idx, shape[self.dim]
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < count or count == 1):
+            return f"has shape {shape}: padding_idx={k!r} must be one of several slices, 0 to {count - 1}."
         return None
 
 
