@@ -28,7 +28,7 @@ def mark(function: str, target: Any, name: Any, parameter: T, constraint: Manifo
     again = was_unmarked(parameter)
     _mark_all(function, [(parameter, constraint, label_of(target, name))])
     if isinstance(target, nn.Module):
-        _remember(target, name, parameter, constraint)
+        _remember(target, [(parameter, constraint, name)])
     if again:
         marked_otherwise([parameter])
     return parameter
@@ -37,8 +37,7 @@ def mark(function: str, target: Any, name: Any, parameter: T, constraint: Manifo
 def mark_found(function: str, module: nn.Module, found: Sequence[tuple[nn.Parameter, Manifold, str]]) -> list[str]:
     """Mark parameters that have been found inside a module and checked; their names."""
     _mark_all(function, found)
-    for parameter, constraint, label in found:
-        _remember(module, label, parameter, constraint)
+    _remember(module, found)
     return [label for _, _, label in found]
 
 
@@ -86,11 +85,16 @@ def marked(function: str, target: Any, name: Any, constraint: Manifold) -> Any:
     return mark(function, target, name, parameter, constraint)
 
 
-def _remember(module: nn.Module, name: str, parameter: Tensor, constraint: Manifold) -> None:
-    tied = [key for key, p in module.named_parameters(remove_duplicate=False) if p is parameter]
-    for key in {name, *tied}:
-        path, _, leaf = key.rpartition(".")
-        record(module.get_submodule(path), leaf, constraint)
+def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) -> None:
+    """Let the modules inside a module remember marks under all names of each parameter: it may be tied."""
+    names: dict[int, set[str]] = {id(parameter): {name} for parameter, _, name in found}
+    for key, p in module.named_parameters(remove_duplicate=False):
+        if id(p) in names:
+            names[id(p)].add(key)
+    for parameter, constraint, _ in found:
+        for key in names[id(parameter)]:
+            path, _, leaf = key.rpartition(".")
+            record(module.get_submodule(path), leaf, constraint)
 
 
 def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:

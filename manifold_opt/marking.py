@@ -142,10 +142,11 @@ def mark_orthogonal(
 
 
 def _looks_like(target: Tensor | nn.Module, parameter: Tensor) -> str | None:
-    """What a tall matrix may well be a stack of; of an nn.Linear only what is usual there."""
-    if parameter.ndim != 2 or parameter.shape[0] not in (3 * parameter.shape[1], 4 * parameter.shape[1]):
+    """What a tall matrix may well be a stack of; of an nn.Linear only what is usual there. A column is no stack."""
+    rows, columns = parameter.shape if parameter.ndim == 2 else (0, 0)
+    if columns < 2 or rows not in (3 * columns, 4 * columns):
         return None
-    triple = parameter.shape[0] == 3 * parameter.shape[1]
+    triple = rows == 3 * columns
     if isinstance(target, nn.Linear):
         return "fused projections of queries, keys and values" if triple else None
     return f"the {3 if triple else 4} stacked gates of {'nn.GRU' if triple else 'nn.LSTM'}"
@@ -187,8 +188,9 @@ def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gai
             found.append((parameter, constraint, label))
     if not found:
         raise ValueError(
-            f"mark_recurrent: found no nn.RNN, nn.GRU, nn.LSTM or cell in {type(module).__name__}; mark other "
-            "weights one by one with mark_orthogonal(module, name, blocks)."
+            "mark_recurrent: found no parameter weight_hh of an nn.RNN, nn.GRU, nn.LSTM or cell in "
+            f"{type(module).__name__}; mark other weights one by one with mark_orthogonal(module, name, blocks), also "
+            "one that weight_hh is computed from, like the weight_hh_l0_raw of a weight drop."
         )
     return mark_found("mark_recurrent", module, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,8 +27,8 @@ ON_FAULT: tuple[str, ...] = get_args(OnFault)
 
 def with_options(params: ParamsT, options: Group) -> ParamsT:
     """Put the package's options into every group: torch's constructors let them through there."""
-    if isinstance(params, Tensor):
-        return params  # torch says what is wrong with that
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        return params  # torch says what is wrong with that, or first with an option
     groups: list[Any] = list(params)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]

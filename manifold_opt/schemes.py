@@ -58,6 +58,9 @@ _NEAR = {torch.float32: 5e-4, torch.float64: 2e-8}  # norms of V V^T/4 up to whi
 def qr(w: Tensor, v: Tensor) -> Tensor:
     r"""QR retraction: :math:`(W+V)^\top = Q R` with positive diagonal of R; the result is :math:`Q^\top`.
 
+    It orthonormalizes the rows of :math:`W+V`, from the first to the last, also of square matrices, whose columns most
+    other implementations take (``torch.linalg.qr(w + v)``). Tall matrices come transposed: there it is the columns.
+
     Computed as :math:`Q^\top = L^{-1}(W+V)` with :math:`L L^\top = (W+V)(W+V)^\top` (CholeskyQR). The Gram matrix
     of a point plus a tangent is :math:`I + V V^\top`, so its Cholesky factor exists for every step; the rounding
     error that it squares is left to a Newton-Schulz step, which is cheaper than a second factorization.

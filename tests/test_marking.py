@@ -174,6 +174,15 @@ def test_of_a_linear_layer_only_fused_projections_are_suspected():
         mark_orthogonal(nn.Linear(8, 24), "weight")
 
 
+@pytest.mark.parametrize("rows", [3, 4])
+def test_a_column_is_taken_for_no_stack(rows):
+    """nn.Linear(1, 3) has a weight of (3, 1)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mark_orthogonal(nn.Linear(1, rows), "weight")
+        mark_orthogonal(parameter(rows, 1))
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_mark_recurrent_finds_all_layers_and_directions(kind, bidirectional):
@@ -205,7 +214,7 @@ def test_mark_recurrent_marks_all_or_nothing():
 
 
 def test_mark_recurrent_with_nothing_to_mark():
-    with pytest.raises(ValueError, match=r"found no nn\.RNN"):
+    with pytest.raises(ValueError, match=r"found no parameter weight_hh of an nn\.RNN"):
         mark_recurrent(nn.Linear(3, 3))
 
 

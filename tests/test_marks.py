@@ -98,7 +98,10 @@ def spoilt(value):
             lambda _: mark_unit_norm(weight(5)),
             r"single entries, never but 1 or -1. Give one vector a dimension .*Sphere",
         ),
-        (lambda _: mark_unit_norm(spoilt(0)), r"a slice is zero .*Initialize it first, for example with torch.nn.init.normal_"),
+        (
+            lambda _: mark_unit_norm(spoilt(0)),
+            r"a slice is zero .*Initialize it first, for example with torch.nn.init.normal_",
+        ),
         (
             lambda p: mark_spectral(p, 0.0),
             r"needs a bound from 1e-12 to 1e\+12, got 0.0. 1.0 makes a layer 1-Lipschitz",
