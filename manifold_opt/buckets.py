@@ -48,7 +48,7 @@ class Bucket:
         steps: ``(members,)`` step counts, as the moments.
         lockstep: the step count of all members where the host knows that it is the same.
         shown: what the members' state shows, by key.
-        addresses_shown: of the memory of that.
+        addresses_shown: where that lies, of one key.
     """
 
     parameters: list[Tensor]
@@ -64,7 +64,7 @@ class Bucket:
     steps: Tensor | None = None
     lockstep: int | None = None
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
-    addresses_shown: dict[str, list[int]] = field(default_factory=dict)
+    addresses_shown: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         first = self.parameters[0]
@@ -100,6 +100,9 @@ class Bucket:
 
     def overwritten(self) -> list[Tensor]:
         """Members that have been written to, or whose ``data`` has been replaced, since :meth:`remember_values`."""
+        versions, addresses = [p._version for p in self.parameters], list(map(Tensor.data_ptr, self.parameters))
+        if versions == self.versions and addresses == self.addresses:
+            return []
         before = zip(self.parameters, self.versions, self.addresses, strict=True)
         return [p for p, version, address in before if p._version != version or p.data_ptr() != address]
 

@@ -56,7 +56,7 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             optimizer.state[parameter][key] = moment
     _hold_master(optimizer, bucket)
     _hold_count(optimizer, group, bucket)
-    bucket.addresses_shown = {key: list(map(Tensor.data_ptr, shown)) for key, shown in bucket.shown.items()}
+    bucket.addresses_shown = _addresses(bucket)
     for parameter in bucket.parameters:
         _say_held(optimizer.state[parameter], bucket.constraint)
 
@@ -128,17 +128,20 @@ def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
     """Whether the members' state is what the bucket works on.
 
     load_state_dict and users may have replaced its tensors, or the ``data`` of these, as a loop does that moves a state
-    to another device.
+    to another device. Such a loop moves all entries, so that the addresses of one are enough.
     """
     states = [optimizer.state[p] for p in bucket.parameters]
     try:
-        return all(
-            all(map(is_, map(itemgetter(key), states), shown))
-            and list(map(Tensor.data_ptr, shown)) == bucket.addresses_shown[key]
-            for key, shown in bucket.shown.items()
-        )
+        if not all(all(map(is_, map(itemgetter(key), states), shown)) for key, shown in bucket.shown.items()):
+            return False
     except KeyError:
         return False
+    return _addresses(bucket) == bucket.addresses_shown
+
+
+def _addresses(bucket: Bucket) -> list[int]:
+    """Where the members' state lies: their first moment, or their step counts if they have none."""
+    return list(map(Tensor.data_ptr, next(iter(bucket.shown.values()), ())))
 
 
 @torch.no_grad()

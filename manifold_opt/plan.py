@@ -136,7 +136,7 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     position = next(i for i, other in enumerate(groups) if other is group)
     name = type(optimizer).__name__
     plan = plans[position]
-    members, marks, live, unchanged = _survey(optimizer, group, plan)
+    members, marks, live, constraints, unchanged = _survey(optimizer, group, plan)
     optimizer._stale |= not unchanged
     if optimizer._stale and group is groups[-1]:
         forget_marks(optimizer)
@@ -144,7 +144,7 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     if unchanged and not any(marks) and not any(CONSTRAINED in optimizer.state.get(p, ()) for p in members):
         return group
     facts: Facts = (
-        [constraint_of(p) for p in live],
+        constraints,
         [p.dtype for p in live],
         [p.device for p in live],
         [p.is_contiguous() for p in live],
@@ -181,13 +181,15 @@ def refuse(optimizer: Any) -> None:
         careful = False  # a GradScaler has seen it, and nothing will move
     plans = itertools.chain(optimizer._plans, itertools.repeat(Plan()))
     for group, plan in zip(optimizer.param_groups, plans, strict=False):
-        _, marks, live, _ = _survey(optimizer, group, plan)
+        _, marks, live, _, _ = _survey(optimizer, group, plan)
         if careful and any(marks) and group["on_fault"] == "raise":
             check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
-def _survey(optimizer: Any, group: Group, plan: Plan) -> tuple[list[Tensor], list[Manifold | None], list[Tensor], bool]:
-    """The members of a group, their marks, those that are marked and have gradients, and whether all is as planned.
+def _survey(
+    optimizer: Any, group: Group, plan: Plan
+) -> tuple[list[Tensor], list[Manifold | None], list[Tensor], list[Manifold], bool]:
+    """The members of a group and their marks; those marked that have gradients, and theirs; whether all is as planned.
 
     What is new is checked, and marks are remembered. No tuple a parameter: ten thousand of them a step would keep
     Python's garbage collector busy.
@@ -201,13 +203,14 @@ def _survey(optimizer: Any, group: Group, plan: Plan) -> tuple[list[Tensor], lis
         remember_marks(optimizer, members)
         marks = [constraint_of(p) for p in members]
     if not any(marks):
-        return members, marks, [], unchanged
+        return members, marks, [], [], unchanged
     check_options(name, group)
     gradients = [p.grad for p in members]
     present = [mark is not None and g is not None for mark, g in zip(marks, gradients, strict=True)]
     live = list(itertools.compress(members, present))
     check_gradients(name, group, live, list(itertools.compress(gradients, present)))
-    return members, marks, live, unchanged
+    constraints = [mark for mark in itertools.compress(marks, present) if mark is not None]
+    return members, marks, live, constraints, unchanged
 
 
 def _are(before: list[Tensor], now: list[Tensor]) -> bool:
