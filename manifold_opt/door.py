@@ -139,8 +139,8 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
         return "is lazy and has no shape yet; run one batch through the module first."
     if is_sharded(parameter):
         return (
-            "is sharded, a DTensor: no process has its matrices whole. Mark it before it is sharded, and leave it out, "
-            "as with fully_shard(module, ignored_params={parameter})."
+            "is sharded (a DTensor, or flat under FSDP1), so that no process has its matrices whole. Mark it before "
+            "it is sharded, and leave it out, as with fully_shard(module, ignored_params={parameter})."
         )
     shape = tuple(parameter.shape)
     if not parameter.is_leaf:

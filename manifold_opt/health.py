@@ -73,10 +73,13 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
     refusals = _refusals(ours)
     named = dict(model.named_parameters(remove_duplicate=False))
-    problems = [*_lost(model, opts), *refusals.get(None, ())]
+    lost = dict(_lost(model, opts))
+    problems = [*(f"{name} {what}" for name, what in lost.items()), *refusals.get(None, ())]
     for name, p in named.items():
         refused = refusals.get(id(p), [])
         constraint = constraint_of(p)
+        if name in lost:
+            continue
         if constraint is None:
             problems.extend(f"{name}: {reason}" for reason in refused)
         else:
@@ -108,8 +111,8 @@ def _unwrapped(opt: Any) -> Any:
     return opt
 
 
-def _lost(model: nn.Module, opts: list[Any]) -> Iterator[str]:
-    """Where a module remembers a marked parameter that is there no more, or is not marked as it was."""
+def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
+    """Names of marked parameters that a module has no more, or not as they were, and what has become of them."""
     moved = (p for one in opts for group in one.param_groups for p in group["params"])
     flat = {  # what is in a flat parameter of FSDP1
         (id(info.module), info.param_name)
@@ -121,9 +124,9 @@ def _lost(model: nn.Module, opts: list[Any]) -> Iterator[str]:
             now = module._parameters.get(leaf)
             name = f"{path}.{leaf}" if path else leaf
             if (id(module), leaf) in flat or (now is not None and is_sharded(now)):
-                yield f"{name} {sharded_problem(now, constraint)}"
+                yield name, sharded_problem(now, constraint)
             elif now is None or constraint_of(now) != constraint:
-                yield f"{name} {_what_became_of(module, leaf, constraint)}"
+                yield name, _what_became_of(module, leaf, constraint)
 
 
 def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:

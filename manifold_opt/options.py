@@ -92,11 +92,14 @@ def check_sharded(name: str, parameters: list[Tensor]) -> None:
 
 def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
     """What is wrong with a shard of a marked parameter, as the end of a sentence that begins with its name."""
-    kind = "a DTensor" if hasattr(shard, "placements") else "a part of a flat parameter of FSDP1"
+    kind, remedy = "a DTensor", "fully_shard(module, ignored_params={parameter})"
+    if not hasattr(shard, "placements"):
+        kind = "a part of a flat parameter of FSDP1"
+        remedy = "FullyShardedDataParallel(model, ignored_modules=[module])"
     return (
         f"was marked as {constraint} and has been sharded since: it is {kind}, of which no process has the whole. "
-        "Leave it out of the sharding, as with fully_shard(module, ignored_params={parameter}), and average its "
-        "gradient; or call unmark on its module to train it unconstrained."
+        f"Leave it out of the sharding, as with {remedy}, and average its gradient; or call unmark on its module to "
+        "train it unconstrained."
     )
 
 

@@ -22,6 +22,8 @@ from manifold_opt.constraint import record_in
 
 from .helpers import gaussian, held_under
 
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # of torch.distributed in torch 2.6
+
 RULES = {
     "SGD": lambda params, kind=SGD: kind(params, lr=0.01, momentum=0.9),
     "Adam": lambda params, kind=Adam: kind(params, lr=0.01),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -33,6 +33,11 @@ except ImportError:  # of torch before 2.9
     replicate = None
 
 
+# torch 2.6 warns of DTensors on a CPU, and trains none there under fully_shard.
+pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators")
+TRAINS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def mesh():
     """One process is enough: its shard is the whole, and a DTensor all the same."""
@@ -49,6 +54,11 @@ WAYS = {
 }
 if replicate is not None:
     WAYS["replicate"] = lambda net, mesh: replicate(net, mesh=mesh)
+
+
+def trains(way):
+    if way.startswith("fully_shard") and not TRAINS:
+        pytest.skip("FSDP2 trains on a CPU from torch 2.7 on")
 
 
 def build(mark=mark_orthogonal):
@@ -81,6 +91,7 @@ def test_an_optimizer_of_a_sharded_model_is_refused(way, kind, mesh):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_with_a_sharded_weight_is_refused(way, copied, mesh):
     """Where it has come into the groups since; of a copied model too."""
+    trains(way)
     net = build(mark_unit_norm)
     net = copy.deepcopy(net) if copied else net
     opt = Adam(net.parameters(), lr=0.1)
@@ -124,6 +135,7 @@ def test_loading_does_not_mark_a_shard(way, mesh):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_that_is_unmarked_trains_unconstrained(way, mesh):
+    trains(way)
     net = build()
     WAYS[way](net, mesh)
     unmark(net[0])
@@ -135,6 +147,7 @@ def test_one_that_is_unmarked_trains_unconstrained(way, mesh):
 
 @pytest.mark.parametrize("way", ["fully_shard", "fully_shard, one layer"])
 def test_left_out_of_the_sharding_it_is_kept(way, mesh):
+    trains(way)
     net = build()
     fully_shard(net if way == "fully_shard" else net[0], mesh=mesh, ignored_params={net[0].weight})
     opt = Adam(net.parameters(), lr=0.1)
@@ -146,37 +159,38 @@ def test_left_out_of_the_sharding_it_is_kept(way, mesh):
     assert orthogonality_error(net[0].weight) < 1e-6
 
 
-class Info:
-    """What a flat parameter of FSDP1 says of a part of it. FSDP1 itself wants an accelerator."""
+@pytest.mark.parametrize("form", ["by name", "by itself"])
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:.*FSDP", "ignore:`_get_pg_default_device`")
+def test_fsdp1_is_refused(original, form):
+    """By default its parameters are in one flat parameter; with use_orig_params they are flat pieces of it.
 
-    def __init__(self, module, param_name):
-        self.module, self.param_name = module, param_name
+    A mark on a bare parameter is gone with it in the first case, and nothing can tell.
+    """
+    net = build(mark_orthogonal if form == "by name" else lambda net, _: mark_orthogonal(net[0].weight))
+    wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=original)
+    if form == "by itself" and not original:
+        Adam(wrapped.parameters())
+        return
+    with pytest.raises(ValueError, match="a part of a flat parameter of FSDP1") as refusal:
+        Adam(wrapped.parameters())
+    assert "FullyShardedDataParallel(model, ignored_modules=[module])" in str(refusal.value)
+    if form == "by name":
+        (problem,) = check(wrapped, torch.optim.Adam(wrapped.parameters()))
+        assert problem.startswith("_fsdp_wrapped_module.0.weight was marked as")
 
 
-def test_a_flat_parameter_is_refused():
-    """With use_orig_params=False, FSDP1's default, parameters are taken out of their modules."""
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:.*FSDP", "ignore:`_get_pg_default_device`")
+def test_left_out_of_fsdp1_it_is_kept():
     net = build()
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    flat._fsdp_flattened = True
-    flat._param_infos = tuple(Info(m, name) for m in (net[0], net[2]) for name in ("weight", "bias"))
-    for layer in (net[0], net[2]):
-        for name in ("weight", "bias"):
-            value = getattr(layer, name).detach()
-            del layer._parameters[name]
-            setattr(layer, name, value)
-    net.register_parameter("_flat_param", flat)
-    with pytest.raises(ValueError, match=r"Linear.weight was marked .*: it is a part of a flat parameter of FSDP1"):
-        Adam(net.parameters())
-    assert "a part of a flat parameter of FSDP1" in check(net, torch.optim.Adam(net.parameters()))[0]
-
-
-def test_a_flat_piece_of_a_parameter_is_refused():
-    """With use_orig_params=True the parameter is there, and its data is a piece of the flat one."""
-    net = build()
-    net[0].weight._fsdp_flattened = True
-    net[0].weight.data = net[0].weight.data.flatten()[:20].clone()
-    with pytest.raises(ValueError, match="a part of a flat parameter of FSDP1"):
-        Adam(net.parameters())
+    wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"), ignored_modules=[net[0]])
+    opt = Adam(wrapped.parameters(), lr=0.1)
+    for _ in range(3):
+        opt.zero_grad()
+        wrapped(torch.ones(2, 6)).sum().backward()
+        opt.step()
+    assert check(wrapped, opt) == []
+    assert orthogonality_error(net[0].weight) < 1e-6
 
 
 @pytest.mark.parametrize(
