@@ -128,7 +128,13 @@ def record_in(tensor: Tensor) -> Record | None:
     """
     if tensor.ndim == 0 or tensor.is_meta:
         return None
-    record: Record = as_tuples(json.loads(bytes(tensor.to("cpu", torch.uint8).tolist())))
+    try:
+        record: Record = as_tuples(json.loads(bytes(tensor.to("cpu", torch.uint8).tolist())))
+    except ValueError:
+        raise ValueError(
+            "the entry 'constrained' in the state of a parameter is no record of a constraint: something has written "
+            "to it, as code does that indexes every entry by row. del opt.state[param] drops the state."
+        ) from None
     return record
 
 

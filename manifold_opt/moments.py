@@ -152,13 +152,14 @@ def convert(optimizer: Any, group: Group) -> None:
         if not state:
             continue
         check_owner(type(optimizer).__name__, group, parameter, state)
-        old = record_in(state[CONSTRAINED]) if CONSTRAINED in state else None
-        if (old is None) == (constraint is None) and (old is None or is_record_of(old, constraint)):
+        tag, new = state.get(CONSTRAINED), record_of(constraint)
+        # A tag that does not say which constraint, as of an earlier version, is taken for that of today.
+        old = None if tag is None else record_in(tag) or new
+        if old == new or (old is not None and is_record_of(old, constraint)):
             continue
         check_shapes(optimizer, group, parameter, state, constraint if old is None else recalled(old))
         if old is not None:
             _change(state, optimizer._state_keys, parameter, old, from_frame)
-        new = record_of(constraint)
         if new is None:
             _as_torch_holds_it(state, optimizer._state_keys, parameter)
             continue

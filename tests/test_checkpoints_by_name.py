@@ -216,6 +216,27 @@ def test_a_record_survives_whatever_dtype_it_is_loaded_as(dtype):
     assert torch.equal(resumed.state[weight]["constrained"], opt.state[weight]["constrained"])
 
 
+def test_a_tag_that_does_not_say_which_is_taken_for_that_of_today():
+    """One of an earlier version, handed over state by state, as ZeroRedundancyOptimizer loads a checkpoint."""
+    (net, opt), (other, resumed) = build(), build()
+    run(net, opt)
+    other.load_state_dict(copy.deepcopy(net.state_dict()))
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        resumed.state[q] = {key: value.clone() for key, value in opt.state[p].items()}
+        if "constrained" in resumed.state[q]:
+            resumed.state[q]["constrained"] = torch.ones(())
+    assert_goes_on(net, opt, other, resumed)
+
+
+def test_a_record_that_has_been_written_to_is_said_to_be_so():
+    net, opt = build()
+    run(net, opt)
+    entries = opt.state[net[0].weight]
+    entries["constrained"] = torch.cat([entries["constrained"], torch.zeros(3, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="is no record of a constraint: something has written to it"):
+        opt.state_dict()
+
+
 def test_no_two_entries_of_a_state_share_memory():
     """Which safetensors, among others, refuses to save."""
     net, opt = build()
