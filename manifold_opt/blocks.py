@@ -64,7 +64,7 @@ class Blocks:
     def entries(self, shape: Shape) -> int:
         """Of one block, in a tensor of a shape."""
         if not self.flatten:
-            return shape[-2] * shape[-1]
+            return self.size * shape[-1]
         along = shape[self.first] if self.first else shape[self.dim]
         return self.size * (math.prod(shape) // along)
 

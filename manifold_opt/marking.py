@@ -94,7 +94,8 @@ def mark_orthogonal(
         gain: singular values of every block, above 0.
         flatten: dimensions beyond the second are flattened to (first, rest), as ``torch.nn.init.orthogonal_`` does: the
             filters of a convolution. With False the last two are one of a batch of matrices, as
-            torch.nn.utils.parametrizations.orthogonal takes them.
+            torch.nn.utils.parametrizations.orthogonal takes them, and ``blocks`` are those of each: the gates of a
+            stacked ensemble, ``(members, 3 * hidden, hidden)``, are ``blocks=3, flatten=False``.
 
     Returns:
         The parameter, the same object.

@@ -32,6 +32,8 @@ LAYOUTS = {
     "a batch": ((3, 4, 6), {"flatten": False}),
     "a batch of batches, tall": ((2, 2, 7, 3), {"flatten": False}),
     "a matrix as a batch of one": ((4, 4), {"flatten": False}),
+    "gates of an ensemble": ((2, 12, 4), {"blocks": 3, "flatten": False}),
+    "wide blocks of a batch": ((3, 4, 5), {"blocks": 2, "flatten": False}),
     "filters in groups": ((8, 2, 3), {"blocks": 2}),
     "filters, uneven": ((6, 2, 2, 3), {"blocks": (1, 5)}),
     "some filters of three dimensions": ((4, 2, 2, 1, 2), {"blocks": 4, "which": (3,)}),
@@ -50,7 +52,8 @@ RULES = [
 def cut(tensor, options):
     """The blocks of a tensor and which of them are free, by the words of the documentation: views."""
     if not options.get("flatten", True):
-        return list(tensor.reshape(-1, *tensor.shape[-2:])), []
+        each = tensor.shape[-2] // options.get("blocks", 1)
+        return [block for m in tensor.reshape(-1, *tensor.shape[-2:]) for block in m.split(each)], []
     matrix, dim, blocks = tensor.flatten(1), options.get("dim", 0), options["blocks"]
     each = matrix.shape[dim] // blocks if isinstance(blocks, int) else list(blocks)
     every = matrix.split(each, dim)
@@ -257,9 +260,10 @@ def test_a_gain_that_the_dtype_has_no_number_for_is_refused():
         ((9, 3), {"blocks": 3, "which": (1.0,)}, r"which=\(1.0,\) must name"),
         ((9, 3), {"blocks": 3, "which": (False,)}, r"which=\(False,\) must name"),
         ((3, 3, 3), {"blocks": 3, "dim": 1}, "along dim 0, or dim 1 of a matrix"),
-        ((3, 3, 3), {"blocks": 3, "flatten": False}, "batch of matrices with flatten=False"),
-        ((3, 3, 3), {"flatten": False, "which": (0,), "blocks": 3}, "leave out blocks, which and dim"),
-        ((3, 3), {"flatten": False, "dim": 1}, "leave out blocks, which and dim"),
+        ((3, 3, 3), {"blocks": (1, 2), "flatten": False}, "batch of matrices with flatten=False"),
+        ((3, 3, 3), {"blocks": 3, "which": (0,), "flatten": False}, "batch of matrices with flatten=False"),
+        ((6, 4, 4), {"blocks": 3, "flatten": False}, "blocks=3 must divide dim 1"),
+        ((3, 3), {"flatten": False, "dim": 1}, "leave out which and dim"),
         ((3, 3), {"flatten": 0}, "flatten=True or False, got 0"),
         ((3,), {"flatten": False}, "at least 2 dimensions"),
     ],

@@ -28,7 +28,7 @@ class Orthogonal(Manifold):
         gain: the singular values of every block.
         which: the blocks that are orthogonal, by number; None is all of them. The others are free.
         flatten: whether dimensions beyond the second are flattened, to (first, rest); else the last two are one of a
-            batch of matrices.
+            batch of matrices, each of which has so many blocks.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal
@@ -58,7 +58,7 @@ class Orthogonal(Manifold):
     def parts(self, shape: Shape) -> tuple[Blocks, ...]:
         """Blocks of one size that follow one another, ``(B, p, n)`` each."""
         if not self.flatten:
-            return (Blocks(shape[-2], flatten=False),)
+            return (Blocks(self.sizes(shape)[0], flatten=False),)
         if self.which is None and isinstance(self.blocks, int):
             return (Blocks(shape[self.dim] // self.blocks, self.dim),)
         alike = [
@@ -147,7 +147,12 @@ def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
 
 
 def _problem_of_blocks(c: Orthogonal, shape: Shape) -> str | None:
-    blocks, length = c.blocks, shape[c.dim]
+    blocks, dim = c.blocks, c.dim if c.flatten else len(shape) - 2
+    length = shape[dim]
+    if not c.flatten and (isinstance(blocks, tuple) or c.which is not None or c.dim != 0):
+        return (
+            "is a batch of matrices with flatten=False: leave out which and dim, and give one number of blocks, if any."
+        )
     if isinstance(blocks, tuple):
         if not blocks or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in blocks):
             return f"needs whole numbers of rows >= 1 for its blocks, got blocks={blocks!r}."
@@ -157,11 +162,9 @@ def _problem_of_blocks(c: Orthogonal, shape: Shape) -> str | None:
         return f"needs a whole number of blocks >= 1, got blocks={blocks!r}."
     elif length % blocks:
         return (
-            f"has shape {shape}: blocks={blocks} must divide dim {c.dim}. nn.RNN has 1 block, nn.GRU 3 gate blocks, "
+            f"has shape {shape}: blocks={blocks} must divide dim {dim}. nn.RNN has 1 block, nn.GRU 3 gate blocks, "
             "nn.LSTM 4. For blocks of unequal size give the rows of each, as in blocks=(64, 64, 128)."
         )
-    if not c.flatten and (blocks != 1 or c.which is not None or c.dim != 0):
-        return "is a batch of matrices with flatten=False, each a block of its own: leave out blocks, which and dim."
     return None
 
 
