@@ -38,10 +38,13 @@ def project_(model: nn.Module) -> nn.Module:
     True
     """
     found = []
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         constraint = constraint_of(p)
         if constraint is not None:
-            found.append((p, off_manifold(p, constraint)))
+            try:
+                found.append((p, off_manifold(p, constraint)))
+            except ValueError as refusal:
+                raise ValueError(f"project_: {name}: {refusal}") from None
     for p, off in found:
         put_back_(p, off)
     return model

@@ -150,13 +150,13 @@ def overlap_problem(tensor: Tensor) -> str | None:
     """What is wrong with a tensor two of whose entries may lie in one place, as the end of a sentence; None if none do.
 
     None do if every stride is longer than the entries along the shorter strides reach. (There are layouts without an
-    overlap that are not so; nobody makes them.)
+    overlap that are not so. They are refused too.)
     """
     reach = 0
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1:
             if stride <= reach:
-                return f"has strides {tensor.stride()}, so that some of its entries share memory; use .clone() first."
+                return f"has strides {tensor.stride()}: entries share memory, or could; use .clone() first."
             reach += stride * (length - 1)
     return None
 

@@ -1,33 +1,29 @@
 """What a parameter promises: its points lie on a manifold.
 
 The promise is an attribute of the parameter. The parameter stays the plain ``nn.Parameter`` it was, under
-its own name, with its own storage. The attribute of a constraint of this package is a tuple of primitives, so that a
-parameter saved by itself loads with ``weights_only=True``, and where this package is not installed.
+its own name, with its own storage.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Part, overlap_problem, points_of, put_
-from .manifolds import MANIFOLDS, Manifold, Orthogonal
+from .blocks import Blocks, Part, overlap_problem, points_of, put_
+from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import constraint_of_geoopt, release
 from .orthogonalizer import basin, orthogonalizer, spectral_bound
 from .precision import LOW, FullPrecision, working_dtype
+from .records import constraint_of_tag, tag_of
 from .stiefel import check_whole
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
 CONSTRAINED = "constrained"  # key in an optimizer's state of a parameter: under which constraint the moments are held
 _ATTRIBUTE = "_manifold_opt_constraint"
-_OWN = frozenset(MANIFOLDS.values()) - {MANIFOLDS["geoopt"]}  # those that their record says in full
-Record = tuple[Any, ...]
 T = TypeVar("T", bound=Tensor)
 
 
@@ -50,6 +46,8 @@ def off_manifold(parameter: Tensor, constraint: Manifold, slack: float = 0.0) ->
         try:
             off, values = constraint.off(points, slack)
         except ValueError as refusal:
+            if isinstance(part, Blocks) and part.tall(part.rows(parameter.detach(), copy=True)):
+                points = points.mT  # as they lie in the parameter, for their shape to be said
             place, reason = _first_refused(constraint, points, slack) or (0, refusal)
             alone = sum(map(len, batches)) == 1
             where = "" if alone else f"{constraint.point_name} {constraint.index_of(before + place)}: "
@@ -90,80 +88,9 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
 
 
-def record_of(constraint: Manifold | None) -> Record | None:
-    """A constraint as primitives, which a checkpoint can hold: its name, and what it is made of."""
-    if constraint is None:
-        return None
-    kind = type(constraint)
-    name = next((name for name, known in MANIFOLDS.items() if known is kind), kind.__qualname__)
-    return (name, *constraint.options())
-
-
-def recalled(record: Record) -> Manifold | None:
-    """The constraint that a record says, where it is of this package; None of another."""
-    name, *options = record
-    return MANIFOLDS[name](*options) if name in MANIFOLDS and name != "geoopt" else None
-
-
-def is_record_of(record: Record, constraint: Manifold | None) -> bool:
-    """Whether a record, perhaps of an earlier version with fewer options, says this constraint."""
-    known = recalled(record)
-    return record == record_of(constraint) if known is None else known == constraint
-
-
-def record_as_tensor(record: Record) -> Tensor:
-    """A record as a tensor, which an optimizer's state can hold: the bytes of JSON, uint8 on the CPU.
-
-    >>> from manifold_opt.constraint import record_as_tensor
-    >>> bytes(record_as_tensor(("unit_norm", 0))).decode()
-    '["unit_norm", 0]'
-    """
-    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
-
-
-def record_in(tensor: Tensor) -> Record | None:
-    """The record that an optimizer's state holds, whatever dtype it was loaded as.
-
-    None if it does not say which: a checkpoint of an earlier version has a single one there.
-    """
-    if tensor.ndim == 0 or tensor.is_meta:
-        return None
-    try:
-        record: Record = as_tuples(json.loads(bytes(tensor.to("cpu", torch.uint8).tolist())))
-    except ValueError:
-        raise ValueError(
-            "the entry 'constrained' in the state of a parameter is no record of a constraint: something has written "
-            "to it, as code does that indexes every entry by row. del opt.state[param] drops the state."
-        ) from None
-    return record
-
-
-def as_tuples(record: Any) -> Any:
-    """A record whose tuples have become lists on a way that knows none, like JSON's."""
-    return tuple(map(as_tuples, record)) if isinstance(record, (list, tuple)) else record
-
-
-@functools.lru_cache(maxsize=1024)
-def _constraint_in(tag: Record) -> Manifold:
-    """The constraint that the attribute of a parameter says: the same object every time, for every step asks."""
-    constraint = recalled(tag)
-    if constraint is None:
-        raise ValueError(
-            f"constraint_of: a parameter was saved with the mark {tag[0]!r}, which this version of manifold_opt does "
-            "not have. Install the version that saved it, or delete its attribute _manifold_opt_constraint."
-        )
-    return constraint
-
-
-def described(record: Record) -> str:
-    """A record in words."""
-    known = recalled(record)
-    return repr(known) if known is not None else f"{record[0]}{record[1:]}"
-
-
 def attach(parameter: Tensor, constraint: Manifold) -> None:
     """Tag a parameter. What it promises has to be true already: marking.py sees to that."""
-    setattr(parameter, _ATTRIBUTE, record_of(constraint) if type(constraint) in _OWN else constraint)
+    setattr(parameter, _ATTRIBUTE, tag_of(constraint))
 
 
 def free(parameter: Tensor) -> None:
@@ -212,7 +139,7 @@ def constraint_of(x: Any) -> Any:
     """
     found = getattr(x, _ATTRIBUTE, None)
     if type(found) is tuple:
-        found = _constraint_in(found)
+        found = constraint_of_tag(found)
     if type(x) is nn.Parameter or (found is None and hasattr(x, _ATTRIBUTE)):
         return found
     if isinstance(x, nn.Module):

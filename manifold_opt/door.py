@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import overlap_problem
-from .constraint import DTYPES, attach, constraint_of, free, is_sharded, off_manifold, put_back_, was_unmarked
+from .constraint import DTYPES, attach, constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
 from .manifolds import Manifold
-from .survival import marked_otherwise, record, unmark_module
+from .survival import forget, forget_module, record, remark
 
 T = TypeVar("T", bound=Tensor)
 
@@ -25,12 +25,9 @@ def label_of(target: Any, name: Any) -> str:
 
 def mark(function: str, target: Any, name: Any, parameter: T, constraint: Manifold) -> T:
     """Mark one parameter, given as ``(module, name)`` or by itself, that has been checked."""
-    again = was_unmarked(parameter)
     _mark_all(function, [(parameter, constraint, label_of(target, name))])
     if isinstance(target, nn.Module):
         _remember(target, [(parameter, constraint, name)])
-    if again:
-        marked_otherwise([parameter])
     return parameter
 
 
@@ -67,12 +64,11 @@ def unmark(target: M) -> M:
     {}
     """
     if isinstance(target, nn.Module):
-        unmark_module(target)
-    elif not isinstance(target, Tensor):
-        raise TypeError(f"unmark: needs a parameter or a module, got {type(target).__name__}.")
+        forget_module(target)
+    elif isinstance(target, Tensor):
+        forget([target])
     else:
-        free(target)
-        marked_otherwise([target])
+        raise TypeError(f"unmark: needs a parameter or a module, got {type(target).__name__}.")
     return target
 
 
@@ -94,7 +90,8 @@ def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) 
     for parameter, constraint, _ in found:
         for key in names[id(parameter)]:
             path, _, leaf = key.rpartition(".")
-            record(module.get_submodule(path), leaf, constraint)
+            label = key if path else f"{type(module).__name__}.{leaf}"
+            record(module.get_submodule(path), leaf, constraint, label)
 
 
 def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:
@@ -186,4 +183,7 @@ def _mark_all(function: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> N
             raise ValueError(f"{function}: {label}: {refusal}") from None
     for (parameter, constraint, _), found in zip(marks, projected, strict=True):
         put_back_(parameter, found)
+        again = was_unmarked(parameter)
         attach(parameter, constraint)
+        if again:
+            remark(parameter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import kept_by
 from .moments import check_owner, check_shapes
 from .options import (
+    OPTIONS,
     check_finite,
     check_gradients,
     check_marked,
@@ -26,9 +26,7 @@ from .options import (
 )
 from .precision import MASTER, working_dtype
 from .retractions import RETRACTIONS
-from .survival import records_of
-
-_REBUILD = "Mark it again and build the optimizer anew."
+from .survival import has_remembered, records_of
 
 
 def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
@@ -41,7 +39,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
 
     Args:
         model: the module that is trained, or a wrapper of it.
-        opt: its optimizer, of this package or not, or a wrapper of it; or all optimizers that train the model.
+        opt: its optimizer, of this package or not, or a wrapper of it; or a collection of all that train the model.
 
     Returns:
         One sentence per problem, which names the parameter and the remedy.
@@ -59,16 +57,15 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     >>> layer.weight = torch.nn.Parameter(torch.zeros(4, 4))
     >>> for problem in check(layer, opt):
     ...     print(problem)
-    weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place. Mark it again and build the optimizer anew.
+    weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place, or a conversion has dropped the mark. Mark it again and build the optimizer anew.
     the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Mark what has taken its place, and build the optimizer anew.
     """  # noqa: E501
-    opts = [_unwrapped(one) for one in (opt if isinstance(opt, (list, tuple, set)) else [opt])]
-    for one in opts:
-        if not isinstance(model, nn.Module) or not hasattr(one, "param_groups"):
-            raise TypeError(
-                f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
-                f"{type(one).__name__}."
-            )
+    opts = _optimizers_in(opt)
+    if not isinstance(model, nn.Module) or not opts:
+        raise TypeError(
+            f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
+            f"{type(opt).__name__}."
+        )
     ours = [one for one in opts if hasattr(one, "_plans")]
     owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
     refusals = _refusals(ours)
@@ -76,16 +73,17 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     lost = dict(_lost(model, opts))
     problems = [*(f"{name} {what}" for name, what in lost.items()), *refusals.get(None, ())]
     for name, p in named.items():
-        refused = refusals.get(id(p), [])
-        constraint = constraint_of(p)
+        refused, constraint = refusals.get(id(p), []), constraint_of(p)
         if name in lost:
             continue
         if constraint is None:
             problems.extend(f"{name}: {reason}" for reason in refused)
-        else:
+        elif refused:
             problems.extend(f"{name} cannot be kept {_adjective(constraint)}: {reason}" for reason in refused)
-            problems.extend(_unwell(name, p, owners.get(id(p)), refused=bool(refused)))
-    problems.extend(_sharing(named))
+        else:
+            problems.extend(_unwell(name, p, owners.get(id(p))))
+        problems.extend(_unwell_state(name, p, owners.get(id(p))))
+    problems.extend(_sharing(named, owners))
     present = {id(p) for p in named.values()}
     for one in opts:
         for p in (p for group in one.param_groups for p in group["params"]):
@@ -94,21 +92,33 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
                     f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's. "
                     "Mark what has taken its place, and build the optimizer anew."
                 )
-    if ours and not problems and not any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()):
+    known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_remembered(model)
+    if ours and not problems and not known:
         problems.append("nothing in the model is marked: mark_recurrent(model), or mark_orthogonal(module, name).")
     return problems
 
 
-def _unwrapped(opt: Any) -> Any:
-    """The optimizer of this package that is somewhere in a wrapper, or in what that wraps; else the innermost."""
-    seen: set[int] = set()
-    while not hasattr(opt, "_plans") and id(opt) not in seen:
-        seen.add(id(opt))
-        # ZeroRedundancyOptimizer; Accelerate, Lightning, Lookahead; others, like SAM, in whatever attribute.
-        held = [getattr(opt, "optim", None), getattr(opt, "optimizer", None), *getattr(opt, "__dict__", {}).values()]
-        inner = [value for value in held if hasattr(value, "param_groups") and value is not opt]
-        opt = next((value for value in inner if hasattr(value, "_plans")), inner[0] if inner else opt)
-    return opt
+def _optimizers_in(opt: Any, seen: frozenset[int] = frozenset()) -> list[Any]:
+    """The optimizers in an optimizer, in a wrapper of one or several, or in a collection of such; empty if none is.
+
+    An optimizer of this package or of torch.optim is one. Anything else with parameter groups may be a wrapper, as SAM
+    and ZeroRedundancyOptimizer are, which has the optimizer in one of its attributes; if it has none, it is one itself.
+    """
+    if isinstance(opt, (nn.Module, Tensor, str)) or id(opt) in seen:
+        return []
+    seen |= {id(opt)}
+    known = hasattr(opt, "param_groups")
+    if known and (hasattr(opt, "_plans") or type(opt).__module__.startswith("torch.optim.")):
+        return [opt]
+    if known:
+        # Of Accelerate's and Lightning's, which are properties, and of ZeroRedundancyOptimizer.
+        shown = [getattr(opt, "optimizer", None), getattr(opt, "optim", None)]
+        held: Iterable[Any] = [*shown, *getattr(opt, "__dict__", {}).values()]
+        held = [x for x in held if hasattr(x, "param_groups") or (isinstance(x, (list, tuple, dict)) and len(x) < 1000)]
+    else:
+        held = opt.values() if isinstance(opt, Mapping) else opt if isinstance(opt, Iterable) else ()
+    inner = {id(one): one for x in held for one in _optimizers_in(x, seen)}
+    return list(inner.values()) or ([opt] if known else [])
 
 
 def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
@@ -117,12 +127,14 @@ def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
     flat = {  # what is in a flat parameter of FSDP1
         (id(info.module), info.param_name)
         for p in (*model.parameters(), *moved)
-        for info in getattr(p, "_param_infos", ())
+        for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ()))
     }
     for path, module in model.named_modules():
         for leaf, constraint in records_of(module).items():
             now = module._parameters.get(leaf)
             name = f"{path}.{leaf}" if path else leaf
+            if now is not None and was_unmarked(now):
+                continue
             if (id(module), leaf) in flat or (now is not None and is_sharded(now)):
                 yield name, sharded_problem(now, constraint)
             elif now is None or constraint_of(now) != constraint:
@@ -132,7 +144,10 @@ def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
 def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:
     """How a marked parameter has been lost and what to do, as the end of a sentence that begins with its name."""
     if module._parameters.get(leaf) is not None:
-        return f"has lost its constraint {constraint}: another parameter has taken its place. {_REBUILD}"
+        return (
+            f"has lost its constraint {constraint}: another parameter has taken its place, or a conversion has dropped "
+            "the mark. Mark it again and build the optimizer anew."
+        )
     if is_parametrized(module, leaf):
         return (
             f"was marked as {constraint} and is parametrized since: it is computed from other tensors, and only those "
@@ -166,7 +181,11 @@ def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
 
     for opt in ours:
         name = type(opt).__name__
-        for group in opt.param_groups:
+        for k, group in enumerate(opt.param_groups):
+            lacking = [key for key in OPTIONS if key in opt.defaults and key not in group]
+            if lacking:
+                found.setdefault(None, []).append(f"group {k} of the optimizer lacks {', '.join(lacking)}.")
+                continue
             remember_marks(opt, group["params"])
             marked = [p for p in group["params"] if constraint_of(p) is not None]
             if marked:
@@ -180,7 +199,7 @@ def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
 
 
 def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
-    """Raise what the next step would, of one marked parameter."""
+    """Raise what the next step would of one marked parameter, its value aside."""
     name, constraint = type(opt).__name__, constraint_of(p)
     assert constraint is not None
     check_marked(name, p, group)
@@ -189,11 +208,10 @@ def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
         check_gradients(name, group, [p], [p.grad])
         if group["on_fault"] == "raise" and not p.is_meta:
             check_finite(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
-    off_manifold(p, constraint)
 
 
-def _unwell(name: str, p: Tensor, opt: Any, *, refused: bool) -> Iterator[str]:
-    """What is wrong with a marked parameter though the next step takes it. ``opt`` is the optimizer that moves it."""
+def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    """What is wrong with a marked parameter or its value, if its step is not refused. ``opt`` moves it, or None."""
     constraint = constraint_of(p)
     assert constraint is not None
     adjective = _adjective(constraint)
@@ -205,20 +223,21 @@ def _unwell(name: str, p: Tensor, opt: Any, *, refused: bool) -> Iterator[str]:
             yield _not_kept(name, adjective, opt)
         return
     try:
-        off = not refused and _is_exact(constraint, p, opt) and bool(off_manifold(p, constraint))
-    except ValueError as refusal:  # of one that no optimizer moves; else that has been said
+        off = bool(off_manifold(p, constraint))
+    except ValueError as refusal:
         yield f"{name} cannot be kept {adjective}: {refusal}"
         return
-    if off:
+    if off and _is_exact(constraint, p, opt):
         yield (
             f"{name} is not {adjective} to rounding: project_(model) puts it back"
             f"{', and so does the next step' if opt is not None else ''}."
         )
-    if opt is not None and not p.is_meta:
-        yield from _unwell_state(name, p, opt)
 
 
 def _unwell_state(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    """What is wrong with the state of a marked parameter in an optimizer of this package."""
+    if constraint_of(p) is None or p.is_meta or not hasattr(opt, "_plans"):
+        return
     dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number per block is real
     for key in (*opt._state_keys, MASTER):
         value = opt.state.get(p, {}).get(key)
@@ -245,18 +264,17 @@ def _not_kept(name: str, adjective: str, opt: Any) -> str:
     )
 
 
-def _sharing(named: Mapping[str, Tensor]) -> Iterator[str]:
-    """Marked parameters whose memory another parameter has too, so that two are stepped where there is one."""
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.nbytes, name)
-        for name, p in {id(p): (name, p) for name, p in named.items() if type(p) is nn.Parameter}.values()
-        if p.layout is torch.strided and p.numel() and not p.is_meta and not is_sharded(p)
-    )
-    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
-        marked = [name for name in (one, other) if constraint_of(named[name]) is not None]
-        if start < end and marked:
+def _sharing(named: Mapping[str, Tensor], owners: dict[int, Any]) -> Iterator[str]:
+    """Marked parameters that begin where another one does, so that two are stepped where there is one."""
+    first: dict[int, str] = {}
+    for name, p in {id(p): (name, p) for name, p in named.items() if id(p) in owners}.values():
+        if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_meta or not p.numel():
+            continue
+        other = first.setdefault(p.data_ptr(), name)
+        marked = [n for n in (other, name) if constraint_of(named[n]) is not None]
+        if other != name and marked:
             yield (
-                f"{one} and {other} are two parameters in one memory, and {' and '.join(marked)} marked: each is "
+                f"{other} and {name} are two parameters in one memory, and {' and '.join(marked)} marked: each is "
                 "stepped by itself. Tie the parameter, not its data: other.weight = one.weight."
             )
 
@@ -266,7 +284,7 @@ def _is_exact(constraint: Manifold, p: Tensor, opt: Any) -> bool:
     if opt is None or not isinstance(constraint, Orthogonal):
         return True
     group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
-    return RETRACTIONS[group["retraction"]].exact if group["retraction"] in RETRACTIONS else False
+    return RETRACTIONS[group["retraction"]].exact
 
 
 def _adjective(constraint: Manifold) -> str:

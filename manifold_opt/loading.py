@@ -12,22 +12,36 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .constraint import CONSTRAINED, constraint_of, record_in
-from .moments import convert
+from .constraint import CONSTRAINED, constraint_of
+from .moments import converted
 from .precision import LOW, MASTER
+from .records import record_in
 
 
 def state_dict(self: Optimizer) -> dict[str, Any]:
     """Return the state of the optimizer, as in torch.optim, held under the constraints that parameters have now.
 
-    So the state of a parameter that has been unmarked is one of torch.optim.
+    So the state of a parameter that has been unmarked is one of torch.optim. The optimizer's own state stays as it is.
 
     Raises:
         ValueError: the state of a marked parameter has been handed to one that is not marked.
     """
-    for group in self.param_groups:
-        convert(self, group)
-    return Optimizer.state_dict(self)
+    own: dict[Tensor, Any] = {}
+
+    def convert(optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                # A state of torch.optim's waits for the first step, which knows the value that it is for.
+                new = converted(optimizer, group, p) if CONSTRAINED in optimizer.state.get(p, ()) else None
+                if new is not None:
+                    own[p], optimizer.state[p] = optimizer.state[p], new
+
+    hook = self.register_state_dict_pre_hook(convert)  # behind those of others, which may mark
+    try:
+        return Optimizer.state_dict(self)
+    finally:
+        hook.remove()
+        self.state.update(own)
 
 
 def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ left alone.
 
 from __future__ import annotations
 
+import warnings
 from operator import is_, itemgetter
 from typing import Any
 
@@ -18,25 +19,21 @@ from torch.optim.optimizer import Optimizer
 
 from .blocks import Part, can_be_viewed, points_of, put_
 from .buckets import Bucket
-from .constraint import (
-    CONSTRAINED,
-    Record,
-    as_tuples,
-    constraint_of,
-    described,
-    is_record_of,
-    off_manifold,
-    put_back_,
-    recalled,
-    record_as_tensor,
-    record_in,
-    record_of,
-    was_unmarked,
-)
+from .constraint import CONSTRAINED, constraint_of, off_manifold, put_back_, was_unmarked
 from .direction import from_frame, to_frame
 from .manifolds import Manifold, Orthogonal
 from .options import Group, shape_in
 from .precision import LOW, MASTER, FullPrecision, working_dtype
+from .records import (
+    Record,
+    as_tuples,
+    constraint_in,
+    describe,
+    is_record_of,
+    record_as_tensor,
+    record_in,
+    record_of,
+)
 
 
 def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
@@ -57,15 +54,11 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
     _hold_master(optimizer, bucket)
     _hold_count(optimizer, group, bucket)
     bucket.addresses_shown = _addresses(bucket)
+    record = record_of(bucket.constraint)
+    assert record is not None
     for parameter in bucket.parameters:
-        _say_held(optimizer.state[parameter], bucket.constraint)
-
-
-def _say_held(state: dict[str, Any], constraint: Manifold) -> None:
-    """Record in a state under which constraint it is held, unless it says so."""
-    record = record_of(constraint)
-    if record is not None and (CONSTRAINED not in state or record_in(state[CONSTRAINED]) != record):
-        state[CONSTRAINED] = record_as_tensor(record)
+        if CONSTRAINED not in optimizer.state[parameter]:
+            optimizer.state[parameter][CONSTRAINED] = record_as_tensor(record)
 
 
 def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
@@ -144,27 +137,71 @@ def _addresses(bucket: Bucket) -> list[int]:
     return list(map(Tensor.data_ptr, next(iter(bucket.shown.values()), ())))
 
 
-@torch.no_grad()
 def convert(optimizer: Any, group: Group) -> None:
     """Bring the state of a group from the constraints that it is held under to those of today."""
     for parameter in group["params"]:
-        state, constraint = optimizer.state.get(parameter), constraint_of(parameter)
-        if not state:
-            continue
-        check_owner(type(optimizer).__name__, group, parameter, state)
-        tag, new = state.get(CONSTRAINED), record_of(constraint)
-        # A tag that does not say which constraint, as of an earlier version, is taken for that of today.
-        old = None if tag is None else record_in(tag) or new
-        if old == new or (old is not None and is_record_of(old, constraint)):
-            continue
-        check_shapes(optimizer, group, parameter, state, constraint if old is None else recalled(old))
-        if old is not None:
-            _change(state, optimizer._state_keys, parameter, old, from_frame)
-        if new is None:
-            _as_torch_holds_it(state, optimizer._state_keys, parameter)
-            continue
-        _change(state, optimizer._state_keys, parameter, new, to_frame)
-        state[CONSTRAINED] = record_as_tensor(new)  # whether it is to move in this step or not
+        new = converted(optimizer, group, parameter)
+        if new is not None:
+            state = optimizer.state[parameter]
+            state.clear()
+            state.update(new)
+
+
+@torch.no_grad()
+def converted(optimizer: Any, group: Group, parameter: Tensor) -> dict[str, Any] | None:
+    """The state of a parameter as its mark of today asks, in a new dictionary; None if it is so already.
+
+    An entry of an earlier version does not say under which constraint the state is held, and code that resets or
+    averages all tensors of a state may have written to it. Of a marked parameter it is then taken for that of today.
+    """
+    state, constraint = optimizer.state.get(parameter), constraint_of(parameter)
+    if not state:
+        return None
+    check_owner(type(optimizer).__name__, group, parameter, state)
+    new = record_of(constraint)
+    said = record_in(state[CONSTRAINED]) if CONSTRAINED in state else None
+    if CONSTRAINED in state and new is not None and (said is None or is_record_of(said, constraint)):
+        return None if said == new else {**state, CONSTRAINED: record_as_tensor(new)}
+    if CONSTRAINED not in state and new is None:
+        return None
+    state = dict(state)
+    if new is None:
+        _give_to_torch(optimizer, group, parameter, state, said)
+        return state
+    check_shapes(optimizer, group, parameter, state, constraint if said is None else constraint_in(said))
+    if said is not None:
+        _change(state, optimizer._state_keys, parameter, said, from_frame)
+    _change(state, optimizer._state_keys, parameter, new, to_frame)
+    state[CONSTRAINED] = record_as_tensor(new)
+    return state
+
+
+def _give_to_torch(optimizer: Any, group: Group, parameter: Tensor, state: dict[str, Any], said: Record | None) -> None:
+    """Moments of a parameter that is marked no more as torch holds them, in its own dtype.
+
+    They are in the frame of the point that it was. Where it is none any more, nor near one, they start anew.
+    """
+    try:
+        if said is None:
+            raise ValueError("the state does not say under which constraint it was held.")
+        check_shapes(optimizer, group, parameter, state, constraint_in(said))
+        _change(state, optimizer._state_keys, parameter, said, from_frame)
+    except (ValueError, RuntimeError) as reason:
+        warnings.warn(
+            f"{type(optimizer).__name__}: the moments of an unmarked parameter of shape {shape_in(group, parameter)} "
+            f"cannot be converted to those of torch.optim, and start anew: {reason}",
+            stacklevel=2,
+        )
+        for key in optimizer._state_keys:
+            if isinstance(state.pop(key, None), Tensor) and key != "momentum_buffer":
+                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        if "step" in state:
+            state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+    state.pop(MASTER, None)
+    del state[CONSTRAINED]
+    for key in optimizer._state_keys:
+        if isinstance(state.get(key), Tensor) and parameter.dtype in LOW:
+            state[key] = state[key].to(parameter.dtype)
 
 
 def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any]) -> None:
@@ -175,9 +212,9 @@ def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any
     if CONSTRAINED in state and constraint_of(parameter) is None and not was_unmarked(parameter):
         record = record_in(state[CONSTRAINED])
         raise ValueError(
-            f"{name}: a parameter of shape {shape_in(group, parameter)} is not marked, but its state is that of one "
-            f"marked as {'something' if record is None else described(record)}, handed over to it. Mark it so too, "
-            "or del opt.state[param]."
+            f"{name}: a parameter of shape {shape_in(group, parameter)} is not marked, but its state is that of a "
+            f"marked one{'' if record is None else f', {describe(record)}'}, handed over to it. Mark it so too, or del "
+            "opt.state[param]."
         )
 
 
@@ -222,7 +259,7 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
                 raise ValueError(
                     f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
-                    f"{tuple(parameter.shape)}, marked as {described(then)}; here it is "
+                    f"{tuple(parameter.shape)}, marked as {describe(then)}; here it is "
                     f"{'not marked' if now is None else now}. "
                     "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
                 )
@@ -267,7 +304,7 @@ def _change(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, rec
 
     The frame is that of the point that the next step starts from, where a value just loaded is still to be put back.
     """
-    constraint = recalled(record)
+    constraint = constraint_in(record)
     if constraint is None:
         return
     framed = {}
@@ -291,15 +328,6 @@ def _change(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, rec
         for key, moment in framed.items():
             with FullPrecision(w.device.type):
                 put_(part, moment, ..., change(w, key, points_of(part, moment).to(w)))
-
-
-def _as_torch_holds_it(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor) -> None:
-    """Moments of a parameter that is marked no more in its own dtype, and nothing in float32 beside it."""
-    state.pop(MASTER, None)
-    state.pop(CONSTRAINED, None)
-    for key in keys:
-        if isinstance(state.get(key), Tensor) and parameter.dtype in LOW:
-            state[key] = state[key].to(parameter.dtype)
 
 
 def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Manifold) -> Tensor:

@@ -16,7 +16,7 @@ from .direction import ADAM
 from .manifolds import Manifold
 from .precision import working_dtype
 from .retractions import check_retraction
-from .survival import sharded_marks
+from .survival import remembered, sharded_marks
 
 Group = dict[str, Any]
 # Options of this package, which a group of torch.optim does not have.
@@ -45,26 +45,46 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
         param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
+        if hasattr(self, "_plans"):  # or the constructor does it, once for all groups
+            restore_marks(self, _tensors_in(param_group["params"]))
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
-    remember_marks(self, self.param_groups[-1]["params"])
+    if hasattr(self, "_plans"):
+        remember_marks(self, self.param_groups[-1]["params"])
 
 
-def remember_marks(optimizer: Any, parameters: list[Tensor]) -> None:
-    """Remember the marks that parameters have. One that has lost its mark, and was not unmarked, gets it back.
+def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
+    """Mark the parameters that should have a mark and have none, unless they were unmarked, and return them.
 
-    torch.utils.swap_tensors, by which a module may convert or load its parameters, drops what is an attribute.
+    One has had a mark that this optimizer knows of: torch.utils.swap_tensors, by which a module may convert or load its
+    parameters, drops what is an attribute. Or it stands where a module remembers a mark.
     """
-    marks: dict[Tensor, Manifold] = optimizer.__dict__.setdefault("_marks", {})
+    bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
+    places = optimizer._places
+    if bare and places is None:
+        places = remembered()
+        if optimizer._stepping:  # groups are looked at one by one
+            optimizer._places = places
+    restored = []
+    for p in bare:
+        constraint = optimizer._marks.get(p) or (places[id(p)][1] if id(p) in places else None)
+        if constraint is not None:
+            attach(p, constraint)
+            restored.append(p)
+    return restored
+
+
+def remember_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
+    """Remember the marks that parameters have; those that should have one get it, and are returned."""
+    restored = restore_marks(optimizer, parameters)
     for p in parameters:
         constraint = constraint_of(p)
-        if constraint is not None:
-            marks[p] = constraint
-            adopt(p)
-        elif p in marks and not was_unmarked(p):
-            attach(p, marks[p])
+        if constraint is None:
+            optimizer._marks.pop(p, None)
         else:
-            marks.pop(p, None)
+            optimizer._marks[p] = constraint
+            adopt(p)
+    return restored
 
 
 def forget_marks(optimizer: Any) -> None:
@@ -75,11 +95,10 @@ def forget_marks(optimizer: Any) -> None:
 
 def check_group(name: str, group: Group) -> None:
     """Raise a ValueError that names the remedy, unless the options are in range and its members can honour them."""
-    members = group["params"]
-    parameters = [member[1] if isinstance(member, tuple) else member for member in _listed(members)]
-    marked = [p for p in parameters if isinstance(p, Tensor) and constraint_of(p) is not None]
+    parameters = _tensors_in(group["params"])
+    marked = [p for p in parameters if constraint_of(p) is not None]
     check_options(name, group, marked=bool(marked))
-    check_sharded(name, [p for p in parameters if isinstance(p, Tensor)])
+    check_sharded(name, parameters)
     for parameter in marked:
         check_marked(name, parameter, group)
 
@@ -103,8 +122,11 @@ def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
     )
 
 
-def _listed(members: Any) -> Any:
-    return [members] if isinstance(members, Tensor) else members
+def _tensors_in(members: Any) -> list[Tensor]:
+    """The tensors of a group that is to be added, named or not; torch says what is wrong with anything else."""
+    listed = [members] if isinstance(members, Tensor) else members
+    tensors = (member[1] if isinstance(member, tuple) else member for member in listed)
+    return [p for p in tensors if isinstance(p, Tensor)]
 
 
 def check_options(name: str, group: Group, *, marked: bool = True) -> None:
@@ -152,7 +174,8 @@ def check_marked(name: str, parameter: Tensor, group: Group) -> None:
         )
     problem = None if constraint is None else overlap_problem(parameter) or constraint.problem(parameter)
     if problem:
-        raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)} {problem}")
+        problem = f" {problem}".replace(f" has shape {tuple(parameter.shape)}", "", 1)  # once is enough
+        raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)}{problem}")
     if constraint is not None and constraint.rest(parameter.shape):
         _check_rest(name, parameter, group)
 

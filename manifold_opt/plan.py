@@ -26,6 +26,7 @@ from .options import (
 )
 from .retractions import RETRACTIONS
 from .room import Room
+from .survival import remember_optimizer
 from .tally import Tally
 
 SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
@@ -112,14 +113,24 @@ class Before:
 
 def forget_plans(optimizer: Any) -> None:
     """Start without plans and workspaces: the state may be another one now."""
-    optimizer._plans = []
-    optimizer._stale = False
-    remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
-    forget_marks(optimizer)
-    optimizer._room = Room()
-    optimizer._before = None
     if not hasattr(optimizer, "_tally"):
-        optimizer._tally = Tally()
+        optimizer._tally, optimizer._marks = Tally(), {}
+    optimizer._plans, optimizer._room, optimizer._before = [], Room(), None
+    optimizer._stale, optimizer._stepping, optimizer._places = False, False, None
+    remember_optimizer(optimizer)
+    restored = set(remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
+    for group in optimizer.param_groups if restored else ():
+        for p in restored.intersection(group["params"]):
+            check_options(type(optimizer).__name__, group)
+            check_marked(type(optimizer).__name__, p, group)
+    forget_marks(optimizer)
+
+
+def drop_plans(optimizer: Any) -> None:
+    """Let go of the plans of groups that are there no more, and of what was in them."""
+    if len(optimizer._plans) > len(optimizer.param_groups):
+        del optimizer._plans[len(optimizer.param_groups) :]
+        forget_marks(optimizer)
 
 
 def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -> Group:
@@ -131,8 +142,6 @@ def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -
     plans: list[Plan] = optimizer._plans
     groups = optimizer.param_groups
     plans.extend(Plan() for _ in range(len(groups) - len(plans)))
-    optimizer._stale |= len(plans) > len(groups)
-    del plans[len(groups) :]
     position = next(i for i, other in enumerate(groups) if other is group)
     name = type(optimizer).__name__
     plan = plans[position]

@@ -23,7 +23,7 @@ from .buckets import Bucket
 from .constraint import off_manifold
 from .desk import Desk
 from .options import Group, shape_in
-from .plan import SCALED, Before, Plan, Rest, refuse
+from .plan import SCALED, Before, Plan, Rest, drop_plans, refuse
 from .precision import MASTER, FullPrecision, warn_unless_full, without_autocast
 from .products import may_read
 from .retractions import RETRACTIONS
@@ -100,16 +100,19 @@ def _ready(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
 
 def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
     """The same, with everything that can be refused or fail before a step; where it does, nothing has changed."""
-    refuse(optimizer)
-    before = optimizer._before = Before(optimizer)
+    drop_plans(optimizer)
+    optimizer._stepping = True
     try:
-        prepared = _ready(optimizer, lists_of)
-        _restore(optimizer)
-    except BaseException:
-        before.bring_back()
-        raise
+        refuse(optimizer)
+        before = optimizer._before = Before(optimizer)
+        try:
+            prepared = _ready(optimizer, lists_of)
+            _restore(optimizer)
+        except BaseException:
+            before.bring_back()
+            raise
     finally:
-        optimizer._before = None
+        optimizer._before, optimizer._stepping, optimizer._places = None, False, None
     return prepared
 
 

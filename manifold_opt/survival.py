@@ -2,14 +2,15 @@
 
 torch rebuilds a parameter in many places, and attributes of the old one are not always handed on. What this package
 adds to that, once, when it is imported: ``copy.deepcopy`` of a parameter, and its way to another process, keep the
-mark. And a module that was marked by name remembers that, so that the parameter which ``load_state_dict`` leaves there
-is marked too, and :func:`~manifold_opt.check` and the optimizers can tell where a mark has been lost.
+mark. And a module that was marked by name remembers that. The parameter that stands there after ``load_state_dict``, or
+when an optimizer is built, is marked too; :func:`~manifold_opt.check` can tell where a mark has been lost.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -17,91 +18,182 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.serialization import add_safe_globals
 
 from .constraint import attach, constraint_of, free, is_sharded, was_unmarked
-from .manifolds import Manifold
+from .manifolds import MANIFOLDS, Manifold
 
 _RECORD = "_manifold_opt_record"
+_lock = threading.RLock()  # of what follows: modules are copied and marked in several threads
 
 
 class ModuleRecord:
     """Which parameters of a module have been marked by name.
 
-    It holds no tensor, so that a parameter which has been replaced is freed, and is not saved with the module. It is
-    copied and pickled along with the module.
+    It holds the module's own dictionary of parameters, and none beside it, so that a parameter which has been replaced
+    is freed, and is not saved with the module. A copy or a pickle of a module brings the record of that dictionary's
+    copy.
 
     Attributes:
-        constraints: by the names of the module's own parameters; None for one that unmark has freed.
-        module: a weak reference to the module.
+        parameters: the module's own, by name.
+        constraints: by name; None of a parameter that unmark has freed.
+        labels: what a message calls each.
     """
 
-    def __init__(self, module: nn.Module | None, constraints: dict[str, Manifold | None] | None = None) -> None:
-        self.constraints = {} if constraints is None else constraints
-        self.module = None if module is None else weakref.ref(module)
-        _records.add(self)
+    def __init__(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        self.parameters = parameters
+        self.constraints: dict[str, Manifold | None] = {}
+        self.labels: dict[str, str] = {}
+        _register(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleRecord:
-        module = None if self.module is None else self.module()
-        return ModuleRecord(memo.get(id(module)), copy.deepcopy(self.constraints, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The module itself, which is being pickled and so is a reference only.
-        return ModuleRecord, (None if self.module is None else self.module(), self.constraints)
-
-    def parameter(self, name: str) -> Tensor | None:
-        """The parameter that the module has under a name now, None if there is none."""
-        module = None if self.module is None else self.module()
-        return None if module is None else module._parameters.get(name)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register(self)
 
 
 _records: weakref.WeakSet[ModuleRecord] = weakref.WeakSet()  # of all modules that are alive
+_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+# Which records have a parameter, by its id: made when it is asked for, and again when a record has come or changed.
+_places: dict[int, list[tuple[weakref.ref[ModuleRecord], str]]] | None = None
 
 
-def record(module: nn.Module, name: str, constraint: Manifold) -> None:
+def _register(record: ModuleRecord) -> None:
+    global _places
+    with _lock:
+        _records.add(record)
+        _places = None
+
+
+def remember_optimizer(optimizer: Any) -> None:
+    """Let an optimizer be told when a parameter is unmarked: it remembers marks itself."""
+    with _lock:
+        _optimizers.add(optimizer)
+
+
+def record(module: nn.Module, name: str, constraint: Manifold, label: str) -> None:
     """Remember in a module that its own parameter ``name`` has been marked."""
-    if _RECORD not in module.__dict__:
-        module.__dict__[_RECORD] = ModuleRecord(module)
-        module.register_load_state_dict_post_hook(restore)  # type: ignore[no-untyped-call]
-    module.__dict__[_RECORD].constraints[name] = constraint
+    with _lock:
+        if _RECORD not in module.__dict__:
+            module.__dict__[_RECORD] = ModuleRecord(module._parameters)
+            module.register_load_state_dict_post_hook(restore)  # type: ignore[no-untyped-call]
+        known: ModuleRecord = module.__dict__[_RECORD]
+        known.constraints[name], known.labels[name] = constraint, label
+        _register(known)
+
+
+def _record_of(module: nn.Module) -> ModuleRecord | None:
+    known: ModuleRecord | None = module.__dict__.get(_RECORD)
+    if known is not None and known.parameters is not module._parameters:  # handed on by a module made of another
+        known.parameters = module._parameters
+        _register(known)
+    return known
 
 
 def records_of(module: nn.Module) -> dict[str, Manifold]:
     """What a module remembers, by the names of its own parameters."""
-    if _RECORD not in module.__dict__:
+    known = _record_of(module)
+    if known is None:
         return {}
-    return {name: known for name, known in module.__dict__[_RECORD].constraints.items() if known is not None}
+    return {name: constraint for name, constraint in known.constraints.items() if constraint is not None}
+
+
+def has_remembered(model: nn.Module) -> bool:
+    """Whether a parameter of a model has been marked by name once, whatever has become of it."""
+    return any(_RECORD in module.__dict__ for module in model.modules())
 
 
 def restore(module: nn.Module, *_: Any) -> None:
-    """Mark parameters that have been marked and have lost it, or that have taken the place of marked ones.
+    """Mark the parameters that a module remembers, where others have taken their place or a load has dropped the mark.
 
     One that unmark has freed stays free. A shard cannot be marked.
     """
-    for name, constraint in records_of(module).items():
+    known = _record_of(module)
+    if known is None:
+        return
+    for name, constraint in known.constraints.items():
         now = module._parameters.get(name)
-        if now is not None and constraint_of(now) is None and not was_unmarked(now) and not is_sharded(now):
+        if now is None or constraint_of(now) is not None or was_unmarked(now) or is_sharded(now):
+            continue
+        if constraint is None:
+            free(now)
+        else:
             attach(now, constraint)
+    _register(known)
 
 
-def marked_otherwise(parameters: Iterable[Tensor]) -> None:
-    """Let the modules that remember these parameters remember them as they are marked now; None where they are free."""
-    changed = {id(p): constraint_of(p) for p in parameters}
-    for known in list(_records):
+def remembered() -> dict[int, tuple[str, Manifold]]:
+    """Parameters that stand where a module remembers a mark: by their ids a name and the constraint."""
+    with _lock:
+        return {
+            id(p): (known.labels[name], constraint)
+            for known in _records
+            for name, constraint in known.constraints.items()
+            if constraint is not None and (p := known.parameters.get(name)) is not None
+        }
+
+
+def forget(parameters: Iterable[Tensor]) -> None:
+    """Let no module and no optimizer miss the mark of parameters, and tag each that has or had one as freed."""
+    for p in parameters:
+        marked = constraint_of(p) is not None
+        known = _set_in_records(p, None, look_again=marked)
+        with _lock:
+            for optimizer in _optimizers:
+                known |= optimizer._marks.pop(p, None) is not None
+        if marked or known:
+            free(p)
+
+
+def remark(parameter: Tensor) -> None:
+    """Let the modules that remember a parameter remember it as it is marked now."""
+    _set_in_records(parameter, constraint_of(parameter), look_again=True)
+
+
+def _set_in_records(parameter: Tensor, constraint: Manifold | None, *, look_again: bool) -> bool:
+    """Write a constraint to every record that has the parameter; whether there is one.
+
+    Where they are is known from the last time that somebody asked. A parameter that has come to its place since, which
+    torch tells nobody, is looked for again.
+    """
+    global _places
+    with _lock:
+        look_again &= _places is not None
+        if _places is None:
+            _places = _find_places()
+        found = _write(_places, parameter, constraint)
+        if not found and look_again:
+            _places = _find_places()
+            found = _write(_places, parameter, constraint)
+        return found
+
+
+def _find_places() -> dict[int, list[tuple[weakref.ref[ModuleRecord], str]]]:
+    places: dict[int, list[tuple[weakref.ref[ModuleRecord], str]]] = {}
+    for known in _records:
         for name in known.constraints:
-            now = known.parameter(name)
-            if now is not None and id(now) in changed:
-                known.constraints[name] = changed[id(now)]
+            p = known.parameters.get(name)
+            if p is not None:
+                places.setdefault(id(p), []).append((weakref.ref(known), name))
+    return places
 
 
-def unmark_module(module: nn.Module) -> None:
-    """Free every parameter of a module, and let it and its submodules miss none."""
-    for parameter in module.parameters():
-        free(parameter)
+def _write(places: dict[int, Any], parameter: Tensor, constraint: Manifold | None) -> bool:
+    found = False
+    for reference, name in places.get(id(parameter), ()):
+        known = reference()
+        if known is not None and known.parameters.get(name) is parameter:
+            known.constraints[name] = constraint
+            found = True
+    return found
+
+
+def forget_module(module: nn.Module) -> None:
+    """The same of every parameter of a module, and of what it and its submodules remember and have no more."""
+    forget(module.parameters())
     for child in module.modules():
-        known = child.__dict__.get(_RECORD)
+        known = _record_of(child)
         if known is not None:
             known.constraints = dict.fromkeys(known.constraints)
-    marked_otherwise(module.parameters())
 
 
 def sharded_marks(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, Manifold]]:
@@ -109,20 +201,17 @@ def sharded_marks(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, M
 
     FSDP2, tensor parallel and replicate put a DTensor there; FSDP1 has one flat parameter, which says of what.
     """
-    shards = {id(p): p for p in parameters if is_sharded(p)}
+    shards = [p for p in parameters if is_sharded(p)]
     if not shards:
         return
-    for known in list(_records):
-        for name, constraint in known.constraints.items():
-            now = known.parameter(name)
-            if constraint is not None and now is not None and id(now) in shards:
-                assert known.module is not None
-                yield now, f"{type(known.module()).__name__}.{name}", constraint
-    for p in shards.values():
-        for info in getattr(p, "_param_infos", ()):
+    places = remembered()
+    for p in shards:
+        if id(p) in places:
+            yield p, *places[id(p)]
+        for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ())):
             constraint = records_of(info.module).get(info.param_name)
             if constraint is not None:
-                yield p, f"{type(info.module).__name__}.{info.param_name}", constraint
+                yield p, info.module.__dict__[_RECORD].labels[info.param_name], constraint
 
 
 _deepcopy = nn.Parameter.__deepcopy__
@@ -140,17 +229,21 @@ def _deepcopy_with_mark(self: nn.Parameter, memo: dict[int, Any]) -> nn.Paramete
 
 
 def _reduce_with_mark(parameter: nn.Parameter) -> Any:
-    constraint = constraint_of(parameter)
-    if constraint is None:
+    constraint, unmarked = constraint_of(parameter), was_unmarked(parameter)
+    if constraint is None and not unmarked:
         return reduce_tensor(parameter)  # type: ignore[no-untyped-call]
     return _rebuild_with_mark, (constraint, *reduce_tensor(parameter))  # type: ignore[no-untyped-call]
 
 
-def _rebuild_with_mark(constraint: Manifold, rebuild: Any, arguments: Any) -> Tensor:
+def _rebuild_with_mark(constraint: Manifold | None, rebuild: Any, arguments: Any) -> Tensor:
     parameter: Tensor = rebuild(*arguments)
-    attach(parameter, constraint)
+    if constraint is None:
+        free(parameter)
+    else:
+        attach(parameter, constraint)
     return parameter
 
 
 nn.Parameter.__deepcopy__ = _deepcopy_with_mark  # type: ignore[method-assign, assignment]
 ForkingPickler.register(nn.Parameter, _reduce_with_mark)
+add_safe_globals(list(MANIFOLDS.values()))  # of parameters that were saved with the constraint itself as their mark

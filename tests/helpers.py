@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, stiefel
-from manifold_opt.constraint import CONSTRAINED, record_in
+from manifold_opt.constraint import CONSTRAINED
+from manifold_opt.records import record_in
 
 EXACT = [name for name, scheme in RETRACTIONS.items() if scheme.exact]
 SQUARE = [(1, 1), (2, 2), (5, 5), (16, 16)]

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from manifold_opt import SGD, Adam, check, mark_orthogonal, mark_recurrent, mark_unit_norm, orthogonality_error
-from manifold_opt.constraint import record_in
+from manifold_opt.records import record_in
 
 from .helpers import gaussian, held_under
 
@@ -228,13 +228,40 @@ def test_a_tag_that_does_not_say_which_is_taken_for_that_of_today():
     assert_goes_on(net, opt, other, resumed)
 
 
-def test_a_record_that_has_been_written_to_is_said_to_be_so():
-    net, opt = build()
+def reset(state):
+    for entries in state.values():
+        for value in entries.values():
+            value.zero_()
+
+
+def replaced_by_zeros(state):
+    for entries in state.values():
+        for key in entries:
+            entries[key] = torch.zeros_like(entries[key])
+
+
+def averaged(state):
+    for entries in state.values():
+        for key, value in entries.items():
+            entries[key] = (value + value + value) / 3
+
+
+@pytest.mark.parametrize("way", [reset, replaced_by_zeros, averaged])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_recipe_for_all_tensors_of_a_state_spoils_nothing(rule, way):
+    """The record has been written to as well: it is taken for that of today's mark."""
+    net, opt = build(rule)
     run(net, opt)
-    entries = opt.state[net[0].weight]
-    entries["constrained"] = torch.cat([entries["constrained"], torch.zeros(3, dtype=torch.uint8)])
-    with pytest.raises(ValueError, match="is no record of a constraint: something has written to it"):
-        opt.state_dict()
+    way(opt.state)
+    other, resumed = build(rule)
+    other.load_state_dict(copy.deepcopy(net.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert_goes_on(net, opt, other, resumed)
+    assert [held_under(resumed, p) for p in other.parameters() if "constrained" in resumed.state[p]] == [
+        ("orthogonal", 1, 0, 1.0, None, True),
+        ("orthogonal", 3, 0, 1.0, None, True),
+        ("unit_norm", 0, None),
+    ]
 
 
 def test_no_two_entries_of_a_state_share_memory():

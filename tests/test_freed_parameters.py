@@ -193,7 +193,7 @@ def test_a_copy_of_a_module_remembers_for_itself():
     other = copy.deepcopy(layer)
     for module in (layer, other):
         module.weight = nn.Parameter(torch.eye(4))
-        assert "weight has lost its constraint" in check(module, Adam(module.parameters()))[0]
+        assert "weight has lost its constraint" in check(module, torch.optim.Adam(module.parameters()))[0]
 
 
 def test_swapping_tensors_still_works():

@@ -73,7 +73,7 @@ def test_its_checkpoint_goes_on_bit_for_bit_and_no_other_does():
         step(other, seed)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
     twin.points.manifold = geoopt.PoincareBall(c=2.0)
-    with pytest.raises(ValueError, match=r"marked as geoopt\('PoincareBall\(.*\)',\); here it is Geoopt\(Poincare"):
+    with pytest.raises(ValueError, match=r"marked as geoopt\(PoincareBall\(.*\)\); here it is Geoopt\(Poincare"):
         Adam(twin.parameters()).load_state_dict(opt.state_dict())
 
 

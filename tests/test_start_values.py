@@ -33,6 +33,17 @@ INITIALIZERS = {
     "sparse_": lambda w: nn.init.sparse_(w, sparsity=0.5),
     "dirac_": nn.init.dirac_,
 }
+# Draws of a condition above 1 / (128 eps) of float32, of which there is one in a hundred: seeds that find one.
+ILL_CONDITIONED = {
+    "uniform_": 22,
+    "normal_": 306,
+    "trunc_normal_": 224,
+    "xavier_uniform_": 40,
+    "xavier_normal_": 306,
+    "kaiming_uniform_": 40,
+    "kaiming_normal_": 306,
+    "sparse_": 291,
+}
 WITHOUT_RANK = {
     "zeros_": nn.init.zeros_,
     "ones_": nn.init.ones_,
@@ -60,9 +71,12 @@ def assert_nearest(w, x):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_what_an_initializer_of_torch_draws_can_be_marked(name, dtype):
+    torch.manual_seed(ILL_CONDITIONED.get(name, 0))
     shape = (128, 128, 3) if name == "dirac_" else (128, 128)
     weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
     INITIALIZERS[name](weight)
+    if name in ILL_CONDITIONED:
+        assert torch.linalg.cond(weight.detach().double()) > 1 / (128 * torch.finfo(torch.float32).eps)
     weight.data = weight.data.to(dtype)
     before = weight.detach().clone()
     mark_orthogonal(weight)
@@ -83,11 +97,10 @@ def test_what_has_no_rank_is_not_completed_by_chance(name, dtype):
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("n", [256, 768])
+@pytest.mark.parametrize(("n", "seed"), [(256, 0), (256, 34), (256, 88), (768, 2), (768, 38)])
 @pytest.mark.parametrize("layer", ["recurrent", "linear", "attention"])
 def test_what_layers_start_with_can_be_marked(layer, n, seed):
-    """Uniform of nn.LSTM, Kaiming's of nn.Linear, Xavier's of nn.MultiheadAttention."""
+    """Uniform of nn.LSTM, Kaiming's of nn.Linear, Xavier's of nn.MultiheadAttention; ill-conditioned but for seed 0."""
     torch.manual_seed(seed)
     w = torch.empty(3 * n if layer == "attention" else n, n)
     if layer == "attention":
