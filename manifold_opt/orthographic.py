@@ -112,6 +112,7 @@ def _turn_(omega: Tensor, bent: Bend) -> Tensor:
     row = ((size.log2() * _OCTAVE).ceil() - _FIRST).nan_to_num_(nan=0.0).clamp_(0, len(coefficients) - 1).long()
     chosen = coefficients[row]
     degree = int((chosen != 0).any(0).nonzero().max())
+    degree += degree > 1 and degree % 2  # the last coefficient of an even degree may have been rounded to zero
     return _add_polynomial_(omega, bend, [c[:, None, None] for c in chosen.unbind(-1)], degree)
 
 
