@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraint import constraint_of, off_manifold, put_back_
+from .survival import restore
 
 AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 
@@ -38,6 +39,8 @@ def project_(model: nn.Module) -> nn.Module:
     True
     """
     found = []
+    for module in model.modules():
+        restore(module)
     for name, p in model.named_parameters():
         constraint = constraint_of(p)
         if constraint is not None:
@@ -86,7 +89,7 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
             return averaged + (current - averaged) * share
         mean = averaged.lerp(current, share)
         # AveragedModel hands over detached tensors, on which no mark is to be seen: by the memory they share.
-        marks = {p.data_ptr(): constraint_of(p) for p in (*model.parameters(), *model.buffers())}
+        marks = {p.data_ptr(): constraint_of(p) for p in (*model.buffers(), *model.parameters())}
         if current.data_ptr() not in marks:
             raise ValueError(
                 "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "

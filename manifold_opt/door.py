@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .blocks import overlap_problem
 from .constraint import DTYPES, attach, constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
@@ -41,7 +41,7 @@ def mark_found(function: str, module: nn.Module, found: Sequence[tuple[nn.Parame
 M = TypeVar("M", Tensor, nn.Module)
 
 
-def unmark(target: M) -> M:
+def unmark(target: M, name: str | None = None) -> M:
     """Take the constraint off a parameter, or off all parameters of a module; values stay.
 
     A geoopt.ManifoldParameter gets the Euclidean manifold. The moments that an optimizer has are converted to those of
@@ -49,12 +49,14 @@ def unmark(target: M) -> M:
 
     Args:
         target: any tensor, or a module.
+        name: of the one parameter of a module to be unmarked, dots allowed. All of them unless given.
 
     Returns:
         The same object, which trains as torch would train it.
 
     Raises:
         TypeError: neither a tensor nor a module.
+        ValueError: a module has no parameter of that name, or a tensor is given a name.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_recurrent, unmark
@@ -63,12 +65,16 @@ def unmark(target: M) -> M:
     >>> constraint_of(unmark(rnn))
     {}
     """
-    if isinstance(target, nn.Module):
-        forget_module(target)
-    elif isinstance(target, Tensor):
-        forget([target])
-    else:
+    if not isinstance(target, (nn.Module, Tensor)):
         raise TypeError(f"unmark: needs a parameter or a module, got {type(target).__name__}.")
+    if isinstance(target, nn.Module) and name is not None:
+        forget([named_parameter("unmark", target, name)])
+    elif name is not None:
+        raise ValueError("unmark: a tensor takes no name; give unmark(param).")
+    elif isinstance(target, nn.Module):
+        forget_module(target)
+    else:
+        forget([target])
     return target
 
 
@@ -91,7 +97,9 @@ def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) 
         for key in names[id(parameter)]:
             path, _, leaf = key.rpartition(".")
             label = key if path else f"{type(module).__name__}.{leaf}"
-            record(module.get_submodule(path), leaf, constraint, label)
+            owner = module.get_submodule(path)
+            if owner._parameters.get(leaf) is parameter:  # and not an attribute that the module hands on
+                record(owner, leaf, constraint, label)
 
 
 def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:
@@ -106,11 +114,16 @@ def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter
         owner = module.get_submodule(path)
     except AttributeError:
         owner = None
-    if owner is not None and ("parametrizations" in path.split(".") or is_parametrized(owner, leaf)):
+    if owner is not None and (isinstance(owner, ParametrizationList) or is_parametrized(owner, leaf)):
         raise ValueError(
             f"{function}: {name} of {kind} is parametrized, so the weight is computed anew at every use and not "
             "trained itself. First call torch.nn.utils.parametrize.remove_parametrizations(module, name), which "
             "keeps its value, then mark it."
+        )
+    if owner is not None and f"{leaf}_mask" in owner._buffers and f"{leaf}_orig" in owner._parameters:
+        raise ValueError(
+            f"{function}: {name} of {kind} is pruned, so it is computed at every use from {leaf}_orig and its mask. "
+            f"First call torch.nn.utils.prune.remove(module, {leaf!r}). Marking fills the zeros again."
         )
     value = getattr(owner, leaf, None)
     if not isinstance(value, nn.Parameter):
@@ -144,7 +157,8 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
         return (
             "is not a leaf: it is computed from other tensors, like the weight of a parametrized module, and an "
             "optimizer cannot move it. Remove the parametrization first (torch.nn.utils.parametrize."
-            "remove_parametrizations keeps the value; torch.nn.utils.remove_weight_norm for old hooks)."
+            "remove_parametrizations keeps the value; torch.nn.utils.remove_weight_norm for old hooks, and "
+            "torch.nn.utils.prune.remove for a pruned weight)."
         )
     if not isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
         return (
@@ -155,8 +169,8 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
         return f"is sparse ({parameter.layout}); only dense parameters can be marked. Use .to_dense()."
     if parameter.dtype not in DTYPES:
         return (
-            f"has dtype {parameter.dtype}; only these can be marked: float32, float64, bfloat16, "
-            "float16, complex64, complex128."
+            f"has dtype {parameter.dtype}; only these can be marked: float32, float64, bfloat16, float16, complex64, "
+            "complex128. Replace it: module.weight = nn.Parameter(module.weight.float())."
         )
     if parameter.is_complex() and not constraint.complex:
         return f"has dtype {parameter.dtype}; {type(constraint).__name__} is for real parameters."

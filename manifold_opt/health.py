@@ -15,7 +15,6 @@ from .manifolds import Manifold, Orthogonal
 from .manifolds.geoopt import kept_by
 from .moments import check_owner, check_shapes
 from .options import (
-    OPTIONS,
     check_finite,
     check_gradients,
     check_marked,
@@ -27,6 +26,8 @@ from .options import (
 from .precision import MASTER, working_dtype
 from .retractions import RETRACTIONS
 from .survival import has_remembered, records_of
+
+_MANY = 1000  # entries of a list beyond which it is not looked through for optimizers
 
 
 def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
@@ -57,8 +58,8 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     >>> layer.weight = torch.nn.Parameter(torch.zeros(4, 4))
     >>> for problem in check(layer, opt):
     ...     print(problem)
-    weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place, or a conversion has dropped the mark. Mark it again and build the optimizer anew.
-    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Mark what has taken its place, and build the optimizer anew.
+    weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place, or a conversion has dropped the mark. Build the optimizer anew: it marks the parameter again.
+    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place first.
     """  # noqa: E501
     opts = _optimizers_in(opt)
     if not isinstance(model, nn.Module) or not opts:
@@ -82,6 +83,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
             problems.extend(f"{name} cannot be kept {_adjective(constraint)}: {reason}" for reason in refused)
         else:
             problems.extend(_unwell(name, p, owners.get(id(p))))
+            problems.extend(_pruned(model, name, lost))
         problems.extend(_unwell_state(name, p, owners.get(id(p))))
     problems.extend(_sharing(named, owners))
     present = {id(p) for p in named.values()}
@@ -90,7 +92,8 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
             if id(p) not in present and constraint_of(p) is not None:
                 problems.append(
                     f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's. "
-                    "Mark what has taken its place, and build the optimizer anew."
+                    "Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place "
+                    "first."
                 )
     known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_remembered(model)
     if ours and not problems and not known:
@@ -98,27 +101,42 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     return problems
 
 
-def _optimizers_in(opt: Any, seen: frozenset[int] = frozenset()) -> list[Any]:
+def _optimizers_in(opt: Any) -> list[Any]:
     """The optimizers in an optimizer, in a wrapper of one or several, or in a collection of such; empty if none is.
 
     An optimizer of this package or of torch.optim is one. Anything else with parameter groups may be a wrapper, as SAM
     and ZeroRedundancyOptimizer are, which has the optimizer in one of its attributes; if it has none, it is one itself.
     """
-    if isinstance(opt, (nn.Module, Tensor, str)) or id(opt) in seen:
-        return []
-    seen |= {id(opt)}
-    known = hasattr(opt, "param_groups")
-    if known and (hasattr(opt, "_plans") or type(opt).__module__.startswith("torch.optim.")):
-        return [opt]
-    if known:
-        # Of Accelerate's and Lightning's, which are properties, and of ZeroRedundancyOptimizer.
-        shown = [getattr(opt, "optimizer", None), getattr(opt, "optim", None)]
-        held: Iterable[Any] = [*shown, *getattr(opt, "__dict__", {}).values()]
-        held = [x for x in held if hasattr(x, "param_groups") or (isinstance(x, (list, tuple, dict)) and len(x) < 1000)]
-    else:
-        held = opt.values() if isinstance(opt, Mapping) else opt if isinstance(opt, Iterable) else ()
-    inner = {id(one): one for x in held for one in _optimizers_in(x, seen)}
-    return list(inner.values()) or ([opt] if known else [])
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+
+    def visit(x: Any) -> bool:
+        """Collect the optimizers in ``x``, and return whether there are any."""
+        if isinstance(x, (nn.Module, Tensor, str, bytes)):
+            return False
+        if id(x) in seen:
+            return hasattr(x, "param_groups")
+        seen[id(x)] = x
+        if not hasattr(x, "param_groups"):
+            # No other iterable: it may be consumed by looking, or have no end.
+            some = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+            visited = [visit(y) for y in some] if len(some) < _MANY else []
+            return any(visited)
+        known = hasattr(x, "_plans") or type(x).__module__.startswith("torch.optim.")
+        # Properties of Accelerate's and Lightning's wrappers, and of ZeroRedundancyOptimizer.
+        inner = [getattr(x, "optimizer", None), getattr(x, "optim", None)]
+        own = [y for key, y in getattr(x, "__dict__", {}).items() if key not in ("param_groups", "state")]
+        visited = [] if known else [visit(y) for y in (*inner, *own)]
+        if not any(visited):
+            found[id(x)] = x
+        return True
+
+    if isinstance(opt, Mapping):
+        opt = list(opt.values())
+    elif isinstance(opt, Iterable) and not isinstance(opt, (nn.Module, Tensor)) and not hasattr(opt, "param_groups"):
+        opt = list(opt)
+    visit(opt)
+    return list(found.values())
 
 
 def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
@@ -132,6 +150,8 @@ def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
     for path, module in model.named_modules():
         for leaf, constraint in records_of(module).items():
             now = module._parameters.get(leaf)
+            if now is None:  # prune.remove gives the parameter its name back
+                now = module._parameters.get(leaf.removesuffix("_orig"))
             name = f"{path}.{leaf}" if path else leaf
             if now is not None and was_unmarked(now):
                 continue
@@ -146,7 +166,7 @@ def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:
     if module._parameters.get(leaf) is not None:
         return (
             f"has lost its constraint {constraint}: another parameter has taken its place, or a conversion has dropped "
-            "the mark. Mark it again and build the optimizer anew."
+            "the mark. Build the optimizer anew: it marks the parameter again."
         )
     if is_parametrized(module, leaf):
         return (
@@ -173,20 +193,20 @@ def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
     """
     found: dict[int | None, list[str]] = {}
 
-    def attempt(key: int | None, check_one: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    def attempt(key: int | None, check_one: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
             check_one(*arguments, **options)
-        except (ValueError, RuntimeError, ArithmeticError) as refusal:
+        except (ValueError, RuntimeError, ArithmeticError, TypeError) as refusal:
             found.setdefault(key, []).append(str(refusal).removeprefix(f"{name}: "))
 
     for opt in ours:
         name = type(opt).__name__
+        attempt(None, remember_marks, opt, [p for group in opt.param_groups for p in group["params"]])
         for k, group in enumerate(opt.param_groups):
-            lacking = [key for key in OPTIONS if key in opt.defaults and key not in group]
+            lacking = [key for key in opt.defaults if key not in group]
             if lacking:
                 found.setdefault(None, []).append(f"group {k} of the optimizer lacks {', '.join(lacking)}.")
                 continue
-            remember_marks(opt, group["params"])
             marked = [p for p in group["params"] if constraint_of(p) is not None]
             if marked:
                 attempt(None, check_options, name, group)
@@ -216,8 +236,7 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
     assert constraint is not None
     adjective = _adjective(constraint)
     if opt is None and p.requires_grad:
-        yield f"{name} is marked, but not in the optimizer: nothing moves it."
-        return
+        yield f"{name} is marked, but in no optimizer that check was given, so none of them updates it."
     if opt is not None and not hasattr(opt, "_plans"):
         if not kept_by(opt, p):
             yield _not_kept(name, adjective, opt)
@@ -231,6 +250,20 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
         yield (
             f"{name} is not {adjective} to rounding: project_(model) puts it back"
             f"{', and so does the next step' if opt is not None else ''}."
+        )
+
+
+def _pruned(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
+    """What is wrong with a marked parameter of which the layer uses the product with a mask, unless it is said."""
+    path, _, leaf = name.rpartition(".")
+    used = leaf.removesuffix("_orig")
+    if f"{path}.{used}".lstrip(".") in lost or used == leaf:
+        return
+    if f"{used}_mask" in model.get_submodule(path)._buffers:
+        yield (
+            f"{name} is marked, but the layer uses its product with {used}_mask, which is not on the manifold. To keep "
+            f"the zeros, unmark(module, {leaf!r}); to keep the constraint, module.{used}_mask.fill_(1) and "
+            f"torch.nn.utils.prune.remove(module, {used!r})."
         )
 
 

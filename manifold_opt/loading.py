@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from .constraint import CONSTRAINED, constraint_of
 from .moments import converted
+from .options import remember_marks
 from .precision import LOW, MASTER
 from .records import record_in
 
@@ -26,6 +27,7 @@ def state_dict(self: Optimizer) -> dict[str, Any]:
     Raises:
         ValueError: the state of a marked parameter has been handed to one that is not marked.
     """
+    remember_marks(self, _members(self))  # a conversion of the module may have dropped some since the last step
     own: dict[Tensor, Any] = {}
 
     def convert(optimizer: Optimizer) -> None:
@@ -50,6 +52,7 @@ def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
     torch casts every entry to the dtype of its parameter. The moments of a marked parameter in bfloat16 or float16, and
     its master, are float32, whatever they were saved as; the record of its constraint is as it was saved.
     """
+    remember_marks(self, _members(self))
     given: dict[str, Any] = {}
     hooks = (
         self.register_load_state_dict_pre_hook(lambda _, seen: given.update(seen)),
@@ -62,6 +65,10 @@ def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
             hook.remove()
 
 
+def _members(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _as_saved(optimizer: Any, given: dict[str, Any]) -> None:
     ids, parameters = (
         itertools.chain.from_iterable(group["params"] for group in groups)
@@ -70,7 +77,7 @@ def _as_saved(optimizer: Any, given: dict[str, Any]) -> None:
     for key, parameter in zip(ids, parameters, strict=True):
         saved = given["state"].get(key, {})
         if CONSTRAINED in saved and record_in(saved[CONSTRAINED]) is not None:
-            optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.uint8, copy=True)
+            optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.float32, copy=True)
         if constraint_of(parameter) is None or parameter.dtype not in LOW:
             continue
         for name in (*optimizer._state_keys, MASTER):

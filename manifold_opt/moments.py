@@ -233,6 +233,12 @@ def check_shapes(
                 f"optimizer holds for it {tuple(moment.shape)}. After changing the shape of a parameter, "
                 "del opt.state[param]."
             )
+    count = state.get("step")
+    if isinstance(count, Tensor) and count.numel() != 1:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: the step count of a marked parameter of shape {shape_in(group, parameter)} "
+            f"has shape {tuple(count.shape)}; it must be one number. del opt.state[param] resets it."
+        )
 
 
 def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
@@ -243,10 +249,11 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
     if not hasattr(optimizer, "param_groups"):
         return
     name = type(optimizer).__name__
-    older = _records_of_groups(loaded["param_groups"])
-    for index, group in enumerate(loaded["param_groups"]):
+    groups, states = loaded.get("param_groups", optimizer.param_groups), loaded.get("state", optimizer.state)
+    older = _records_of_groups(groups)
+    for index, group in enumerate(groups):
         for position, parameter in enumerate(group["params"]):
-            state, now = loaded["state"].get(parameter, {}), constraint_of(parameter)
+            state, now = states.get(parameter, {}), constraint_of(parameter)
             if CONSTRAINED not in state:
                 continue
             then = record_in(state[CONSTRAINED]) or older.get(parameter)
@@ -318,7 +325,7 @@ def _change(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, rec
     if not isinstance(constraint, Orthogonal):
         return
     for part in constraint.parts(parameter.shape):
-        value = state.get(MASTER, parameter.detach())
+        value = state.get(MASTER, parameter.detach()) if parameter.dtype in LOW else parameter.detach()
         w = points_of(part, value).to(working_dtype(value.dtype), copy=True)
         if w.shape[-2] != w.shape[-1]:
             continue

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .blocks import overlap_problem, point_norm, points_of
-from .constraint import DTYPES, adopt, attach, constraint_of, is_sharded, was_unmarked
+from .constraint import DTYPES, adopt, attach, constraint_of, free, is_sharded, was_unmarked
 from .direction import ADAM
 from .manifolds import Manifold
 from .precision import working_dtype
@@ -50,7 +50,7 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
     if hasattr(self, "_plans"):
-        remember_marks(self, self.param_groups[-1]["params"])
+        _remember(self, self.param_groups[-1]["params"])
 
 
 def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
@@ -62,29 +62,58 @@ def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
     bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
     places = optimizer._places
     if bare and places is None:
-        places = remembered()
-        if optimizer._stepping:  # groups are looked at one by one
-            optimizer._places = places
+        if optimizer._looking_at_all:  # groups come one by one
+            bare_of_all = [p for group in optimizer.param_groups for p in group["params"] if constraint_of(p) is None]
+            places = optimizer._places = remembered(bare_of_all)
+        else:
+            places = remembered(bare)
     restored = []
     for p in bare:
-        constraint = optimizer._marks.get(p) or (places[id(p)][1] if id(p) in places else None)
-        if constraint is not None:
+        if p in optimizer._marks:
+            constraint = optimizer._marks[p]
+        elif id(p) in places and p.requires_grad:
+            label, constraint = places[id(p)]
+            if constraint is not None:
+                check_restored(type(optimizer).__name__, label, p, constraint)
+        else:
+            continue
+        if constraint is None:
+            free(p)
+        else:
             attach(p, constraint)
             restored.append(p)
     return restored
 
 
+def check_restored(name: str, label: str, parameter: Tensor, constraint: Manifold) -> None:
+    """Raise a ValueError if a parameter cannot have the mark that its module remembers."""
+    problem = constraint.problem(parameter)
+    if parameter.dtype not in DTYPES:
+        problem = f"has dtype {parameter.dtype}, which cannot be marked."
+    if problem:
+        raise ValueError(
+            f"{name}: {label} was marked as {constraint}, and the parameter that has taken its place {problem} "
+            "unmark(module, name) trains it unconstrained; mark it anew if it is to be constrained."
+        )
+
+
 def remember_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
     """Remember the marks that parameters have; those that should have one get it, and are returned."""
     restored = restore_marks(optimizer, parameters)
+    _remember(optimizer, parameters)
+    return restored
+
+
+def _remember(optimizer: Any, parameters: list[Tensor]) -> None:
     for p in parameters:
         constraint = constraint_of(p)
-        if constraint is None:
-            optimizer._marks.pop(p, None)
-        else:
+        if constraint is not None:
             optimizer._marks[p] = constraint
             adopt(p)
-    return restored
+        elif was_unmarked(p):
+            optimizer._marks[p] = None
+        else:
+            optimizer._marks.pop(p, None)
 
 
 def forget_marks(optimizer: Any) -> None:
@@ -248,7 +277,7 @@ def fill_options(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
     A checkpoint of torch.optim lacks those of this package. One that is loaded by name, to parameters in other groups,
     may leave a group none at all, which torch would stumble over in the next step.
     """
-    for k, group in enumerate(loaded["param_groups"]):
+    for k, group in enumerate(loaded.get("param_groups", ())):
         own = optimizer.param_groups[k] if hasattr(optimizer, "param_groups") else loaded["defaults"]
         for key in OPTIONS if "lr" in group else own:
             if key in own:

@@ -106,7 +106,7 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     else:
         bad = _first(s[..., -1] <= _rank_tolerance(s, x))
         if bad is not None:
-            largest, smallest = float(s[bad][0]), float(s[bad][-1])
+            largest, smallest = float(s[bad][0]), abs(float(s[bad][-1]))
             raise ValueError(
                 f"nearest_orthogonal: {_matrix(x, bad)} is rank-deficient (smallest singular value {smallest:.1e}, "
                 f"condition {largest / smallest if smallest else math.inf:.1e}), so the nearest orthogonal matrix is "

@@ -48,9 +48,9 @@ def describe(record: Record) -> str:
 
 
 def is_record_of(record: Record, constraint: Manifold | None) -> bool:
-    """Whether a record, perhaps of an earlier version with fewer options, says this constraint."""
-    known = constraint_in(record)
-    return record == record_of(constraint) if known is None else known == constraint
+    """Return True if a record says this constraint; one of an earlier version may have fewer options."""
+    known, full = constraint_in(record), record_of(constraint)
+    return record == full or known == constraint or (full is not None and record == full[: len(record)])
 
 
 def tag_of(constraint: Manifold) -> Any:
@@ -75,24 +75,27 @@ def constraint_of_tag(tag: Any) -> Any:
 
 
 def record_as_tensor(record: Record) -> Tensor:
-    """A record as a tensor: the bytes of its JSON, uint8 on the CPU.
+    """Return a record as a tensor: the bytes of its JSON, on the CPU.
+
+    They are float32, as the other entries of a state are floating-point: code that scales or averages all of them can.
 
     >>> from manifold_opt.records import record_as_tensor
-    >>> bytes(record_as_tensor(("unit_norm", 0))).decode()
+    >>> bytes(record_as_tensor(("unit_norm", 0)).byte().tolist()).decode()
     '["unit_norm", 0]'
     """
-    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(record).encode()), dtype=torch.float32, device="cpu")
 
 
-def record_in(tensor: Tensor) -> Record | None:
-    """The record that a tensor holds, whatever dtype it was loaded as.
+def record_in(tensor: Any) -> Record | None:
+    """Return the record that a tensor holds, whatever dtype it was loaded as; None if it holds none.
 
-    None if it holds none: a checkpoint of an earlier version has a single one there, and code that resets or averages
-    all tensors of a state has written to it.
+    A checkpoint of an earlier version has a single one there, and code that resets or averages all tensors of a state
+    has written to it.
     """
-    if tensor.ndim == 0 or tensor.is_meta:
+    if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.is_meta:
         return None
-    text = bytes(tensor.to("cpu", torch.uint8).flatten().tolist())
+    rounded = tensor.to("cpu", torch.float32).round().clamp(0, 255).nan_to_num(nan=0)
+    text = bytes(rounded.byte().flatten().tolist())
     if text not in _read:
         try:
             record = as_tuples(json.loads(text))

@@ -53,15 +53,11 @@ class ModuleRecord:
 
 _records: weakref.WeakSet[ModuleRecord] = weakref.WeakSet()  # of all modules that are alive
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-# Which records have a parameter, by its id: made when it is asked for, and again when a record has come or changed.
-_places: dict[int, list[tuple[weakref.ref[ModuleRecord], str]]] | None = None
 
 
 def _register(record: ModuleRecord) -> None:
-    global _places
     with _lock:
         _records.add(record)
-        _places = None
 
 
 def remember_optimizer(optimizer: Any) -> None:
@@ -78,14 +74,14 @@ def record(module: nn.Module, name: str, constraint: Manifold, label: str) -> No
             module.register_load_state_dict_post_hook(restore)  # type: ignore[no-untyped-call]
         known: ModuleRecord = module.__dict__[_RECORD]
         known.constraints[name], known.labels[name] = constraint, label
-        _register(known)
 
 
 def _record_of(module: nn.Module) -> ModuleRecord | None:
     known: ModuleRecord | None = module.__dict__.get(_RECORD)
     if known is not None and known.parameters is not module._parameters:  # handed on by a module made of another
-        known.parameters = module._parameters
-        _register(known)
+        own = ModuleRecord(module._parameters)
+        own.constraints, own.labels = dict(known.constraints), dict(known.labels)
+        known = module.__dict__[_RECORD] = own
     return known
 
 
@@ -118,73 +114,55 @@ def restore(module: nn.Module, *_: Any) -> None:
             free(now)
         else:
             attach(now, constraint)
-    _register(known)
 
 
-def remembered() -> dict[int, tuple[str, Manifold]]:
-    """Parameters that stand where a module remembers a mark: by their ids a name and the constraint."""
+def remembered(parameters: Iterable[Tensor]) -> dict[int, tuple[str, Manifold | None]]:
+    """Of parameters that stand where a module remembers a mark, by id: a name and the constraint.
+
+    The constraint is None where :func:`~manifold_opt.unmark` has freed the parameter.
+    """
+    return {
+        id(known.parameters[name]): (known.labels[name], known.constraints[name]) for known, name in _places(parameters)
+    }
+
+
+def _places(parameters: Iterable[Tensor]) -> list[tuple[ModuleRecord, str]]:
+    """Records that remember one of these parameters, and under which name.
+
+    All records are looked through every time: torch tells nobody that a parameter has taken another's place.
+    """
+    ids = set(map(id, parameters))
     with _lock:
-        return {
-            id(p): (known.labels[name], constraint)
-            for known in _records
-            for name, constraint in known.constraints.items()
-            if constraint is not None and (p := known.parameters.get(name)) is not None
-        }
+        return [
+            (known, name) for known in _records for name in known.constraints if id(known.parameters.get(name)) in ids
+        ]
 
 
 def forget(parameters: Iterable[Tensor]) -> None:
     """Let no module and no optimizer miss the mark of parameters, and tag each that has or had one as freed."""
+    parameters = list(parameters)
+    known = {id(known.parameters[name]) for known, name in _set_in_records(parameters, None)}
+    with _lock:
+        for optimizer in _optimizers:
+            marks = optimizer._marks
+            for p in marks.keys() & set(parameters):
+                marks[p] = None
+                known.add(id(p))
     for p in parameters:
-        marked = constraint_of(p) is not None
-        known = _set_in_records(p, None, look_again=marked)
-        with _lock:
-            for optimizer in _optimizers:
-                known |= optimizer._marks.pop(p, None) is not None
-        if marked or known:
+        if constraint_of(p) is not None or id(p) in known:
             free(p)
 
 
 def remark(parameter: Tensor) -> None:
     """Let the modules that remember a parameter remember it as it is marked now."""
-    _set_in_records(parameter, constraint_of(parameter), look_again=True)
+    _set_in_records([parameter], constraint_of(parameter))
 
 
-def _set_in_records(parameter: Tensor, constraint: Manifold | None, *, look_again: bool) -> bool:
-    """Write a constraint to every record that has the parameter; whether there is one.
-
-    Where they are is known from the last time that somebody asked. A parameter that has come to its place since, which
-    torch tells nobody, is looked for again.
-    """
-    global _places
-    with _lock:
-        look_again &= _places is not None
-        if _places is None:
-            _places = _find_places()
-        found = _write(_places, parameter, constraint)
-        if not found and look_again:
-            _places = _find_places()
-            found = _write(_places, parameter, constraint)
-        return found
-
-
-def _find_places() -> dict[int, list[tuple[weakref.ref[ModuleRecord], str]]]:
-    places: dict[int, list[tuple[weakref.ref[ModuleRecord], str]]] = {}
-    for known in _records:
-        for name in known.constraints:
-            p = known.parameters.get(name)
-            if p is not None:
-                places.setdefault(id(p), []).append((weakref.ref(known), name))
+def _set_in_records(parameters: list[Tensor], constraint: Manifold | None) -> list[tuple[ModuleRecord, str]]:
+    places = _places(parameters)
+    for known, name in places:
+        known.constraints[name] = constraint
     return places
-
-
-def _write(places: dict[int, Any], parameter: Tensor, constraint: Manifold | None) -> bool:
-    found = False
-    for reference, name in places.get(id(parameter), ()):
-        known = reference()
-        if known is not None and known.parameters.get(name) is parameter:
-            known.constraints[name] = constraint
-            found = True
-    return found
 
 
 def forget_module(module: nn.Module) -> None:
@@ -204,10 +182,11 @@ def sharded_marks(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, M
     shards = [p for p in parameters if is_sharded(p)]
     if not shards:
         return
-    places = remembered()
+    places = remembered(shards)
     for p in shards:
-        if id(p) in places:
-            yield p, *places[id(p)]
+        label, kept = places.get(id(p), ("", None))
+        if kept is not None:
+            yield p, label, kept
         for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ())):
             constraint = records_of(info.module).get(info.param_name)
             if constraint is not None:

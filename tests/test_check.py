@@ -45,9 +45,9 @@ def test_a_lost_constraint_is_reported_once():
     replaced(net)
     assert check(net, opt) == [
         f"rnn.weight_hh_l0 has lost its constraint {CONSTRAINT}: another parameter has taken its place, or a "
-        "conversion has dropped the mark. Mark it again and build the optimizer anew.",
-        "the optimizer moves a marked parameter of shape (12, 4) that is no longer the model's. Mark what has taken "
-        "its place, and build the optimizer anew.",
+        "conversion has dropped the mark. Build the optimizer anew: it marks the parameter again.",
+        "the optimizer moves a marked parameter of shape (12, 4) that is no longer the model's. Build the optimizer "
+        "anew. To keep the constraint, mark the parameter that has taken its place first.",
     ]
     assert constraint_of(weight_of(net)) is None
 

@@ -1,7 +1,10 @@
 """``check`` says what the next step refuses, and in its words: every refusal of a step, driven through both."""
 
+import copy
+import itertools
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -336,7 +339,9 @@ def test_check_takes_all_optimizers_of_a_model():
     net = Net()
     each = [Adam([p]) for p in net.parameters()]
     assert check(net, each) == []
-    assert check(net, each[1:]) == ["gates is marked, but not in the optimizer: nothing moves it."]
+    assert check(net, each[1:]) == [
+        "gates is marked, but in no optimizer that check was given, so none of them updates it."
+    ]
     assert check(net, [each[0], torch.optim.SGD(list(net.parameters())[1:])]) == [
         "table is marked, but moved by torch.optim.sgd.SGD, which does not keep it on UnitNorm(dim=0): use the one of "
         "manifold_opt.",
@@ -452,3 +457,75 @@ def test_what_is_neither_a_parameter_nor_a_module_is_refused(function, target):
         TypeError, match=f"{function.__name__}: needs a parameter or a module, got {type(target).__name__}"
     ):
         function(target)
+
+
+# check looks into wrappers, and into nothing that looking would consume.
+
+
+class Wrapped:
+    """A wrapper, such as SAM, with other things beside its optimizer."""
+
+    def __init__(self, optimizer, beside):
+        self.optimizer, self.param_groups, self.beside = optimizer, optimizer.param_groups, beside
+
+
+def nested(depth):
+    inner: list = []
+    for _ in range(depth):
+        inner = [inner, inner]
+    return inner
+
+
+def test_check_consumes_nothing_that_a_wrapper_has():
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    opt, numbers = Adam(layer.parameters()), iter(range(5))
+    for beside in (numbers, {"it": numbers}, [itertools.count()], nested(60), [numpy.array(1.0)], [object()]):
+        assert check(layer, Wrapped(opt, beside)) == []
+    assert next(numbers) == 0
+    assert check(layer, [Wrapped(opt, [opt]), opt]) == []
+    assert check(layer, {"a": opt}) == []
+    assert check(layer, (one for one in [opt])) == []
+
+
+def test_a_target_network_that_nobody_projects_is_reported_with_its_error():
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    target = copy.deepcopy(layer)
+    with torch.no_grad():
+        target.weight.mul_(1.01)
+    said = check(nn.ModuleDict({"net": layer, "target": target}), Adam(layer.parameters()))
+    assert [line.partition(":")[0].partition(",")[0] for line in said] == [
+        "target.weight is marked",
+        "target.weight is not orthogonal to rounding",
+    ]
+
+
+def test_a_marked_parameter_behind_a_mask_is_reported_and_the_remedy_works():
+    layer = nn.Linear(6, 6)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    with pytest.raises(ValueError, match=r"is pruned.*prune\.remove"):
+        mark_orthogonal(layer, "weight")
+    mark_orthogonal(layer, "weight_orig")
+    (said,) = check(layer, Adam(layer.parameters()))
+    assert said.startswith("weight_orig is marked, but the layer uses its product with weight_mask")
+    layer.weight_mask.fill_(1)
+    prune.remove(layer, "weight")
+    assert check(layer, Adam(layer.parameters())) == []
+    assert orthogonality_error(layer)["weight"] < 1e-5
+
+
+def test_a_warning_that_a_value_is_put_back_is_true(recwarn):
+    """A step that refuses one value puts no other one back, and does not say so."""
+    one, other = nn.Linear(4, 4, bias=False), nn.Linear(3, 4, bias=False)
+    mark_orthogonal(one, "weight")
+    mark_orthogonal(other, "weight")
+    opt = Adam([one.weight, other.weight])
+    with torch.no_grad():
+        one.weight.mul_(3)
+        other.weight.zero_()
+    one.weight.grad, other.weight.grad = torch.ones(4, 4), torch.ones(4, 3)
+    with pytest.raises(ValueError, match="rank-deficient"):
+        opt.step()
+    assert not [w for w in recwarn if "put back" in str(w.message)]
+    assert orthogonality_error(one.weight) > 1

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from manifold_opt import SGD, Adam, check, mark_orthogonal, mark_recurrent, mark_unit_norm, orthogonality_error
-from manifold_opt.records import record_in
+from manifold_opt.records import record_as_tensor, record_in
 
 from .helpers import gaussian, held_under
 
@@ -212,7 +213,7 @@ def test_a_record_survives_whatever_dtype_it_is_loaded_as(dtype):
     assert held_under(resumed, weight) == ("orthogonal", (4, 3, 4), 0, 0.1, (0, 2), True)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.state[weight]["constrained"].dtype == torch.uint8
+    assert resumed.state[weight]["constrained"].dtype == torch.float32
     assert torch.equal(resumed.state[weight]["constrained"], opt.state[weight]["constrained"])
 
 
@@ -272,3 +273,79 @@ def test_no_two_entries_of_a_state_share_memory():
         (t.data_ptr(), t.data_ptr() + t.nbytes) for state in opt.state.values() for t in state.values() if t.numel()
     )
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+# What other code does to a state.
+
+
+def test_part_of_a_state_can_be_set_as_with_torch():
+    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
+    for optimizer in (Adam, torch.optim.Adam):
+        opt = optimizer([weight], lr=0.01)
+        weight.grad = gaussian(4, 4, seed=2)
+        opt.step()
+        opt.__setstate__({"state": defaultdict(dict)})
+        assert (len(opt.state), opt.param_groups[0]["lr"]) == (0, 0.01)
+        opt.step()
+        assert float(opt.state[weight]["step"]) == 1
+        opt.__setstate__({"param_groups": opt.param_groups})
+        opt.__setstate__({})
+        opt.step()
+        assert float(opt.state[weight]["step"]) == 2
+
+
+def test_code_that_scales_or_averages_all_entries_of_a_state_can_do_so():
+    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
+    opt = Adam([weight], lr=0.01)
+    weight.grad = gaussian(4, 4, seed=2)
+    opt.step()
+    average = {key: value.clone() for key, value in opt.state[weight].items()}
+    for key, value in opt.state[weight].items():
+        average[key].mul_(0.9).add_(value, alpha=0.1)
+        value.untyped_storage().resize_(value.untyped_storage().nbytes())
+    opt.state[weight].update(average)
+    opt.step()
+    assert held_under(opt, weight) == ("orthogonal", 1, 0, 1.0, None, True)
+    for value in opt.state[weight].values():
+        value.mul_(0.5)
+    opt.step()
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert orthogonality_error(weight) < 1e-5
+
+
+def test_a_record_that_is_a_number_is_that_of_a_checkpoint_of_before():
+    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
+    opt = Adam([weight], lr=0.01)
+    weight.grad = gaussian(4, 4, seed=2)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["constrained"] = 1.0
+    opt.load_state_dict(saved)
+    opt.step()
+    assert held_under(opt, weight) == ("orthogonal", 1, 0, 1.0, None, True)
+
+
+def test_a_checkpoint_of_before_of_a_table_with_a_padding_row_loads():
+    """Its record has no padding row; the moments lie as they do now."""
+    table = nn.Embedding(5, 3, padding_idx=0)
+    mark_unit_norm(table, "weight")
+    opt = Adam(table.parameters(), lr=0.01)
+    table.weight.grad = gaussian(5, 3, seed=2).float()
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["constrained"] = record_as_tensor(("unit_norm", 0))
+    opt.load_state_dict(saved)
+    opt.step()
+    assert held_under(opt, table.weight) == ("unit_norm", 0, 0)
+
+
+def test_an_entry_of_others_named_master_is_no_master_of_a_float32_parameter():
+    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4).float()))
+    opt = torch.optim.Adam([weight], lr=0.01)
+    weight.grad = gaussian(4, 4, seed=2).float()
+    opt.step()
+    ours = Adam([weight], lr=0.01)
+    ours.load_state_dict(copy.deepcopy(opt.state_dict()))
+    ours.state[weight]["master"] = torch.zeros(3)
+    ours.step()
+    assert orthogonality_error(weight) < 1e-5

@@ -337,7 +337,7 @@ def test_check_says_what_is_wrong():
     net, opt = start("module")
     other = mark_orthogonal(nn.Parameter(torch.eye(3)))
     net.register_parameter("extra", other)
-    assert check(net, opt) == ["extra is marked, but not in the optimizer: nothing moves it."]
+    assert check(net, opt) == ["extra is marked, but in no optimizer that check was given, so none of them updates it."]
     other.requires_grad_(False)
     assert check(net, opt) == []
     foreign = torch.optim.Adam(net.parameters())
@@ -426,3 +426,11 @@ def test_an_average_with_buffers_counts_as_torchs():
         if key != "module.0.weight":
             torch.testing.assert_close(ours.state_dict()[key], value)
     assert orthogonality_error(ours)["module.0.weight"] < 1e-5
+
+
+def test_an_average_sees_a_mark_through_a_buffer_in_the_same_memory():
+    layer = nn.Linear(4, 4, bias=False)
+    mark_orthogonal(layer, "weight")
+    layer.register_buffer("view", layer.weight.detach())
+    averaged = layer.weight.detach().clone().neg()
+    assert orthogonality_error(orthogonal_average(layer, 0.9)(averaged, layer.weight.detach(), 1)) < 1e-5

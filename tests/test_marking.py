@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import manifold_opt
 from manifold_opt import (
@@ -477,3 +477,26 @@ def test_strides_that_do_not_overlap_are_taken(x):
     weight = mark_orthogonal(nn.Parameter(x), blocks=1)
     assert weight.stride() == x.stride()
     assert orthogonality_error(weight) < 1e-6
+
+
+def test_a_trained_leaf_of_a_parametrization_can_be_marked_by_its_name():
+    """As a rotation that the weights of several layers share."""
+
+    class Rotate(nn.Module):
+        def __init__(self, rotation):
+            super().__init__()
+            self.rotation = rotation
+
+        def forward(self, w):
+            return w @ self.rotation
+
+    net = nn.Sequential(nn.Linear(6, 6))
+    parametrize.register_parametrization(net[0], "weight", Rotate(nn.Parameter(gaussian(6, 6).float())))
+    rotation = mark_orthogonal(net, "0.parametrizations.weight.0.rotation")
+    opt = Adam(net.parameters(), lr=0.01)
+    net(torch.ones(2, 6)).square().sum().backward()
+    opt.step()
+    assert orthogonality_error(rotation) < 1e-5
+    for name in ("0.weight", "0.parametrizations.weight.original"):
+        with pytest.raises(ValueError, match="remove_parametrizations"):
+            mark_orthogonal(net, name)

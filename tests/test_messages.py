@@ -12,7 +12,17 @@ PAGE = PACKAGE.parent / "docs" / "how-to" / "when_it_goes_wrong.md"
 
 
 # Functions that return or yield what is wrong, beside those with "problem" in their names.
-REPORTING = ("_lost", "_what_became_of", "_unwell", "_unwell_state", "_not_kept", "_sharing", "unfit")
+REPORTING = (
+    "_lost",
+    "_what_became_of",
+    "_unwell",
+    "_unwell_state",
+    "_not_kept",
+    "_sharing",
+    "_pruned",
+    "_warning_if_far",
+    "unfit",
+)
 
 
 def text_of(node: ast.AST) -> str:

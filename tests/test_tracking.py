@@ -20,6 +20,7 @@ from manifold_opt import (
     mark_unit_norm,
     orthogonality_error,
     project_,
+    survival,
     unmark,
 )
 from manifold_opt.survival import sharded_marks
@@ -360,3 +361,121 @@ def test_projecting_names_the_parameter():
     net[1].weight.data.zero_()
     with pytest.raises(ValueError, match=r"project_: 1\.weight: the matrix of shape \(4, 4\) is rank-deficient"):
         project_(net)
+
+
+# Conversions that swap the contents of parameters drop what is an attribute of them.
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_state_is_saved_and_loaded_after_a_conversion_by_swapping(by_name):
+    made = nn.Linear(4, 4, bias=False)
+    mark_orthogonal(made, "weight") if by_name else mark_orthogonal(made.weight)
+    opt = Adam(made.parameters(), lr=0.01)
+    step(opt)
+    swapping(made.double)
+    saved = copy.deepcopy(opt.state_dict())
+    assert constraint_of(made.weight) == Orthogonal()
+    swapping(made.float)
+    opt.load_state_dict(saved)
+    step(opt)
+    assert check(made, opt) == []
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_was_unmarked_stays_free_through_a_conversion_by_swapping(by_name):
+    made = nn.Linear(4, 4, bias=False)
+    mark_orthogonal(made, "weight") if by_name else mark_orthogonal(made.weight)
+    opt = SGD(made.parameters(), lr=0.01, momentum=0.9)
+    step(opt)
+    unmark(made.weight)
+    swapping(made.double)
+    opt.state_dict()
+    step(opt)
+    assert constraint_of(made.weight) is None
+    assert orthogonality_error(made.weight) > 1e-3
+    assert SGD(made.parameters()) is not None
+    assert constraint_of(made.weight) is None
+
+
+def test_unmarking_does_not_depend_on_what_was_unmarked_before():
+    unmark(layer().weight)
+    made = layer()
+    made.weight = nn.Parameter(torch.eye(4, dtype=torch.float64))
+    unmark(made.weight)
+    SGD(made.parameters())
+    assert constraint_of(made.weight) is None
+
+
+def test_unmarking_one_parameter_of_a_module_by_its_name():
+    gru = nn.GRU(3, 4)
+    mark_orthogonal(gru, "weight_hh_l0")
+    mark_orthogonal(gru, "weight_ih_l0", blocks=3)
+    assert unmark(gru, "weight_hh_l0") is gru
+    assert list(constraint_of(gru)) == ["weight_ih_l0"]
+    with pytest.raises(ValueError, match="has no parameter 'weight_hh'"):
+        unmark(gru, "weight_hh")
+    with pytest.raises(ValueError, match="a tensor takes no name"):
+        unmark(gru.weight_hh_l0, "weight_hh_l0")
+
+
+def test_a_module_that_hands_on_the_parameters_of_another_does_not_miss_their_marks():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    wrapped = Wrapper(nn.Linear(4, 4))
+    mark_orthogonal(wrapped, "weight")
+    assert check(wrapped, SGD(wrapped.parameters(), lr=0.1)) == []
+    compiled = torch.compile(nn.Linear(4, 4))
+    mark_orthogonal(compiled, "weight")
+    assert check(compiled, SGD(compiled.parameters(), lr=0.1)) == []
+
+
+def test_a_shallow_copy_of_a_module_has_a_record_of_its_own():
+    made = layer()
+    replica = made._replicate_for_data_parallel()
+    replica._parameters = {"weight": nn.Parameter(made.weight.detach().clone())}
+    unmark(replica)
+    made.load_state_dict({"weight": made.weight.detach().clone()}, assign=True)
+    assert constraint_of(made.weight) == Orthogonal()
+
+
+def test_a_mark_that_the_new_parameter_cannot_have_is_refused_by_name():
+    net = nn.Sequential(nn.Linear(4, 4, bias=False))
+    mark_orthogonal(net, "0.weight")
+    net[0].weight = nn.Parameter(torch.zeros(0, 4))
+    net[0].weight = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"0\.weight was marked as Orthogonal.*unmark\(module, name\)"):
+        SGD(net.parameters())
+    assert constraint_of(net[0].weight) is None
+    unmark(net, "0.weight")
+    SGD(net.parameters())
+    frozen = nn.Sequential(nn.Linear(4, 4, bias=False))
+    mark_orthogonal(frozen, "0.weight")
+    frozen[0].weight = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    SGD(frozen.parameters())  # quantized, say: it is not trained
+
+
+def test_project_and_the_error_see_a_mark_that_a_conversion_has_dropped():
+    made = layer()
+    swapping(made.float)
+    with torch.no_grad():
+        made.weight.mul_(1.5)
+    assert orthogonality_error(made)["weight"] > 1
+    assert orthogonality_error(project_(made))["weight"] < 1e-5
+
+
+def test_marks_of_many_modules_are_found_in_one_pass(monkeypatch):
+    """Unmarking a module, checking it and building an optimizer look through all records a few times, not per layer."""
+    net = nn.Sequential(*(layer() for _ in range(30)))
+    passes, places = [], survival._places
+    monkeypatch.setattr(survival, "_places", lambda some: passes.append(1) or places(some))
+    opt = SGD([{"params": [p]} for p in net.parameters()] + [{"params": [nn.Parameter(torch.zeros(2))]}], lr=0.1)
+    check(net, opt)
+    step(opt)
+    unmark(net)
+    assert len(passes) <= 5 + len(opt.param_groups)
