@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraint import constraint_of, off_manifold, put_back_
-from .survival import restore
+from .survival import restore_all
 
 AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 
@@ -39,8 +39,7 @@ def project_(model: nn.Module) -> nn.Module:
     True
     """
     found = []
-    for module in model.modules():
-        restore(module)
+    restore_all(model)
     for name, p in model.named_parameters():
         constraint = constraint_of(p)
         if constraint is not None:

@@ -12,7 +12,7 @@ from .blocks import points_of
 from .constraint import constraint_of, matrices_of
 from .manifolds import Orthogonal
 from .stiefel import error, float64
-from .survival import restore
+from .survival import restore_all
 
 Sizes = int | Sequence[int]
 
@@ -54,8 +54,7 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> f
     if isinstance(x, nn.Module):
         if blocks is not None:
             raise ValueError("orthogonality_error: blocks goes with a tensor; a module's parameters have their marks.")
-        for module in x.modules():
-            restore(module)
+        restore_all(x)
         return {
             name: float(orthogonality_error(parameter))
             for name, parameter in x.named_parameters()

@@ -49,7 +49,7 @@ def unmark(target: M, name: str | None = None) -> M:
 
     Args:
         target: any tensor, or a module.
-        name: of the one parameter of a module to be unmarked, dots allowed. All of them unless given.
+        name: name of one parameter of the module, dots allowed. Without it all are unmarked.
 
     Returns:
         The same object, which trains as torch would train it.
@@ -98,7 +98,7 @@ def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) 
             path, _, leaf = key.rpartition(".")
             label = key if path else f"{type(module).__name__}.{leaf}"
             owner = module.get_submodule(path)
-            if owner._parameters.get(leaf) is parameter:  # and not an attribute that the module hands on
+            if owner._parameters.get(leaf) is parameter:  # not one that the module forwards from another
                 record(owner, leaf, constraint, label)
 
 

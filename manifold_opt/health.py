@@ -27,7 +27,7 @@ from .precision import MASTER, working_dtype
 from .retractions import RETRACTIONS
 from .survival import has_remembered, records_of
 
-_MANY = 1000  # entries of a list beyond which it is not looked through for optimizers
+_MAX_ENTRIES = 1000  # a longer list in a wrapper is not searched for optimizers
 
 
 def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
@@ -111,16 +111,16 @@ def _optimizers_in(opt: Any) -> list[Any]:
     seen: dict[int, Any] = {}
 
     def visit(x: Any) -> bool:
-        """Collect the optimizers in ``x``, and return whether there are any."""
+        """Collect the optimizers in ``x``, and return True if there are any."""
         if isinstance(x, (nn.Module, Tensor, str, bytes)):
             return False
         if id(x) in seen:
             return hasattr(x, "param_groups")
         seen[id(x)] = x
         if not hasattr(x, "param_groups"):
-            # No other iterable: it may be consumed by looking, or have no end.
+            # Other iterables are left alone: to look would consume them, and some have no end.
             some = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
-            visited = [visit(y) for y in some] if len(some) < _MANY else []
+            visited = [visit(y) for y in some] if len(some) < _MAX_ENTRIES else []
             return any(visited)
         known = hasattr(x, "_plans") or type(x).__module__.startswith("torch.optim.")
         # Properties of Accelerate's and Lightning's wrappers, and of ZeroRedundancyOptimizer.
@@ -254,7 +254,7 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
 
 
 def _pruned(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
-    """What is wrong with a marked parameter of which the layer uses the product with a mask, unless it is said."""
+    """Report a marked parameter whose layer uses its product with a mask, unless ``lost`` reports it already."""
     path, _, leaf = name.rpartition(".")
     used = leaf.removesuffix("_orig")
     if f"{path}.{used}".lstrip(".") in lost or used == leaf:

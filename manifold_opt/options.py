@@ -50,7 +50,7 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
     if hasattr(self, "_plans"):
-        _remember(self, self.param_groups[-1]["params"])
+        _store_marks(self, self.param_groups[-1]["params"])
 
 
 def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
@@ -60,13 +60,7 @@ def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
     parameters, drops what is an attribute. Or it stands where a module remembers a mark.
     """
     bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
-    places = optimizer._places
-    if bare and places is None:
-        if optimizer._looking_at_all:  # groups come one by one
-            bare_of_all = [p for group in optimizer.param_groups for p in group["params"] if constraint_of(p) is None]
-            places = optimizer._places = remembered(bare_of_all)
-        else:
-            places = remembered(bare)
+    places = remembered(bare) if bare else {}
     restored = []
     for p in bare:
         if p in optimizer._marks:
@@ -98,13 +92,13 @@ def check_restored(name: str, label: str, parameter: Tensor, constraint: Manifol
 
 
 def remember_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
-    """Remember the marks that parameters have; those that should have one get it, and are returned."""
+    """Give parameters the marks that they should have, store the marks of all, and return those that got one."""
     restored = restore_marks(optimizer, parameters)
-    _remember(optimizer, parameters)
+    _store_marks(optimizer, parameters)
     return restored
 
 
-def _remember(optimizer: Any, parameters: list[Tensor]) -> None:
+def _store_marks(optimizer: Any, parameters: list[Tensor]) -> None:
     for p in parameters:
         constraint = constraint_of(p)
         if constraint is not None:

@@ -116,7 +116,7 @@ def forget_plans(optimizer: Any) -> None:
     if not hasattr(optimizer, "_tally"):
         optimizer._tally, optimizer._marks = Tally(), {}
     optimizer._plans, optimizer._room, optimizer._before = [], Room(), None
-    optimizer._stale, optimizer._looking_at_all, optimizer._places = False, False, None
+    optimizer._stale = False
     remember_optimizer(optimizer)
     restored = set(remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
     for group in optimizer.param_groups if restored else ():

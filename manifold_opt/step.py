@@ -11,7 +11,7 @@ host wait: on an accelerator, or in a graph that torch.compile traces or CUDA ca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,18 +101,16 @@ def _ready(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
 def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
     """The same, with everything that can be refused or fail before a step; where it does, nothing has changed."""
     drop_plans(optimizer)
-    optimizer._looking_at_all = True
+    refuse(optimizer)
+    before = optimizer._before = Before(optimizer)
     try:
-        refuse(optimizer)
-        before = optimizer._before = Before(optimizer)
-        try:
-            prepared = _ready(optimizer, lists_of)
-            _restore(optimizer)
-        except BaseException:
-            before.bring_back()
-            raise
+        prepared = _ready(optimizer, lists_of)
+        _restore(optimizer)
+    except BaseException:
+        before.bring_back()
+        raise
     finally:
-        optimizer._before, optimizer._looking_at_all, optimizer._places = None, False, None
+        optimizer._before = None
     return prepared
 
 
@@ -123,7 +121,7 @@ def _restore(optimizer: Any) -> None:
     An inexact scheme leaves its parameters near the manifold, not on it: what it may have left itself stays.
     """
     found: list[Found] = []
-    far: list[str] = []
+    warned: list[str] = []
     for plan, group in zip(optimizer._plans, optimizer.param_groups, strict=True):
         inexact = not RETRACTIONS[group["retraction"]].exact
         for bucket in plan.buckets:
@@ -135,12 +133,14 @@ def _restore(optimizer: Any) -> None:
                 continue
             slack = 1.0 if inexact and bucket.stiefel else 0.0
             try:
-                found += _looked_at(optimizer, group, bucket, written, slack, far)
+                seen, far = _looked_at(optimizer, group, bucket, written, slack)
             except ValueError:
                 for parameter in written:
                     _check_written(optimizer, group, bucket, parameter, slack)
                 raise
-    for message in far:  # only now: nothing is put back where a step is refused
+            found += seen
+            warned += far
+    for message in warned:  # only now: nothing is put back where a step is refused
         warnings.warn(message, stacklevel=7)  # the caller of opt.step(), past its hooks and decorators
     for bucket, tensors, which, values in found:
         counts = [int(some.sum()) for some in which.split(bucket.each)]  # type: ignore[no-untyped-call]
@@ -167,21 +167,20 @@ def _shows(optimizer: Any, parameter: Tensor) -> bool:
 
 
 def _looked_at(
-    optimizer: Any, group: Group, bucket: Bucket, written: list[Tensor], slack: float, far: list[str]
-) -> list[Found]:
-    """What is to be written to members that were written to, and to what is held of them in float32; warnings too."""
+    optimizer: Any, group: Group, bucket: Bucket, written: list[Tensor], slack: float
+) -> tuple[list[Found], list[str]]:
+    """Return what to write to members that were written to, and to their float32 masters, and what to warn of."""
     members = [p.detach() for p in written]
     points = torch.cat([points_of(bucket.part, p) for p in members])
     if not bucket.low:
         off, values = bucket.constraint.off(points, slack)
-        far += _warning_if_far(group, bucket, written, off, points[off] - values)
-        return [(bucket, members, off, values)]
+        return [(bucket, members, off, values)], _far_warnings(group, bucket, written, off, points[off] - values)
     masters = [optimizer.state[p][MASTER] for p in written]
     overwritten, off, values = _overwritten(bucket, points, masters)
-    far += _warning_if_far(group, bucket, written, off, points[off] - values[off])
     if not bool(overwritten.any() | off.any()):
-        return []
-    return [(bucket, masters, overwritten, values[overwritten]), (bucket, members, off, values[off])]
+        return [], []
+    found = [(bucket, masters, overwritten, values[overwritten]), (bucket, members, off, values[off])]
+    return found, _far_warnings(group, bucket, written, off, points[off] - values[off])
 
 
 def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,19 +202,18 @@ def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple
     return other, off, values
 
 
-def _warning_if_far(group: Group, bucket: Bucket, written: list[Tensor], off: Tensor, gap: Tensor) -> Iterator[str]:
-    """Yield a warning of the point that is farthest off; ``gap`` is how far those that are ``off`` are."""
-    if not len(gap):
-        return
+def _far_warnings(group: Group, bucket: Bucket, written: list[Tensor], off: Tensor, gap: Tensor) -> list[str]:
+    """Return a warning of the point that is farthest off, if it is far; ``gap`` is how far those ``off`` are."""
     distances = point_norm(gap, bucket.part.dims).flatten()
-    if float(distances.max()) > _FAR:
-        parameter = written[int(off.nonzero()[distances.argmax(), 0]) // bucket.each]
-        yield (
-            f"A block of shape {tuple(bucket.point)} of a marked parameter of shape {shape_in(group, parameter)} was "
-            f"{float(distances.max()):.2g} away from its manifold, {bucket.constraint}, changed outside the optimizer "
-            "since it was marked or last stepped (load_state_dict?). It was put back to the nearest value, as "
-            "project_(model) does without a warning."
-        )
+    if not len(gap) or float(distances.max()) <= _FAR:
+        return []
+    parameter = written[int(off.nonzero()[distances.argmax(), 0]) // bucket.each]
+    return [
+        f"A block of shape {tuple(bucket.point)} of a marked parameter of shape {shape_in(group, parameter)} was "
+        f"{float(distances.max()):.2g} away from its manifold, {bucket.constraint}, changed outside the optimizer "
+        "since it was marked or last stepped (load_state_dict?). It was put back to the nearest value, as "
+        "project_(model) does without a warning."
+    ]
 
 
 def check_capture(optimizer: Any) -> None:

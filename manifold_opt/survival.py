@@ -116,8 +116,14 @@ def restore(module: nn.Module, *_: Any) -> None:
             attach(now, constraint)
 
 
+def restore_all(model: nn.Module) -> None:
+    """Mark what the modules inside a model remember and have lost, as :func:`restore` does for one of them."""
+    for module in model.modules():
+        restore(module)
+
+
 def remembered(parameters: Iterable[Tensor]) -> dict[int, tuple[str, Manifold | None]]:
-    """Of parameters that stand where a module remembers a mark, by id: a name and the constraint.
+    """Return by id which of the parameters stand where a module remembers a mark: a name and the constraint.
 
     The constraint is None where :func:`~manifold_opt.unmark` has freed the parameter.
     """
@@ -129,7 +135,7 @@ def remembered(parameters: Iterable[Tensor]) -> dict[int, tuple[str, Manifold | 
 def _places(parameters: Iterable[Tensor]) -> list[tuple[ModuleRecord, str]]:
     """Records that remember one of these parameters, and under which name.
 
-    All records are looked through every time: torch tells nobody that a parameter has taken another's place.
+    All records are searched every time, because torch does not report that a parameter has been replaced.
     """
     ids = set(map(id, parameters))
     with _lock:

@@ -20,7 +20,7 @@ REPORTING = (
     "_not_kept",
     "_sharing",
     "_pruned",
-    "_warning_if_far",
+    "_far_warnings",
     "unfit",
 )
 
@@ -33,6 +33,8 @@ def text_of(node: ast.AST) -> str:
         return "".join(v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
     if isinstance(node, ast.IfExp):
         return text_of(node.body)
+    if isinstance(node, ast.List) and node.elts:
+        return text_of(node.elts[0])
     return ""
 
 
