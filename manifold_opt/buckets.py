@@ -18,7 +18,7 @@ from torch import Tensor
 from .blocks import Blocks, Part, Slices, can_be_viewed, point_norm, points_of
 from .manifolds import Manifold, Orthogonal
 from .precision import LOW, MASTER, working_dtype
-from .products import may_read
+from .products import host_can_branch
 from .room import Room
 
 Number = float | Tensor
@@ -143,7 +143,7 @@ class Bucket:
         A point that has not moved yet is not the rounding of what is held, which is the nearest to it: entries that
         differ by roundings stay.
         """
-        if master is None or may_read(values):
+        if master is None or host_can_branch(values):
             return
         now, eps, dims = values.to(master.dtype), torch.finfo(values.dtype).eps, self.part.dims
         gap, size = now - master, point_norm(now, dims, keepdim=True)
@@ -190,7 +190,7 @@ class Bucket:
         """Count a step, or as much of one as a GradScaler lets happen."""
         assert self.steps is not None
         self.steps += steps
-        if may_read(self.steps):
+        if host_can_branch(self.steps):
             first, last = (int(x) for x in self.steps.aminmax())
             self.lockstep = first if first == last else None
 
@@ -200,7 +200,7 @@ class Bucket:
         Whatever other parameters do, and wherever it stands among them: a parameter keeps its rank.
         """
         assert self.steps is not None
-        if not may_read(self.steps):
+        if not host_can_branch(self.steps):
             return slice(None)
         if self.lockstep is not None and self._in_turn:
             return slice(-(self.lockstep + int(self._turns[piece.start])) % interval, None, interval)
@@ -225,7 +225,7 @@ class Bucket:
         A host's has no end that could be seen before it is there.
         """
         first = self.parameters[0]
-        if not may_read(first):
+        if not host_can_branch(first):
             count = temporaries * next(self.pieces(self.tiny)).stop * self.p * self.n
             first.new_empty(count, dtype=working_dtype(self.dtype))
 
@@ -241,7 +241,7 @@ class Bucket:
     def _batch(self) -> int:
         """Bytes of points at a time, of which a step makes a dozen tensors: on an accelerator, in few pieces."""
         first = self.parameters[0]
-        return BATCH // 4 if may_read(first) else max(BATCH, first.nbytes * len(self.parameters) // _PIECES)
+        return BATCH // 4 if host_can_branch(first) else max(BATCH, first.nbytes * len(self.parameters) // _PIECES)
 
     def a_point(self, values: Tensor) -> Tensor:
         """One value a member, as one a point that broadcasts: ``(B, 1, ..)``, or ``(1, 1, ..)`` of a lone member."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .blocks import point_norm
 from .options import largest_gradient
-from .products import may_read
+from .products import host_can_branch
 from .room import Room
 from .tally import Tally
 
@@ -30,7 +30,7 @@ def sound_gradient(g: Tensor, dims: int, desk: Desk) -> tuple[Tensor, Tensor | N
     None where the host can see that all are.
     """
     limit = largest_gradient(g.dtype)
-    if may_read(g) and float(torch.linalg.vector_norm(g)) <= limit:
+    if host_can_branch(g) and float(torch.linalg.vector_norm(g)) <= limit:
         return g, None
     sound = point_norm(g, dims, keepdim=True) <= limit  # a NaN is not
     desk.tally.add("skipped_blocks", ~sound)

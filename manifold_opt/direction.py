@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .products import adjoint, components, matmul, matmul_add, may_read, norm, transpose
+from .products import adjoint, components, host_can_branch, matmul, matmul_add, norm, transpose
 from .room import Room
 from .stiefel import Metric
 
@@ -276,7 +276,7 @@ def _tangent_(w: Tensor, v: Tensor, size: Tensor, room: Room) -> Tensor:
     """
     eps = torch.finfo(w.dtype).eps
     near = size * eps <= eps**0.5 / 4  # the square of that is rounding
-    if not may_read(w):
+    if not host_can_branch(w):
         return _project(w, v, room, "second")
     if bool(near.all()):
         return v

@@ -16,7 +16,7 @@ from .desk import Desk, sound_gradient
 from .direction import Number
 from .options import Group
 from .precision import working_dtype
-from .products import may_read
+from .products import host_can_branch
 from .riemannian import TANGENT
 from .rules import Rule
 
@@ -75,7 +75,7 @@ def _kept(results: list[Tensor], sound: Tensor | None, dims: int, desk: Desk) ->
     A gradient that is not sound, or a step or moments that are not finite, leaves a point and its moments as they are.
     """
     finite = functools.reduce(operator.and_, (_finite(result, dims) for result in results))
-    if may_read(finite) and sound is None and bool(finite.all()):
+    if host_can_branch(finite) and sound is None and bool(finite.all()):
         return None
     desk.tally.add("skipped_blocks", ~finite if sound is None else sound & ~finite)
     return finite if sound is None else finite & sound
@@ -84,7 +84,7 @@ def _kept(results: list[Tensor], sound: Tensor | None, dims: int, desk: Desk) ->
 def _moved(end: Tensor, kept: Tensor | None, stepped: Tensor, dims: int, desk: Desk) -> Tensor | None:
     """Which points move, ``(B, 1, ..)``; None if all. A step of length zero, or to no point, leaves the bits."""
     finite = _finite(end, dims)
-    if may_read(finite) and kept is None and bool((finite & stepped).all()):
+    if host_can_branch(finite) and kept is None and bool((finite & stepped).all()):
         return None
     desk.tally.add("skipped_blocks", ~finite if kept is None else kept & ~finite)
     moved = finite & stepped
@@ -96,7 +96,7 @@ def _carried(moments: list[Tensor], moved: Tensor | None, dims: int, desk: Desk)
     if not moments:
         return moved
     finite = functools.reduce(operator.and_, (_finite(moment, dims) for moment in moments))
-    if may_read(finite) and bool(finite.all()):
+    if host_can_branch(finite) and bool(finite.all()):
         return moved
     desk.tally.add("skipped_blocks", ~finite if moved is None else moved & ~finite)
     return finite if moved is None else moved & finite

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, spectral_bound
 from .polar_factor import LARGE, probed
-from .products import add_gram_, gram, matmul, matmul_add, may_read, norm
+from .products import add_gram_, gram, host_can_branch, matmul, matmul_add, norm
 from .room import Room
 from .schemes import polar
 from .stiefel import skew
@@ -49,10 +49,10 @@ def orthographic(w: Tensor, v: Tensor) -> Tensor:
     omega = skew(v.reshape(points.shape) @ points.mH)
     bent = bend_of(omega, room)
     short = bent.size <= SEAM
-    if may_read(w) and not bool(short.any()):
+    if host_can_branch(w) and not bool(short.any()):
         return polar(w, v)
     rotated = rotate(points, omega, bent, room=room, due=slice(None)).view(w.shape)
-    if not may_read(w) or bool(short.all()):
+    if not host_can_branch(w) or bool(short.all()):
         return rotated
     return torch.where(short.view(*w.shape[:-2], 1, 1), rotated, polar(w, v))
 
@@ -72,10 +72,10 @@ def bend_of(omega: Tensor, room: Room) -> Bend:
         # The eigenvalues of a real Omega come in pairs, +-i t: those of B, t^2, are double.
         size.mul_(0.5**0.5)
     # With many eigenvalues of like size that is far more than the largest. Closer looks while they can matter.
-    if not may_read(omega) or not bool((size <= _TAYLOR[size.dtype]).all()):
+    if not host_can_branch(omega) or not bool((size <= _TAYLOR[size.dtype]).all()):
         size = torch.minimum(size, spectral_bound(bend))
     easy = _EASY[size.dtype]
-    if may_read(omega) and omega.shape[-1] >= LARGE and bool((size > easy).any()):
+    if host_can_branch(omega) and omega.shape[-1] >= LARGE and bool((size > easy).any()):
         size = probed(bend, size, easy)
     return Bend(bend, size)
 
@@ -86,15 +86,15 @@ def rotate(w: Tensor, omega: Tensor, bend: Bend, *, room: Room, due: slice | Ten
     ``omega`` and ``bend`` are overwritten. What comes back is in ``room``, and not right for blocks whose bend is
     larger than :data:`SEAM`. (Where the host may not look, all blocks are due, and longer steps are shortened.)
     """
-    if not may_read(w):
+    if not host_can_branch(w):
         due = slice(None)
-    turn = _turn_(omega, bend) if may_read(w) else _fixed_turn_(omega, bend)
+    turn = _turn_(omega, bend) if host_can_branch(w) else _fixed_turn_(omega, bend)
     points = w[due]
     if len(points):
         # The workspace "second" has held B, holds E now, and then the result.
         error = gram(points, out=room("second", points.shape, like=w))
         error.diagonal(dim1=-2, dim2=-1).sub_(1)
-        if may_read(w):
+        if host_can_branch(w):
             w = _brought_back(w, due, points, error)
         if isinstance(due, slice):
             turn[due].add_(error, alpha=-0.5)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .orthogonalizer import spectral_bound
-from .products import gram, matmul_add, may_read, norm
+from .products import gram, host_can_branch, matmul_add, norm
 from .room import Room
 from .stiefel import wide
 from .tally import Tally
@@ -65,7 +65,7 @@ def polar_factor_(
     size = spectral_bound(defect, spare)
     polynomials: Iterable[Polynomial]
     square: Tensor | None = None
-    if may_read(x):
+    if host_can_branch(x):
         easy = _EASY[size.dtype]
         if x.shape[-2] >= LARGE and bool(((size > easy) & (size <= 4 * easy)).any()):
             size = probed(defect, size, easy)

@@ -21,9 +21,15 @@ _SPLIT = 384  # rows from which on half of a Gram matrix is worth a second pass 
 _SLABS = 4  # row slabs it is cut into: (1 + 1/4) / 2 of the work is left
 
 
-def may_read(x: Tensor) -> bool:
-    """Whether the host may look at a value of ``x`` and branch on it: free on a CPU, a wait or impossible elsewhere."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+READ_ON_CPU = True  # tests set it to False, and every step then runs as it does on an accelerator
+
+
+def host_can_branch(x: Tensor) -> bool:
+    """Return True if Python may read values of ``x`` and branch on them.
+
+    That is free on the CPU. It stalls an accelerator, and breaks a graph that is being traced.
+    """
+    return READ_ON_CPU and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def across(x: Tensor) -> bool:
@@ -77,7 +83,7 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out is None:
         batch = x.reshape(-1, *x.shape[-2:])
         return gram(batch, out=batch.new_empty(len(batch), p, p)).view(*x.shape[:-2], p, p)
-    if not may_read(x) or p < _SPLIT:
+    if not host_can_branch(x) or p < _SPLIT:
         return matmul(x, x.mH, out=out)
     for rows, before, upto in _slabs(p):
         torch.bmm(x[:, rows], x[:, upto].mH, out=out[:, rows, upto])
@@ -87,7 +93,7 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def add_gram_(out: Tensor, x: Tensor, *, alpha: float) -> Tensor:
     """``out + alpha * x @ x.mH`` in place, for batches ``(B, p, n)``: 1 product, 5/8 where split."""
-    if not may_read(x) or x.shape[-2] < _SPLIT:
+    if not host_can_branch(x) or x.shape[-2] < _SPLIT:
         return matmul_add(out, x, x.mH, out=out, alpha=alpha)
     for rows, before, upto in _slabs(x.shape[-2]):
         slab = torch.bmm(x[:, rows], x[:, upto].mH)
@@ -118,4 +124,4 @@ def adjoint(a: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _one_by_one(a: Tensor) -> bool:
-    return len(a) == 1 or (may_read(a) and len(a) <= _FEW and a.shape[-2] >= _LONE)
+    return len(a) == 1 or (host_can_branch(a) and len(a) <= _FEW and a.shape[-2] >= _LONE)

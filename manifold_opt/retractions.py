@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .orthogonalizer import orthogonalizer
 from .orthographic import orthographic
-from .products import may_read
+from .products import host_can_branch
 from .schemes import LONG, Scheme, cayley, cayley_iterative, exp, orthogonalized, polar, qr
 from .stiefel import Metric, check_metric, check_pair, is_tall
 from .tally import Tally
@@ -145,7 +145,7 @@ def advance(w: Tensor, v: Tensor, method: str, *, tally: Tally | None = None, **
     """:func:`retract` of wide matrices, unchecked; steps that are shortened are counted in ``tally``."""
     scheme = RETRACTIONS[method]
     options = {name: given[name] for name in scheme.options}
-    if may_read(w) or not scheme.exact:
+    if host_can_branch(w) or not scheme.exact:
         shorter = _shorten(v, longest_step(method, given["beta"]))
         shortened = None if shorter is v else (shorter != v).any(-1).any(-1)
         v = shorter
@@ -171,7 +171,7 @@ def longest_step(method: str, beta: float = 0.5) -> float:
 def _shorten(v: Tensor, longest: float) -> Tensor:
     """Scale the blocks of ``v`` whose spectral norm exceeds ``longest`` back to it, within a few percent."""
     # The Frobenius norm is free, and decides nearly always.
-    if may_read(v) and not bool((torch.linalg.matrix_norm(v) > longest).any()):
+    if host_can_branch(v) and not bool((torch.linalg.matrix_norm(v) > longest).any()):
         return v
     largest = v.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
     scaled = v / largest  # entries of at most one: squares cannot overflow

@@ -12,7 +12,7 @@ from . import direction, riemannian
 from .buckets import Bucket
 from .direction import ADAM, Decay, Number
 from .options import Group
-from .products import may_read
+from .products import host_can_branch
 
 Rule = Callable[..., Any]
 
@@ -42,7 +42,7 @@ def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
     """Direction of torch.optim.Adam's options."""
     assert bucket.steps is not None
     beta1, beta2 = (_number(beta) for beta in group["betas"])
-    readable = may_read(bucket.steps) and bucket.lockstep is not None
+    readable = host_can_branch(bucket.steps) and bucket.lockstep is not None
     # None yet is possible: a GradScaler has skipped the first.
     steps: Number = float(max(bucket.lockstep or 1, 1)) if readable else _per_block(bucket)
     decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
@@ -53,7 +53,7 @@ def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
 
 
 def _number(beta: Number) -> Number:
-    return float(beta) if not isinstance(beta, Tensor) or may_read(beta) else beta
+    return float(beta) if not isinstance(beta, Tensor) or host_can_branch(beta) else beta
 
 
 def _per_block(bucket: Bucket) -> Tensor:

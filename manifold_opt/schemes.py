@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, spectral_bound
 from .polar_factor import polar_factor, polar_factor_
-from .products import gram, may_read
+from .products import gram, host_can_branch
 from .room import Room
 from .stiefel import Metric, coordinates, in_double, skew, transport
 from .tally import Tally
@@ -35,7 +35,7 @@ def _with_care_where_long(scheme: Scheme) -> Scheme:
     @functools.wraps(scheme)
     def careful(w: Tensor, v: Tensor, **options: object) -> Tensor:
         length = torch.linalg.matrix_norm(v, keepdim=True)
-        if not may_read(w):
+        if not host_can_branch(w):
             return scheme(w, v * (LONG / length).clamp_max(1), **options)
         result = scheme(w, v, **options)
         long = length[..., 0, 0] > LONG
@@ -124,10 +124,10 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
     defect = gram(v) / 4
     size = spectral_bound(defect)[..., None, None]
     near = size <= _NEAR[size.dtype]
-    all_near = may_read(w) and bool(near.all())
+    all_near = host_can_branch(w) and bool(near.all())
     half = w if all_near else polar(w, v / 2)
     far = w if all_near else orthogonalizer(half @ w.mH @ half)
-    if may_read(w) and not bool(near.any()):
+    if host_can_branch(w) and not bool(near.any()):
         return far
     # s/(1+s) on [0, size], to size^2/6; and a quarter of W W^T - I, which 2W + V turns into half of it.
     identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from .products import gram, may_read, norm
+from .products import gram, host_can_branch, norm
 from .stiefel import float64, is_tall, sym
 
 SMALLEST, LARGEST = 1e-12, 1e12  # bounds whose squares float32 holds with room to spare
@@ -97,7 +97,7 @@ def clip_singular_values_(x: Tensor, bound: float) -> Tensor:
     host may not look at them (products.py), every block is computed and nothing is waited for.
     """
     for part in _chunks(x):
-        if may_read(x):
+        if host_can_branch(x):
             _clip_read(part, bound)
         else:
             _clip_blind(part, bound)
@@ -136,7 +136,7 @@ def slack(x: Tensor) -> float:
     """
     p, n = x.shape[-2:]
     rounding = (16 + 4 * p**0.5 + n**0.5 / 4) * torch.finfo(x.dtype).eps
-    return rounding if may_read(x) else rounding + 4 * _RESOLUTION[x.dtype]
+    return rounding if host_can_branch(x) else rounding + 4 * _RESOLUTION[x.dtype]
 
 
 def _sizes(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ def _gap(x: Tensor, bound: float, plain: Tensor) -> Tensor:
     r""":math:`(1+\epsilon)^2 I - X X^\top / b^2`, the identity where not ``plain``: definite where X is inside."""
     gap = gram(x).mul_(-1 / bound**2)
     gap.diagonal(dim1=-2, dim2=-1).add_((1 + slack(x)) ** 2)
-    if not (may_read(x) and bool(plain.all())):
+    if not (host_can_branch(x) and bool(plain.all())):
         gap.masked_fill_(~plain[:, None, None], 0)
         gap.diagonal(dim1=-2, dim2=-1).masked_fill_(~plain[:, None], 1)
     return gap

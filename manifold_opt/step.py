@@ -25,7 +25,7 @@ from .desk import Desk
 from .options import Group, shape_in
 from .plan import SCALED, Before, Plan, Rest, drop_plans, refuse
 from .precision import MASTER, FullPrecision, warn_unless_full, without_autocast
-from .products import may_read
+from .products import host_can_branch
 from .retractions import RETRACTIONS
 from .rules import Rule
 from .unmarked import Lists
@@ -67,7 +67,7 @@ def step(
                 step_unmarked(optimizer, group, lists, flag)
     decoupled = isinstance(optimizer, torch.optim.AdamW)
     desk = Desk(optimizer._room, optimizer._tally, decoupled, *(getattr(optimizer, key, None) for key in SCALED))
-    if desk.found_inf is not None and may_read(desk.found_inf) and float(desk.found_inf) != 0:
+    if desk.found_inf is not None and host_can_branch(desk.found_inf) and float(desk.found_inf) != 0:
         return loss
     for group, plan in zip(optimizer.param_groups, plans, strict=True):
         if plan.rests:
@@ -163,7 +163,7 @@ def _check_written(optimizer: Any, group: Group, bucket: Bucket, parameter: Tens
 def _shows(optimizer: Any, parameter: Tensor) -> bool:
     """Whether what is held in float32 shows that a parameter has been written to, or that it has not moved yet."""
     master = optimizer.state[parameter].get(MASTER)
-    return master is not None and may_read(master) and not torch.equal(parameter, master.to(parameter.dtype))
+    return master is not None and host_can_branch(master) and not torch.equal(parameter, master.to(parameter.dtype))
 
 
 def _looked_at(

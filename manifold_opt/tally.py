@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import may_read
+from .products import host_can_branch
 
 NAMES = ("skipped_blocks", "clamped_steps")
 
@@ -33,7 +33,7 @@ class Tally:
 
     def add(self, name: str, which: Tensor) -> None:
         """Count what is true in ``which``."""
-        if may_read(which):
+        if host_can_branch(which):
             self._seen[name] += int(which.sum())
         else:
             self._unseen[name, which.device].add_(which.sum())

@@ -14,7 +14,7 @@ from .desk import Desk, sound_gradient
 from .manifolds import Orthogonal
 from .options import Group
 from .orthographic import INTERVAL, LONGEST_FIXED, SEAM, Bend, bend_of, rotate
-from .products import matmul, may_read, norm
+from .products import host_can_branch, matmul, norm
 from .retractions import advance
 from .rules import Rule
 from .schemes import LONG, polar_
@@ -33,7 +33,7 @@ def move(bucket: Bucket, group: Group, rule: Rule, desk: Desk) -> None:
     lr = group["lr"] * (group["orthogonal_lr_scale"] / gain)
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     # Other retractions have no products for matrices that lie across.
-    across = bucket.tiny and may_read(points) and group["retraction"] in ("orthographic", "polar")
+    across = bucket.tiny and host_can_branch(points) and group["retraction"] in ("orthographic", "polar")
     for piece in bucket.pieces(across):
         point, g = points[piece], gradients[piece].to(points.dtype)
         moments = held = {key: moment[piece] for key, moment in state.items()}
@@ -71,18 +71,18 @@ def _retract_(w: Tensor, v: Tensor, group: Group, desk: Desk, due: slice | Tenso
     if w.shape[-2] == w.shape[-1]:
         if method == "orthographic":
             bent = bend_of(v, room)
-            if not may_read(w) or bool((bent.size <= SEAM).any()):
+            if not host_can_branch(w) or bool((bent.size <= SEAM).any()):
                 return _rotate_(w, v, bent, desk, due)
         v = matmul(v, w, out=room("second", w.shape, like=w))
     if method == "orthographic":
         method = "polar"
     length = norm(v, keepdim=True)
-    if may_read(w) and method == "polar":
+    if host_can_branch(w) and method == "polar":
         shortest, longest = (float(x) for x in length.aminmax())
         if shortest > 0 and longest <= LONG:
             polar_(w, v, out=w, room=room)
             return None
-    if method == "polar" and not may_read(w):
+    if method == "polar" and not host_can_branch(w):
         new = polar_(w, v, out=room("result", w.shape, like=w), room=room, tally=tally)
     else:
         options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
@@ -94,7 +94,7 @@ def _rotate_(w: Tensor, omega: Tensor, bent: Bend, desk: Desk, due: slice | Tens
     """The orthographic retraction on square blocks, some of which at least are short enough; polar for the others."""
     room, tally = desk.room, desk.tally
     stepped = bent.size[:, None, None] != 0  # of a NaN nobody knows
-    if not may_read(w):
+    if not host_can_branch(w):
         tally.add("clamped_steps", bent.size > LONGEST_FIXED)
         return _write_back_(w, rotate(w, omega, bent, room=room, due=due), stepped, tally)
     short = (bent.size <= SEAM)[:, None, None]

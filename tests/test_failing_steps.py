@@ -166,7 +166,7 @@ def test_counts_outlive_checkpoints_and_errors():
 
 
 def test_counts_of_a_device_are_kept_apart_and_kept(monkeypatch):
-    monkeypatch.setattr(tally, "may_read", lambda _: False)
+    never_read(monkeypatch)
     counts = tally.Tally()
     device = torch.device("cpu")
     counts.prepare(device)

@@ -8,23 +8,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import manifold_opt
-from manifold_opt import (
-    buckets,
-    constraint_of,
-    desk,
-    general,
-    mark_orthogonal,
-    orthogonality_error,
-    orthographic,
-    products,
-    retractions,
-    schemes,
-    step,
-    walk,
-)
+from manifold_opt import constraint_of, mark_orthogonal, orthogonality_error
 from manifold_opt.blocks import points_of
 
-from .helpers import UNMOVED, gaussian
+from .helpers import UNMOVED, gaussian, never_read
 
 LAYOUTS = {
     "uneven": ((16, 5), {"blocks": (4, 4, 8)}),
@@ -77,13 +64,6 @@ def state_of(opt, p):
     return {key: value.detach().clone() for key, value in opt.state[p].items() if value is not None}
 
 
-def blind(monkeypatch):
-    """As where no value may be read."""
-    for module in (buckets, desk, general, orthographic, products, retractions, schemes, step, walk):
-        if hasattr(module, "may_read"):
-            monkeypatch.setattr(module, "may_read", lambda _: False)
-
-
 CASES = [(layout, rule) for layout in LAYOUTS for rule in RULES if whole(layout, rule)]
 FEW = [(layout, rule) for layout, rule in CASES if rule[0] == "Adam"]  # those with most moments
 
@@ -95,7 +75,7 @@ FEW = [(layout, rule) for layout, rule in CASES if rule[0] == "Adam"]  # those w
 )
 def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatch):
     if not reads:
-        blind(monkeypatch)
+        never_read(monkeypatch)
     together, alone = marked(layout, dtype), marked(layout, dtype)
     opt, each = build(rule, together), [build(rule, [p]) for p in alone]
     addresses = [p.data_ptr() for p in together]
@@ -150,7 +130,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, rule, dtype):
 def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
     """The last block of one member, or its last rows that are in none, which are torch's to spoil."""
     if not reads:
-        blind(monkeypatch)
+        never_read(monkeypatch)
     hurt, sane = marked(layout, dtype), marked(layout, dtype)
     optimizers = build(rule, hurt), build(rule, sane)
     for k in range(2):

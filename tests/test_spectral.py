@@ -4,7 +4,7 @@ import torch
 from manifold_opt import spectral
 from manifold_opt.spectral import clip_singular_values, clip_singular_values_, slack, within
 
-from .helpers import DTYPES, Memory, gaussian, point
+from .helpers import DTYPES, Memory, gaussian, never_read, point
 
 SHAPES = [(1, 1), (1, 7), (2, 3), (16, 16), (20, 33), (64, 80), (200, 220)]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -14,7 +14,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 def blind(request, monkeypatch):
     """As on a CPU; and as on an accelerator, where the host looks at no value."""
     if request.param == "blind":
-        monkeypatch.setattr(spectral, "may_read", lambda _: False)
+        never_read(monkeypatch)
     return request.param == "blind"
 
 
