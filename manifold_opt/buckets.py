@@ -11,22 +11,59 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import Blocks, Part, Slices, can_be_viewed, point_norm, points_of
+from .constraint import constraint_of
 from .manifolds import Manifold, Orthogonal
 from .precision import LOW, MASTER, working_dtype
 from .products import host_can_branch
-from .room import Room
+from .workspace import Pool, Workspace
 
-Number = float | Tensor
+Scalar = float | Tensor
+Key = tuple[int, bool, float | None]
 SMALL = 2**16  # bytes of a block up to which parameters are gathered
-TINY, MANY = 6, 256  # rows and columns up to which, and blocks from which on, matrices are better copied to lie across
-COPIED = 3 * 2**18  # bytes of tiny blocks that are copied at a time
 _PIECES = 16  # that a bucket is cut into at most, where pieces are larger than that anyway
 BATCH = 2**21  # bytes of blocks that a step works on at a time, one large block at least
+
+
+class Batch(NamedTuple):
+    """Blocks of a bucket that a step works on at a time.
+
+    Attributes:
+        rows: which of the bucket's.
+        points: their values, in the dtype that they are moved in: views, written in place.
+        values: their values in the dtype that they are stored in, if that is another one.
+        moments: likewise, by key.
+        ws: buffers for orthogonal blocks.
+    """
+
+    rows: slice
+    points: Tensor
+    values: Tensor | None
+    moments: dict[str, Tensor]
+    ws: Any
+
+
+class Views(NamedTuple):
+    """The points of a bucket and what goes with them, ``(B, *point)``: views, or what has been gathered.
+
+    Attributes:
+        values: points, in the dtype that they are stored in.
+        moments: by key.
+        master: points in float32, of which the values are the rounding.
+        batches: parts of all of these.
+        pieces: the values, as one tensor of its shape for every member, where they are gathered.
+    """
+
+    values: Tensor
+    moments: dict[str, Tensor]
+    master: Tensor | None
+    batches: list[Batch]
+    pieces: list[Tensor]
 
 
 @dataclass
@@ -39,16 +76,13 @@ class Bucket:
         part: where the points lie in each.
         before: number of points in earlier parts; the first part shows the step count.
         fresh: whether their first gradient is to enter the momentum whole, without dampening.
-        versions: of each member when it was last stepped: another one says that it has been written to since.
-        addresses: of each member's memory then: another one says that its ``data`` has been replaced since.
         moments: what the rule holds, ``(B, *point)`` or ``(B, 1, ..)`` each: views of the members' state, or the
             storage that their state is a view of; nothing where moments are ``carried``.
         master: points in float32 of members that are stored in less, of which theirs are the rounding; likewise.
-        ranks: place of each member among all marked parameters of its group.
         steps: ``(members,)`` step counts, as the moments.
-        lockstep: the step count of all members where the host knows that it is the same.
+        shared_step: the step count of all members, where it may be read.
+        counted: the version of ``steps`` that it is for.
         shown: what the members' state shows, by key.
-        addresses_shown: where that lies, of one key.
     """
 
     parameters: list[Tensor]
@@ -56,20 +90,18 @@ class Bucket:
     part: Part
     before: int
     fresh: bool
-    versions: list[int | None]
-    addresses: list[int | None]
-    ranks: list[int]
     moments: dict[str, Tensor] = field(default_factory=dict)
     master: Tensor | None = None
     steps: Tensor | None = None
-    lockstep: int | None = None
+    shared_step: int | None = None
+    counted: int = 0
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
-    addresses_shown: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         first = self.parameters[0]
         self.dtype = first.dtype
         self.real = working_dtype(first.dtype).to_real()  # which torch.compile cannot ask for
+        self.working = working_dtype(first.dtype)
         self.gathered = len(self.parameters) > 1 or not can_be_viewed(self.part, first.detach())
         self.low = first.dtype in LOW
         rows = self.part.rows(first.detach(), copy=True)
@@ -79,10 +111,9 @@ class Bucket:
         self.point = points.shape[1:]
         self.stiefel = isinstance(self.constraint, Orthogonal)
         self.p, self.n = self.point if self.stiefel else (1, self.point.numel())
-        blocks = torch.arange(self.each if self.stiefel else 1, device="cpu")
-        self._turns = (torch.tensor(self.ranks, device="cpu")[:, None] * len(blocks) + blocks).flatten()
-        self._in_turn = int(self._turns[-1] - self._turns[0]) == len(self._turns) - 1
-        self.tiny = self.stiefel and self.p <= TINY and self.n <= TINY and self.blocks >= MANY
+        # Whether a step works on the values and gradients as they are.
+        self.gain = self.constraint.gain if isinstance(self.constraint, Orthogonal) else 1.0
+        self.plain = self.gain == 1 and not self.low and not first.is_complex()
         self._along = self.part.dim if isinstance(self.part, Blocks) else 0  # where rows are stacked
         self.carried = self.gathered and self.part.length is not None
         self._rows = rows.shape[self._along]
@@ -90,44 +121,48 @@ class Bucket:
             length * (len(self.parameters) if dim == self._along else 1) for dim, length in enumerate(rows.shape)
         )
         self.tall = isinstance(self.part, Blocks) and self.part.tall(rows)
-        self._written: list[Tensor] = []  # pieces of the workspace that values are written back from
+        self._views: Views | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._strides = _strides(self.part, first.detach()) if not self.gathered else None
         self._as_they_lie = rows.shape == first.shape and rows.stride() == first.stride()
 
-    def remember_values(self) -> None:
-        """Take note of the members as they are now, on their manifold."""
-        self.versions = [p._version for p in self.parameters]
-        self.addresses = list(map(Tensor.data_ptr, self.parameters))
-
-    def overwritten(self) -> list[Tensor]:
-        """Members that have been written to, or whose ``data`` has been replaced, since :meth:`remember_values`."""
-        versions, addresses = [p._version for p in self.parameters], list(map(Tensor.data_ptr, self.parameters))
-        if versions == self.versions and addresses == self.addresses:
-            return []
-        before = zip(self.parameters, self.versions, self.addresses, strict=True)
-        return [p for p, version, address in before if p._version != version or p.data_ptr() != address]
-
-    def view(self, tensors: list[Tensor], role: str, room: Room) -> Tensor:
-        """The members' ``tensors`` as points ``(B, *point)``: a view of a lone one, a copy of many."""
+    def view(self, tensors: list[Tensor], name: str, pool: Pool | None) -> Tensor:
+        """Return the members' ``tensors`` as points ``(B, *point)``: a view of a lone one, a copy of many."""
         if not self.gathered:
-            # A gradient may come in a memory format that cannot be viewed so; a parameter, here, can.
-            return points_of(self.part, tensors[0])
+            # A gradient may come in a memory format that cannot be viewed so; a parameter, here, can. Detached: a view
+            # that stays must not refer to the parameter itself, which torch would refuse to swap.
+            return points_of(self.part, tensors[0].detach())
         rows = tensors if self._as_they_lie else [self.part.rows(t, copy=True) for t in tensors]
-        return self.part.points(torch.cat(rows, self._along, out=room(role, self.stacked, like=tensors[0])))
+        buffer = self._buffer(name, self.stacked, tensors[0], pool)
+        return self.part.points(torch.cat(rows, self._along, out=buffer))
+
+    def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor, pool: Pool | None) -> Tensor:
+        """Return a buffer, the same one in every step."""
+        if pool is None:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        if name not in self._buffers:
+            self._buffers[name] = pool.take(name, shape, like)
+        return self._buffers[name]
 
     def storage(self, tensors: list[Tensor]) -> Tensor:
         """The members' ``tensors`` as rows, a copy that they can be views of."""
         return torch.cat([self.part.rows(tensor, copy=True) for tensor in tensors], self._along)
 
-    def take(self, room: Room) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The moments, and what is held in float32, of all points: where they lie, or gathered from the members'."""
+    def _gather_state(self, pool: Pool | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the moments and the masters of all points: where they lie, or gathered from the members'."""
         if not self.carried:
             return self.moments, self.master
         held = {
-            key: self.view(shown, f"held {key}", room) if self._like_rows(shown) else torch.cat(self._own(shown))
+            key: self.view(shown, f"held {key}", pool) if self._like_rows(shown) else self._cat_own(key, pool)
             for key, shown in self.shown.items()
             if key != "step"
         }
         return held, held.pop(MASTER, None)
+
+    def _cat_own(self, key: str, pool: Pool | None) -> Tensor:
+        """Return numbers per point, of the members one after the other."""
+        own = self._own(self.shown[key])
+        return torch.cat(own, out=self._buffer(f"own {key}", (self.blocks, *own[0].shape[1:]), own[0], pool))
 
     def _like_rows(self, shown: list[Tensor]) -> bool:
         """Whether there is an entry for every one of a member, not a number a point."""
@@ -151,22 +186,18 @@ class Bucket:
         other = (gap.abs() > 4 * eps * (now.abs() + scale)) | (point_norm(gap, dims, keepdim=True) > eps * size)
         master.copy_(torch.where(other, now, master))
 
-    def write_back(self, values: Tensor, moments: dict[str, Tensor], master: Tensor | None) -> None:
-        """Write points ``(B, *point)``, and what else was gathered of them, to the members that they came from."""
+    def scatter_(self, views: Views) -> None:
+        """Write the points, and what else was gathered, to the members that they came from."""
         if not self.gathered:
             return
-        if self.carried:
-            self._put(self.parameters, values)
-            for key, held in (moments if master is None else {**moments, MASTER: master}).items():
-                self._put(self.shown[key], held)
+        if not self.carried:
+            torch._foreach_copy_(self.parameters, views.pieces)
             return
-        stacked = self._stack(values)
-        if torch.compiler.is_compiling():
-            torch._foreach_copy_(self.parameters, self.split(stacked))
-            return
-        if not self._written or self._written[0].data_ptr() != stacked.data_ptr():
-            self._written = self.split(stacked)
-        torch._foreach_copy_(self.parameters, self._written)
+        self._put(self.parameters, views.values)
+        for key, held in views.moments.items():
+            self._put(self.shown[key], held)
+        if views.master is not None:
+            self._put(self.shown[MASTER], views.master)
 
     def _put(self, tensors: list[Tensor], values: Tensor) -> None:
         """Write points to the rows of the members' tensors, or numbers a point to where they have them."""
@@ -186,38 +217,77 @@ class Bucket:
         pieces = stacked.split(self._rows, self._along)  # type: ignore[no-untyped-call]
         return [self.part.unlike(piece, p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
-    def count(self, steps: Number) -> None:
-        """Count a step, or as much of one as a GradScaler lets happen."""
-        assert self.steps is not None
-        self.steps += steps
-        if host_can_branch(self.steps):
-            first, last = (int(x) for x in self.steps.aminmax())
-            self.lockstep = first if first == last else None
+    def gather(self, pool: Pool | None) -> Views:
+        """Return the points and their moments, gathered where they are.
 
-    def due(self, interval: int, piece: slice) -> slice | Tensor:
-        """Which blocks of a piece have their turn: each once in ``interval`` steps that its own parameter makes.
-
-        Whatever other parameters do, and wherever it stands among them: a parameter keeps its rank.
+        The views stay from step to step, but for a graph that is traced, without a pool.
         """
-        assert self.steps is not None
-        if not host_can_branch(self.steps):
-            return slice(None)
-        if self.lockstep is not None and self._in_turn:
-            return slice(-(self.lockstep + int(self._turns[piece.start])) % interval, None, interval)
-        counts = self.steps.long().repeat_interleave(self.each)
-        return ((counts + self._turns)[piece] % interval == 0).nonzero()[:, 0]
+        if pool is None:
+            return self._make_views(pool)
+        if self._views is None:
+            self._views = self._make_views(pool)
+        elif self.gathered:
+            self.view(self.parameters, "point", pool)
+            if self.carried:
+                self._gather_state(pool)
+        if self.low:
+            self.follow(self._views.values, self._views.master)
+        return self._views
 
-    def reserve(self, room: Room) -> None:
-        """Take the workspaces of a step now: if there is no memory for them, nothing has been written yet."""
-        first = self.parameters[0].new_empty(0, dtype=working_dtype(self.dtype))
-        count = next(self.pieces(self.tiny)).stop  # the first piece is as large as any
-        for role, columns in (("first", self.p), ("second", self.n)) if self.stiefel else ():
-            room(role, (count, self.p, columns), like=first)
-        for role in ("point", "gradient") if self.gathered else ():
-            room(role, self.stacked, like=self.parameters[0])
+    def _make_views(self, pool: Pool | None) -> Views:
+        values = self.view(self.parameters, "point", pool)
+        moments, master = self._gather_state(pool)
+        if self.low and pool is None:
+            self.follow(values, master)
+        points = values if master is None else master
+        batches = [
+            Batch(
+                index,
+                points[index],
+                None if points is values else values[index],
+                {key: moment[index] for key, moment in moments.items()},
+                Workspace(pool, points[index]) if self.stiefel else None,
+            )
+            for index in self.pieces()
+        ]
+        pieces = self.split(self._stack(values)) if self.gathered and not self.carried else []
+        return Views(values, moments, master, batches, pieces)
+
+    def gradients(self, pool: Pool | None) -> Tensor:
+        """Return the gradients of all points: a view of a lone one, a copy of many."""
+        gradient = self.parameters[0].grad
+        if self._strides is not None and gradient is not None and gradient.stride() == self._strides[0]:
+            return gradient.as_strided(self._strides[1], self._strides[2])
+        return self.view([p.grad for p in self.parameters], "gradient", pool)  # type: ignore[misc]
+
+    def show_steps(self, steps: Tensor) -> None:
+        """Take the step counts of the members, which are equal where they may be read."""
+        self.steps, self.counted = steps, steps._version
+        self.shared_step = int(steps[0]) if host_can_branch(steps) else None
+
+    def increment_step(self, steps: Scalar) -> None:
+        """Count a step, or as much of one as a GradScaler lets happen."""
+        self.steps.add_(steps)  # type: ignore[union-attr]
+        if self.shared_step is not None:
+            self.shared_step += 1
+            self.counted = self.steps._version  # type: ignore[union-attr]
+
+    def reserve(self, pool: Pool) -> None:
+        """Take the buffers of a step now: if there is no memory for them, nothing has been written yet."""
+        first = self.parameters[0]
+        for name in ("point", "gradient") if self.gathered else ():
+            pool.take(name, self.stacked, first)
         for key, shown in self.shown.items() if self.carried else ():
             if key != "step" and self._like_rows(shown):
-                room(f"held {key}", self.stacked, like=shown[0])
+                pool.take(f"held {key}", self.stacked, shown[0])
+        if not self.stiefel:
+            return
+        count = next(self.pieces()).stop  # the first piece is as large as any
+        like = first.new_empty(0, dtype=working_dtype(self.dtype))
+        names = "ab" if self.p == self.n else "abxy"
+        if not host_can_branch(first):
+            names += "cdefx" if self.p == self.n else "defz"
+        Workspace(pool, like, (count, self.p, self.n)).make(names)
 
     def ask_for(self, temporaries: int) -> None:
         """Take as many times the memory of a piece, and give it back: an accelerator's allocator keeps it for the step.
@@ -226,15 +296,13 @@ class Bucket:
         """
         first = self.parameters[0]
         if not host_can_branch(first):
-            count = temporaries * next(self.pieces(self.tiny)).stop * self.p * self.n
+            count = temporaries * next(self.pieces()).stop * self.p * self.n
             first.new_empty(count, dtype=working_dtype(self.dtype))
 
-    def pieces(self, copied: bool = False) -> Iterator[slice]:
-        """Blocks that are worked on at a time: memory is needed for these only, for more of it if they are copied."""
+    def pieces(self) -> Iterator[slice]:
+        """Yield the blocks that are worked on at a time: memory is needed for these only."""
         block = self.p * self.n * self.parameters[0].element_size()
         size = max(1, (BATCH if self.stiefel else self._batch()) // block)
-        if copied:
-            size = min(size, max(COPIED // block, self.blocks // 3))
         for start in range(0, self.blocks, size):
             yield slice(start, min(start + size, self.blocks))
 
@@ -249,27 +317,32 @@ class Bucket:
         return spread.view(-1, *[1] * len(self.point))
 
 
-def fill(parameters: list[Tensor], constraints: list[Manifold], fresh: list[bool], ranks: list[int]) -> list[Bucket]:
-    """Buckets of the marked parameters of one group, of each its constraint, whether it is fresh, and its rank."""
+def build_buckets(parameters: list[Tensor], keys: list[Key]) -> Iterator[tuple[Key, Bucket]]:
+    """Yield the buckets of marked parameters, each with its members' key: only those that have the same are together.
+
+    A key is a number of options, whether the first gradient is to enter the momentum whole, and the number of steps so
+    far, where that is known.
+    """
     shared: dict[object, list[int]] = {}
-    for index, (parameter, constraint) in enumerate(zip(parameters, constraints, strict=True)):
-        key = (parameter.shape, parameter.dtype, parameter.device, constraint, fresh[index])
-        shared.setdefault(key if _small(parameter, constraint) else index, []).append(index)
-    return [
-        Bucket(
-            [parameters[i] for i in some],
-            constraints[some[0]],
-            part,
-            before,
-            fresh[some[0]],
-            [None] * len(some),
-            [None] * len(some),
-            [ranks[i] for i in some],
-        )
-        for members in shared.values()
-        for some in _portions(parameters, members)
-        for part, before in _parts(parameters[some[0]], constraints[some[0]])
-    ]
+    for index, (parameter, key) in enumerate(zip(parameters, keys, strict=True)):
+        constraint = constraint_of(parameter)
+        assert constraint is not None
+        alike = (parameter.shape, parameter.dtype, parameter.device, constraint, key)
+        shared.setdefault(alike if _small(parameter, constraint) else index, []).append(index)
+    for members in shared.values():
+        constraint, key = constraint_of(parameters[members[0]]), keys[members[0]]
+        assert constraint is not None
+        for some in _portions(parameters, members):
+            for part, before in _parts(parameters[some[0]], constraint):
+                yield key, Bucket([parameters[i] for i in some], constraint, part, before, key[1])
+
+
+def _strides(part: Part, tensor: Tensor) -> tuple[tuple[int, ...], ...] | None:
+    """Return the strides of a tensor, and the shape and strides of its points, if these begin where it does."""
+    points = points_of(part, tensor)
+    if points.storage_offset() != tensor.storage_offset():
+        return None
+    return tensor.stride(), tuple(points.shape), points.stride()
 
 
 def _parts(parameter: Tensor, constraint: Manifold) -> Iterator[tuple[Part, int]]:
@@ -294,8 +367,7 @@ def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int
     """Members in portions of at most ``BATCH`` bytes and, but for small change, at most a third of all."""
     first = parameters[members[0]]
     size = first.nbytes
-    tiny = first.shape[-1:].numel() <= TINY
-    limit = min(COPIED if tiny else BATCH, max(size * len(members) // 3, SMALL))
+    limit = min(BATCH, max(size * len(members) // 3, SMALL))
     count = max(1, limit // size)
     for start in range(0, len(members), count):
         yield members[start : start + count]

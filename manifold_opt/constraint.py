@@ -23,7 +23,8 @@ from .stiefel import check_whole
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
 CONSTRAINED = "constrained"  # key in an optimizer's state of a parameter: under which constraint the moments are held
-_ATTRIBUTE = "_manifold_opt_constraint"
+TAG = "_manifold_opt_constraint"  # attribute of a marked parameter
+marks_made = "0"  # changes with every mark; a string, for a compiled step is compiled anew when it changes
 T = TypeVar("T", bound=Tensor)
 
 
@@ -90,26 +91,32 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def attach(parameter: Tensor, constraint: Manifold) -> None:
     """Tag a parameter. What it promises has to be true already: marking.py sees to that."""
-    setattr(parameter, _ATTRIBUTE, tag_of(constraint))
+    _set_tag(parameter, tag_of(constraint))
+
+
+def _set_tag(parameter: Tensor, tag: Any) -> None:
+    global marks_made
+    setattr(parameter, TAG, tag)
+    marks_made = str(int(marks_made) + 1)
 
 
 def free(parameter: Tensor) -> None:
     """Take the tag off a parameter and let it say so. A geoopt.ManifoldParameter gets the Euclidean manifold."""
     if constraint_of(parameter) is not None:
         release(parameter)
-    setattr(parameter, _ATTRIBUTE, None)
+    _set_tag(parameter, None)
 
 
 def adopt(parameter: Tensor) -> None:
     """Tag a parameter that says by itself what it is: a graph that torch.compile traces sees the tag, not the rest."""
     constraint = constraint_of(parameter)
-    if constraint is not None and not hasattr(parameter, _ATTRIBUTE):
+    if constraint is not None and not hasattr(parameter, TAG):
         attach(parameter, constraint)
 
 
 def was_unmarked(parameter: Tensor) -> bool:
     """Whether unmark has taken a constraint off it, so that it is not missed."""
-    return hasattr(parameter, _ATTRIBUTE) and constraint_of(parameter) is None
+    return hasattr(parameter, TAG) and constraint_of(parameter) is None
 
 
 @overload
@@ -137,10 +144,10 @@ def constraint_of(x: Any) -> Any:
     >>> constraint_of(gru)
     {'weight_hh_l0': Orthogonal(blocks=3, dim=0, gain=1.0)}
     """
-    found = getattr(x, _ATTRIBUTE, None)
+    found = getattr(x, TAG, None)
     if type(found) is tuple:
         found = constraint_of_tag(found)
-    if type(x) is nn.Parameter or (found is None and hasattr(x, _ATTRIBUTE)):
+    if type(x) is nn.Parameter or (found is None and hasattr(x, TAG)):
         return found
     if isinstance(x, nn.Module):
         return {name: known for name, p in x.named_parameters() if (known := constraint_of(p)) is not None}

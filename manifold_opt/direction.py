@@ -1,8 +1,7 @@
 r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 
-Points ``w`` are wide batches ``(B, p, n)``. Every rule updates the moments in ``state`` in place, returns
-``length`` times a tangent direction V at ``w`` (``-lr`` is the length of a step), on square blocks its skew
-:math:`\Omega`, and writes to nothing else but ``room``. Hyperparameters and the keys of the state are those of
+Points ``w`` are wide batches ``(B, p, n)``. Every function updates the moments in ``state`` in place and returns
+``scale`` times a direction; the length of a step is ``-lr``. Hyperparameters and the keys of the state are those of
 torch.optim. Of complex blocks every transpose is the conjugate one, and the real and the imaginary part of an entry
 are as two entries are, each with its own second moment.
 
@@ -10,208 +9,322 @@ On square blocks the moments are those of the gradient in the *frame* of W,
 
 .. math:: A = G W^\top, \qquad \text{the gradient of } Z \mapsto f((I + Z) W) \text{ at } Z = 0,
 
-and the direction is :math:`V = \Omega W` with :math:`\Omega` skew. The frame moves with W, so nothing has to be
-transported: 1 T in all, T one p x n by n x p product. On rectangular blocks, where a frame would need the other
-n - p rows, moments are held as the gradient comes.
+and the direction is :math:`V = \Omega W` with :math:`\Omega` skew: these functions take A and return
+:math:`\Omega`, in the memory of A. The frame moves with W, so nothing has to be transported. On rectangular blocks,
+where a frame would need the other n - p rows, moments are held as the gradient comes, and the functions take W and G
+and return a tangent V in ``ws.y`` or ``ws.z``. The number of products is given in T, one p x n by n x p product.
+
+Where no value may be read, ``finite``, ``(B, 1, 1)``, says which blocks have a finite gradient; the others have a zero
+one and keep their moments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .products import adjoint, components, host_can_branch, matmul, matmul_add, norm, transpose
-from .room import Room
+from .products import host_can_branch, matmul, matmul_add, norm, real_view
 from .stiefel import Metric
+from .workspace import Workspace
 
 Moments = dict[str, Tensor]
 SecondMoment = Literal["element", "block"]
-Number = float | Tensor
+SECOND_MOMENTS: tuple[str, ...] = get_args(SecondMoment)
+Scalar = float | Tensor
 
-_FLOOR = 0.01  # of its row's mean square, what an entry's counts for at least
+_FLOOR = 0.01  # of the mean square of its row: the least that the mean square of an entry counts for
 
 
-@dataclass(frozen=True)
-class Decay:
-    r"""What Adam's averages are weighted with: betas, and what its bias corrections divide by.
+@dataclass
+class AdamCoefficients:
+    r"""What Adam's averages are weighted with, and what its bias corrections divide by.
 
     Attributes:
         beta1, beta2: decay of the two moments.
-        correction1, correction2: :math:`1 - \beta^t`, a number, or ``(B, 1, 1)`` where step counts differ.
+        correction1, correction2: :math:`1 - \beta^t`, numbers, or ``(B, 1, 1)``.
+        eps: added to the root of the second moment.
     """
 
-    beta1: Number
-    beta2: Number
-    correction1: Number
-    correction2: Number
+    beta1: Scalar
+    beta2: Scalar
+    correction1: Scalar
+    correction2: Scalar
+    eps: float
 
 
-def sgd(
-    w: Tensor,
-    g: Tensor,
+def sgd_square(
+    a: Tensor,
     state: Moments,
-    room: Room,
+    ws: Workspace,
     *,
-    length: Number,
+    scale: Scalar,
     metric: Metric,
     momentum: float,
     dampening: float,
     nesterov: bool,
-    sound: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
-    r"""Riemannian gradient, with momentum if asked: 1 T square; 2 T rectangular, 4 T with Nesterov.
+    r"""Return Omega of SGD, with momentum if asked: no product.
 
-    Square, with the buffer in the frame:
-    :math:`B \leftarrow \mu B + (1-\tau) A`, :math:`\Omega = \operatorname{skew} B`, or of :math:`A + \mu B` for
-    Nesterov. Rectangular, with a tangent buffer, whose transport and the projection of the gradient are one:
-    :math:`B \leftarrow P_W(\mu B + (1-\tau) G)`, and the direction B, or :math:`P_W(G) + \mu B`.
-
-    Blocks that are not ``sound``, ``(B, 1, 1)``, keep their buffer; all are unless given.
+    :math:`B \leftarrow \mu B + (1-\tau) A`, and :math:`\Omega` is the skew part of B, or of :math:`A + \mu B` for
+    Nesterov.
     """
-    square = w.shape[-2] == w.shape[-1]
-    new = _along(w, g, room) if square else g
-    buffer = state.get("momentum_buffer") if momentum else None
-    if square:
-        if buffer is not None:
-            _accumulate(buffer, new, momentum, 1 - dampening, sound)
-            new = new.add_(buffer, alpha=momentum) if nesterov else new.copy_(buffer)
-        return _skew_(new, room).mul_(_in_frame(length, metric))
-    if buffer is None:
-        size = norm(g, keepdim=True) * _size(length)
-        v = _tangent_(w, _project(w, g, room, "second").mul_(length), size, room)
-        return _in_metric(w, v, metric, room)
-    both = torch.mul(g, 1 - dampening, out=room("third", w.shape, like=w)).add_(buffer, alpha=momentum)
-    moved = _project(w, both, room, "second")
-    buffer.copy_(moved) if sound is None else _keep(buffer, moved, sound)
-    if nesterov:
-        moved = _project(w, g, room, "second").add_(buffer, alpha=momentum)
-    size = (norm(g, keepdim=True) + norm(both, keepdim=True)) * _size(length)
-    return _in_metric(w, _tangent_(w, moved.mul_(length), size, room), metric, room)
+    step, half = a, (scale if metric == "canonical" else scale / 2)
+    if momentum:
+        buffer = state["momentum_buffer"]
+        _accumulate_(buffer, a, momentum, 1 - dampening, finite)
+        step = a.add_(buffer, alpha=momentum) if nesterov else buffer
+    if step is not a:
+        return torch.sub(step, step.mH, out=a).mul_(half)
+    return torch.mul(torch.sub(a, a.mH, out=ws.b), half, out=a)
 
 
-def adam_element(
+def sgd_wide(
     w: Tensor,
     g: Tensor,
     state: Moments,
-    room: Room,
+    ws: Workspace,
     *,
-    length: Number,
+    scale: Scalar,
     metric: Metric,
-    decay: Decay,
-    eps: float,
-    sound: Tensor | None = None,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    finite: Tensor | None = None,
 ) -> Tensor:
-    r"""Adam with a second moment for every entry: 1 T square, 4 T rectangular.
+    r"""Return a tangent of SGD: 2 T, 4 T with Nesterov.
 
-    Square: torch's moments M and V of A in the frame, and what they say of :math:`\Omega_{ij} = -\Omega_{ji}`, whose
-    derivative is :math:`A_{ij} - A_{ji}`:
+    The transport of the buffer and the projection of the gradient are one:
+    :math:`B \leftarrow P_W(\mu B + (1-\tau) G)`, and the direction is B, or :math:`P_W(G) + \mu B` for Nesterov.
+    """
+    size = norm(g, keepdim=True)
+    if momentum:
+        buffer = state["momentum_buffer"]
+        both = torch.mul(g, 1 - dampening, out=ws.x).add_(buffer, alpha=momentum)
+        size = size + norm(both, keepdim=True)
+        v = _project(w, both, ws, out=ws.y)
+        _write_(buffer, v, finite)
+        if nesterov:
+            v = _project(w, g, ws, out=ws.y).add_(buffer, alpha=momentum)
+    else:
+        v = _project(w, g, ws, out=ws.y)
+    return _to_metric(w, _reproject_(w, v.mul_(scale), size * _abs(scale), ws), metric, ws)
+
+
+def adam_square(
+    a: Tensor,
+    state: Moments,
+    ws: Workspace,
+    *,
+    scale: Scalar,
+    metric: Metric,
+    coefficients: AdamCoefficients,
+    finite: Tensor | None = None,
+) -> Tensor:
+    r"""Return Omega of Adam with a second moment for every entry: no product.
+
+    With torch's moments M and V of A, and the derivative by :math:`\Omega_{ij} = -\Omega_{ji}`, which is
+    :math:`A_{ij} - A_{ji}`:
 
     .. math:: \Omega_{ij} = \operatorname{clip}\left(
         \frac{\hat M_{ij} - \hat M_{ji}}{\min(\sqrt{\hat V_{ij}}, \sqrt{\hat V_{ji}}) + \epsilon}, -1, 1\right)
 
-    The smaller scale, because of two entries of unlike scale the larger would drown what the smaller has to say.
-    Every entry is a positive multiple of the derivative's, so the direction descends, and vanishes at a constrained
-    optimum, where A is symmetric. (Torch's own direction, projected, does not: G is normal there, not zero, and an
-    element-wise division turns it back into the tangent space.)
+    The smaller scale is used because the larger one would drown out the entry with the smaller one. Every entry is a
+    positive multiple of the derivative's, so the direction descends, and it vanishes at a constrained optimum, where A
+    is symmetric. (Torch's own direction, projected, does not: G is normal there, not zero, and an element-wise division
+    turns it back into the tangent space.)
 
-    Rectangular: torch's moments of G, with r the row means of V, the mean square of an entry of :math:`G W^\top`;
-    :math:`\Omega` as above from :math:`M W^\top` and r, and the normal part entry by entry,
+    Complex: the numerator is :math:`\hat M_{ij} - \overline{\hat M_{ji}}`, on the diagonal too; its real and its
+    imaginary part are divided and clipped each by itself.
+    """
+    m = state["exp_avg"]
+    v = _moments_(m, a, state, coefficients, finite)
+    root = coefficients.correction2**0.5
+    # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) / limit
+    limit = coefficients.correction1 / root
+    size = torch.minimum(v, v.mT, out=_parts_of(ws.b, ws)).sqrt_().add_(coefficients.eps * root)
+    omega = torch.sub(m, m.mH, out=a)
+    (real_view(omega) if a.dtype.is_complex else omega).div_(size).clamp_(-limit, limit)
+    return omega.mul_((2 * scale if metric == "canonical" else scale) / limit)
+
+
+def adam_wide(
+    w: Tensor,
+    g: Tensor,
+    state: Moments,
+    ws: Workspace,
+    *,
+    scale: Scalar,
+    metric: Metric,
+    coefficients: AdamCoefficients,
+    finite: Tensor | None = None,
+) -> Tensor:
+    r"""Return a tangent of Adam with a second moment for every entry: 4 T.
+
+    With torch's moments M and V of G, and r the row means of V, the mean square of an entry of :math:`G W^\top`,
+    :math:`\Omega` is that of :func:`adam_square` from :math:`M W^\top` and r, and the normal part is
 
     .. math:: N = \operatorname{clip}\left(
         \frac{\hat M - \hat M W^\top W}{\sqrt{\max(\hat V, r/100)} + \epsilon}, -1, 1\right), \qquad
         D = N - N W^\top W + \Omega W.
 
-    (Entries of M that happen to be small at the optimum would else step without end.)
-
-    Complex: the numerator is :math:`\hat M_{ij} - \overline{\hat M_{ji}}`, on the diagonal too, and its real and its
-    imaginary part are divided and clipped each by itself. Into r go the mean squares of both, for W mixes them.
+    (Without r, entries of M that happen to be small at the optimum would step without end.) Complex: into r go the mean
+    squares of both parts, for W mixes them.
     """
-    square = w.shape[-2] == w.shape[-1]
-    new = _along(w, g, room) if square else g.resolve_conj()
-    m, v = state["exp_avg"], components(state["exp_avg_sq"])
-    _average(components(m), components(new), decay.beta1, sound)
-    _average_square(v, components(new), decay.beta2, sound)
-    if "max_exp_avg_sq" in state:
-        largest = components(state["max_exp_avg_sq"])
-        v = largest.clamp_min_(v)  # maximum(out=...) of transposed ones is none that torch.compile knows
-    # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) sqrt(c2) / c1
-    root = decay.correction2**0.5
-    offset, scale = eps * root, root / decay.correction1
-    if square:
-        other = transpose(v, out=components(room("second", w.shape, like=w)))
-        size = other.clamp_max_(v).sqrt_().add_(offset)
-        omega = torch.sub(m, adjoint(m, out=new), out=new)
-        components(omega).div_(size).clamp_(-1 / scale, 1 / scale)
-        return omega.mul_(_in_frame(length, metric) * scale)
-
-    # Numbers are taken into the products, tensors cannot be.
-    number = scale if isinstance(scale, float) else 1.0
-    along = matmul(m, w.mH, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w), alpha=number)
-    normal = matmul_add(m, along, w, out=room("second", w.shape, like=w), beta=number, alpha=-1)
-    if isinstance(scale, Tensor):
-        along, normal = along.mul_(scale), normal.mul_(scale)
+    m = state["exp_avg"]
+    v = _moments_(m, g, state, coefficients, finite)
+    root = coefficients.correction2**0.5
+    limit, offset = coefficients.correction1 / root, coefficients.eps * root
+    along = matmul(m, w.mH, out=ws.a)
+    normal = matmul_add(m, along, w, out=ws.x, alpha=-1)
     rows = v.mean(-1, keepdim=True)
-    if w.is_complex():
+    if w.dtype.is_complex:
         rows = rows.mean(0)
-    third = components(room("third", w.shape, like=w))
-    components(normal).div_(torch.maximum(v, _FLOOR * rows, out=_memory(third)).sqrt_().add_(offset)).clamp_(-1, 1)
-    other = adjoint(along, out=room("third", along.shape, like=w))
-    omega = along.sub_(other)
-    rows = rows.sqrt().add_(offset)
-    components(omega.div_(torch.minimum(rows, rows.mT, out=_memory(other.real)))).clamp_(-1, 1)
-    omega -= matmul(normal, w.mH, out=other)
+    size = torch.maximum(v, rows * _FLOOR, out=_parts_of(ws.y, ws)).sqrt_().add_(offset)
+    real_view(normal).div_(size).clamp_(-limit, limit)
+    rows = rows.sqrt_().add_(offset)
+    omega = torch.sub(along, along.mH, out=ws.b)
+    real_view(omega).div_(torch.minimum(rows, rows.mT)).clamp_(-limit, limit)
+    omega.sub_(matmul(normal, w.mH, out=ws.a))
+    length = scale / limit
     if isinstance(length, Tensor) or metric == "canonical":
-        return _in_metric(w, matmul_add(normal, omega, w, out=normal), metric, room).mul_(length)
-    return matmul_add(normal, omega, w, out=normal, beta=length, alpha=length)
+        return _to_metric(w, matmul_add(normal, omega, w, out=ws.y), metric, ws).mul_(length)
+    return matmul_add(normal, omega, w, out=ws.y, beta=length, alpha=length)
 
 
-def adam_block(
+def adam_block_square(
+    a: Tensor,
+    state: Moments,
+    ws: Workspace,
+    *,
+    scale: Scalar,
+    metric: Metric,
+    coefficients: AdamCoefficients,
+    finite: Tensor | None = None,
+) -> Tensor:
+    """Return Omega of Adam with one second moment per block, as :func:`adam_block_wide` does: no product."""
+    skew = torch.sub(a, a.mH, out=ws.b).mul_(0.5)
+    # |Omega W| = |Omega|: an orthogonal factor keeps every mean square.
+    d, _ = _block_moments_(skew, state, coefficients, finite, out=ws.c)
+    # Once more, for M may come from a run with a second moment for every entry.
+    return torch.sub(d, d.mH, out=a).mul_(scale if metric == "canonical" else scale / 2)
+
+
+def adam_block_wide(
     w: Tensor,
     g: Tensor,
     state: Moments,
-    room: Room,
+    ws: Workspace,
     *,
-    length: Number,
+    scale: Scalar,
     metric: Metric,
-    decay: Decay,
-    eps: float,
-    sound: Tensor | None = None,
+    coefficients: AdamCoefficients,
+    finite: Tensor | None = None,
 ) -> Tensor:
-    r"""Adam with one second moment a block, the mean square of its Riemannian gradient: 1 T square, 4 T rectangular.
+    r"""Return a tangent of Adam with one second moment per block, the mean square of its Riemannian gradient: 4 T.
 
-    Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)`` and real. A mean, not a sum,
-    over the real and imaginary parts if complex, so that the step has the length of torch.optim.Adam's at the same
-    learning rate. On rectangular blocks the first moment is a tangent, transported by projection.
+    Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)`` and real: a mean, not a sum,
+    over the real and imaginary parts if complex, so that a step has the length of torch.optim.Adam's at the same
+    learning rate. The first moment is a tangent, transported by projection.
 
     Reference: Becigneul & Ganea (ICLR 2019), with one block as one manifold.
     """
-    square = w.shape[-2] == w.shape[-1]
-    if square:
-        new = _skew_(_along(w, g, room), room)
+    _write_(state["exp_avg"], _project(w, state["exp_avg"], ws, out=ws.x), finite)
+    d, divisor = _block_moments_(_project(w, g, ws, out=ws.x), state, coefficients, finite, out=ws.y)
+    size = norm(g, keepdim=True) * _abs(scale) / (divisor * (w.shape[-2] * w.shape[-1]) ** 0.5)
+    return _to_metric(w, _reproject_(w, d.mul_(scale), size, ws), metric, ws)
+
+
+def _moments_(m: Tensor, new: Tensor, state: Moments, coefficients: AdamCoefficients, finite: Tensor | None) -> Tensor:
+    """Average ``new`` and its squares, and return the mean square to divide by, of both parts if complex."""
+    v, largest = state["exp_avg_sq"], state.get("max_exp_avg_sq")
+    if new.dtype.is_complex:
+        m, new, v = real_view(m), real_view(new), real_view(v)
+        largest = None if largest is None else real_view(largest)
+    weight1, weight2 = 1 - coefficients.beta1, 1 - coefficients.beta2
+    if finite is None and type(weight2) is float:
+        m.lerp_(new, weight1)
+        v.mul_(coefficients.beta2).addcmul_(new, new, value=weight2)
     else:
-        new = _project(w, g, room, "second")
-        transported = _project(w, state["exp_avg"], room, "third")
-        state["exp_avg"].copy_(transported) if sound is None else _keep(state["exp_avg"], transported, sound)
+        m.lerp_(new, _weight(weight1, finite))
+        v.lerp_(new * new, _weight(weight2, finite))
+    return v if largest is None else largest.clamp_min_(v)
+
+
+def _block_moments_(
+    new: Tensor, state: Moments, coefficients: AdamCoefficients, finite: Tensor | None, *, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Average ``new`` and its mean square; return the direction, in ``out``, and what it has been divided by."""
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    _average(components(m), components(new), decay.beta1, sound)
-    # |Omega W| = |Omega|: an orthogonal factor keeps every mean square.
-    square_norm = norm(new, keepdim=True).square_()
-    count = w.shape[-2] * w.shape[-1] * (2 if w.is_complex() else 1)
-    _average(v, square_norm / count, decay.beta2, sound)
+    real_view(m).lerp_(real_view(new), _weight(1 - coefficients.beta1, finite))
+    count = new.shape[-2] * new.shape[-1] * (2 if new.is_complex() else 1)
+    mean_square = norm(new, keepdim=True).square_() / count
+    v.lerp_(mean_square, _weight(1 - coefficients.beta2, finite))
     if "max_exp_avg_sq" in state:
         v = state["max_exp_avg_sq"].clamp_min_(v)
-    d = torch.div(m, ((v / decay.correction2).sqrt() + eps) * decay.correction1, out=new)
-    if square:
-        return _skew_(d, room).mul_(_in_frame(length, metric))  # again: m may come from an element-wise run
-    scale = ((v / decay.correction2).sqrt() + eps) * count**0.5
-    d = _tangent_(w, d.mul_(length), norm(g, keepdim=True) * _size(length) / scale, room)
-    return _in_metric(w, d, metric, room)
+    divisor = (v / coefficients.correction2).sqrt_().add_(coefficients.eps)
+    return torch.div(m, divisor * coefficients.correction1, out=out), divisor
 
 
-ADAM = {"element": adam_element, "block": adam_block}
+def _weight(weight: Scalar, finite: Tensor | None) -> Scalar:
+    """Return the weight of a new value: zero for blocks whose gradient is not finite."""
+    return weight if finite is None else finite * weight
+
+
+def _accumulate_(buffer: Tensor, new: Tensor, momentum: float, weight: float, finite: Tensor | None) -> None:
+    if finite is None:
+        buffer.mul_(momentum).add_(new, alpha=weight)
+    else:
+        _write_(buffer, (buffer * momentum).add_(new, alpha=weight), finite)
+
+
+def _write_(moment: Tensor, new: Tensor, finite: Tensor | None) -> None:
+    moment.copy_(new if finite is None else torch.where(finite != 0, new, moment))
+
+
+def _parts_of(buffer: Tensor, ws: Workspace) -> Tensor | None:
+    """Return the parts of a buffer to write to; None for a complex one in a graph, where torch refuses them."""
+    if not buffer.dtype.is_complex:
+        return buffer
+    return real_view(buffer) if ws.readable else None
+
+
+def _abs(x: Scalar) -> Scalar:
+    return x.abs() if isinstance(x, Tensor) else abs(x)
+
+
+def _project(w: Tensor, g: Tensor, ws: Workspace, *, out: Tensor) -> Tensor:
+    """Write G - sym(G W^T) W to ``out`` and return it, on rectangular blocks: 2 T."""
+    along = matmul(g, w.mH, out=ws.a)
+    symmetric = torch.add(along, along.mH, out=ws.b)
+    return matmul_add(g, symmetric, w, out=out, alpha=-0.5)
+
+
+def _reproject_(w: Tensor, v: Tensor, size: Tensor, ws: Workspace) -> Tensor:
+    """Project ``v``, ``(B, p, n)`` in ``ws.y``, once more where rounding may have left it no tangent: 2 T, seldom.
+
+    The projection of a gradient of size s leaves a part of eps s that is none. That would be felt where the gradient is
+    nearly normal to the manifold, and the little that is not makes a long step. (Always where no value may be read.)
+    """
+    eps = torch.finfo(w.dtype).eps
+    if not host_can_branch(w):
+        return _project(w, v, ws, out=ws.z)
+    far = (~(size * eps <= eps**0.5 / 4))[:, 0, 0]  # the square of that is rounding
+    if bool(far.any()):  # only these: what a block gets does not depend on the others of its batch
+        point, tangent = w[far], v[far]
+        v[far] = _project(point, tangent, Workspace(None, point), out=torch.empty_like(tangent))
+    return v
+
+
+def _to_metric(w: Tensor, d: Tensor, metric: Metric, ws: Workspace) -> Tensor:
+    r"""Return the gradient in ``metric`` of a rectangular tangent in the Euclidean one, 2 T more for the canonical.
+
+    .. math:: \Omega W + N \mapsto 2 \Omega W + N \quad \text{for the canonical metric.}
+    """
+    return d if metric == "euclidean" else matmul_add(d, matmul(d, w.mH, out=ws.a), w, out=d)
 
 
 def to_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
@@ -233,87 +346,3 @@ def _square_mixed(v: Tensor, w: Tensor) -> Tensor:
         return v @ (w * w)
     real, imaginary = w.real.square(), w.imag.square()
     return torch.complex(v.real @ real + v.imag @ imaginary, v.imag @ real + v.real @ imaginary)
-
-
-def _along(w: Tensor, g: Tensor, room: Room) -> Tensor:
-    """A = G W^T, ``(B, p, p)``."""
-    return matmul(g, w.mH, out=room("first", (*w.shape[:-1], w.shape[-2]), like=w))
-
-
-def _skew_(a: Tensor, room: Room) -> Tensor:
-    """(A - A^T)/2 in place."""
-    other = adjoint(a, out=room("second", a.shape, like=a))
-    return a.sub_(other).mul_(0.5)
-
-
-def _memory(x: Tensor) -> Tensor | None:
-    """Where to write to: torch.compile refuses parts of complex numbers, and finds a place by itself."""
-    return None if torch.compiler.is_compiling() else x
-
-
-def _in_frame(length: Number, metric: Metric) -> Number:
-    """The length of Omega for one of a step: the gradient in the canonical metric is twice as long."""
-    return 2 * length if metric == "canonical" else length
-
-
-def _project(w: Tensor, g: Tensor, room: Room, role: str) -> Tensor:
-    """G - sym(G W^T) W on rectangular blocks: 2 T."""
-    along = _along(w, g, room)
-    symmetric = (along + along.mH).mul_(0.5)
-    return matmul_add(g, symmetric, w, out=room(role, w.shape, like=w), alpha=-1)
-
-
-def _size(length: Number) -> Number:
-    return length.abs() if isinstance(length, Tensor) else abs(length)
-
-
-def _tangent_(w: Tensor, v: Tensor, size: Tensor, room: Room) -> Tensor:
-    """Project rectangular ``v``, in the workspace "second", once more where rounding may have left it no tangent.
-
-    The projection of a gradient of size s leaves a part of eps s that is none. Where the gradient is normal to the
-    manifold but for a little, and that little is taken for a long step, it would be felt: 2 T more, seldom. (Always
-    where the host may not look.)
-    """
-    eps = torch.finfo(w.dtype).eps
-    near = size * eps <= eps**0.5 / 4  # the square of that is rounding
-    if not host_can_branch(w):
-        return _project(w, v, room, "second")
-    if bool(near.all()):
-        return v
-    # What a block gets does not depend on who is beside it.
-    return torch.where(near, v.clone(), _project(w, v, room, "second"))
-
-
-def _in_metric(w: Tensor, d: Tensor, metric: Metric, room: Room) -> Tensor:
-    r"""The gradient in ``metric`` of a rectangular tangent in the Euclidean one, 2 T more for the canonical.
-
-    .. math:: \Omega W + N \mapsto 2 \Omega W + N \quad \text{for the canonical metric.}
-    """
-    return d if metric == "euclidean" else matmul_add(d, _along(w, d, room), w, out=d)
-
-
-def _average(moment: Tensor, new: Tensor, beta: Number, sound: Tensor | None) -> None:
-    """Exponential average; blocks that are not sound keep what they have, the others the bits they would get."""
-    held = moment if sound is None else moment.clone()
-    held.lerp_(new, 1 - beta)
-    _keep(moment, held, sound)
-
-
-def _average_square(moment: Tensor, new: Tensor, beta: Number, sound: Tensor | None) -> None:
-    if isinstance(beta, Tensor):
-        _average(moment, new * new, beta, sound)
-        return
-    held = moment if sound is None else moment.clone()
-    held.mul_(beta).addcmul_(new, new, value=1 - beta)
-    _keep(moment, held, sound)
-
-
-def _accumulate(buffer: Tensor, new: Tensor, momentum: float, share: float, sound: Tensor | None) -> None:
-    held = buffer if sound is None else buffer.clone()
-    held.mul_(momentum).add_(new, alpha=share)
-    _keep(buffer, held, sound)
-
-
-def _keep(moment: Tensor, held: Tensor, sound: Tensor | None) -> None:
-    if sound is not None:
-        moment.copy_(torch.where(sound, held, moment))

@@ -10,7 +10,6 @@ left alone.
 from __future__ import annotations
 
 import warnings
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -53,7 +52,6 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             optimizer.state[parameter][key] = moment
     _hold_master(optimizer, bucket)
     _hold_count(optimizer, group, bucket)
-    bucket.addresses_shown = _addresses(bucket)
     record = record_of(bucket.constraint)
     assert record is not None
     for parameter in bucket.parameters:
@@ -109,32 +107,12 @@ def _hold_count(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=dtype, device=device)
     counts = [torch.as_tensor(optimizer.state[p].get("step", zero)).to(zero) for p in bucket.parameters]
-    bucket.steps = torch.stack(counts)
+    bucket.show_steps(torch.stack(counts))
     if bucket.before:
         return
-    bucket.shown["step"] = list(bucket.steps.unbind())
+    bucket.shown["step"] = list(bucket.steps.unbind())  # type: ignore[union-attr]
     for parameter, count in zip(bucket.parameters, bucket.shown["step"], strict=True):
         optimizer.state[parameter]["step"] = count
-
-
-def still_shown(optimizer: Optimizer, bucket: Bucket) -> bool:
-    """Whether the members' state is what the bucket works on.
-
-    load_state_dict and users may have replaced its tensors, or the ``data`` of these, as a loop does that moves a state
-    to another device. Such a loop moves all entries, so that the addresses of one are enough.
-    """
-    states = [optimizer.state[p] for p in bucket.parameters]
-    try:
-        if not all(all(map(is_, map(itemgetter(key), states), shown)) for key, shown in bucket.shown.items()):
-            return False
-    except KeyError:
-        return False
-    return _addresses(bucket) == bucket.addresses_shown
-
-
-def _addresses(bucket: Bucket) -> list[int]:
-    """Where the members' state lies: their first moment, or their step counts if they have none."""
-    return list(map(Tensor.data_ptr, next(iter(bucket.shown.values()), ())))
 
 
 def convert(optimizer: Any, group: Group) -> None:

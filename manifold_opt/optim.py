@@ -16,9 +16,9 @@ from .loading import load_state_dict, state_dict
 from .metrics import metrics
 from .moments import check_recorded, upgrade
 from .options import OnFault, add_param_group, fill_options, with_options
-from .plan import forget_plans, prepare
+from .plan import reset_plan, without_marked
 from .rules import adam_moments, rule_of_adam, rule_of_sgd, sgd_moments
-from .step import Closure, check_capture, step
+from .step import Algorithm, Closure, check_capture, step
 from .stiefel import Metric
 from .unmarked import (
     lists_of_adam,
@@ -28,6 +28,26 @@ from .unmarked import (
     step_unmarked_adam,
     step_unmarked_sgd,
 )
+
+_SGD = Algorithm(
+    torch.optim.SGD._init_group,
+    sgd_moments,
+    lists_of_sgd,
+    step_unmarked_sgd,
+    step_rests_sgd,
+    rule_of_sgd,
+    decoupled=False,
+)
+_ADAM = Algorithm(
+    torch.optim.Adam._init_group,
+    adam_moments,
+    lists_of_adam,
+    step_unmarked_adam,
+    step_rests_adam,
+    rule_of_adam,
+    decoupled=False,
+)
+_ADAMW = _ADAM._replace(init_group=torch.optim.AdamW._init_group, decoupled=True)
 
 
 class SGD(torch.optim.SGD):
@@ -67,6 +87,7 @@ class SGD(torch.optim.SGD):
     True
     """
 
+    _algorithm = _SGD
     _state_keys = ("momentum_buffer",)  # entries of the state that this package reads and writes
 
     def __init__(
@@ -110,7 +131,7 @@ class SGD(torch.optim.SGD):
             fused=fused,
         )
         self.defaults.update(options)
-        forget_plans(self)
+        reset_plan(self)
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
@@ -121,10 +142,10 @@ class SGD(torch.optim.SGD):
         fill_options(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         upgrade(self)
-        forget_plans(self)
+        reset_plan(self)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        return super()._init_group(prepare(self, group, *sgd_moments(group)), *lists)  # type: ignore[no-untyped-call]
+        return super()._init_group(without_marked(self, group), *lists)  # type: ignore[no-untyped-call]
 
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
@@ -132,7 +153,7 @@ class SGD(torch.optim.SGD):
         Args:
             closure: reevaluates the model and returns the loss, which is handed back.
         """
-        return step(self, closure, lists_of_sgd, step_unmarked_sgd, step_rests_sgd, rule_of_sgd)
+        return step(self, closure)
 
     metrics = metrics
 
@@ -177,6 +198,7 @@ class Adam(torch.optim.Adam):
     True
     """
 
+    _algorithm = _ADAM
     _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
@@ -228,7 +250,7 @@ class Adam(torch.optim.Adam):
             **newer,
         )
         self.defaults.update(options)
-        forget_plans(self)
+        reset_plan(self)
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
@@ -239,10 +261,10 @@ class Adam(torch.optim.Adam):
         fill_options(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         upgrade(self)
-        forget_plans(self)
+        reset_plan(self)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        return super()._init_group(prepare(self, group, *adam_moments(group)), *lists)  # type: ignore[no-untyped-call]
+        return super()._init_group(without_marked(self, group), *lists)  # type: ignore[no-untyped-call]
 
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
@@ -251,7 +273,7 @@ class Adam(torch.optim.Adam):
             closure: reevaluates the model and returns the loss, which is handed back.
         """
         check_capture(self)
-        return step(self, closure, lists_of_adam, step_unmarked_adam, step_rests_adam, rule_of_adam)
+        return step(self, closure)
 
     metrics = metrics
 
@@ -278,6 +300,7 @@ class AdamW(torch.optim.AdamW):
     True
     """
 
+    _algorithm = _ADAMW
     _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
@@ -325,7 +348,7 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.defaults.update(options)
-        forget_plans(self)
+        reset_plan(self)
 
     add_param_group = add_param_group
     load_state_dict = load_state_dict
@@ -336,10 +359,10 @@ class AdamW(torch.optim.AdamW):
         fill_options(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         upgrade(self)
-        forget_plans(self)
+        reset_plan(self)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        return super()._init_group(prepare(self, group, *adam_moments(group)), *lists)  # type: ignore[no-untyped-call]
+        return super()._init_group(without_marked(self, group), *lists)  # type: ignore[no-untyped-call]
 
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
@@ -348,6 +371,6 @@ class AdamW(torch.optim.AdamW):
             closure: reevaluates the model and returns the loss, which is handed back.
         """
         check_capture(self)
-        return step(self, closure, lists_of_adam, step_unmarked_adam, step_rests_adam, rule_of_adam)
+        return step(self, closure)
 
     metrics = metrics

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .blocks import overlap_problem, point_norm, points_of
 from .constraint import DTYPES, adopt, attach, constraint_of, free, is_sharded, was_unmarked
-from .direction import ADAM
+from .direction import SECOND_MOMENTS
 from .manifolds import Manifold
 from .precision import working_dtype
 from .retractions import check_retraction
@@ -45,11 +45,11 @@ def add_param_group(self: Optimizer, param_group: Group) -> None:
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
         param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
-        if hasattr(self, "_plans"):  # or the constructor does it, once for all groups
+        if hasattr(self, "_plan"):  # or the constructor does it, once for all groups
             restore_marks(self, _tensors_in(param_group["params"]))
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
-    if hasattr(self, "_plans"):
+    if hasattr(self, "_plan"):
         _store_marks(self, self.param_groups[-1]["params"])
 
 
@@ -160,8 +160,10 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
         raise ValueError(
             f"{name}: orthogonal_lr_scale must be finite and at least 0, got {group['orthogonal_lr_scale']}."
         )
-    if group.get("second_moment", "element") not in ADAM:
-        raise ValueError(f"{name}: second_moment must be one of {', '.join(ADAM)}, got {group['second_moment']!r}.")
+    if group.get("second_moment", "element") not in SECOND_MOMENTS:
+        raise ValueError(
+            f"{name}: second_moment must be one of {', '.join(SECOND_MOMENTS)}, got {group['second_moment']!r}."
+        )
     if group["on_fault"] not in ON_FAULT:
         raise ValueError(f"{name}: on_fault must be one of {', '.join(ON_FAULT)}, got {group['on_fault']!r}.")
     for option in ("differentiable", "fused"):
@@ -172,9 +174,8 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
             )
 
 
-def largest_gradient(dtype: torch.dtype) -> float:
-    """Frobenius norm of a block's gradient up to which the squares that a step takes are finite."""
-    return math.sqrt(torch.finfo(dtype).max) / 16
+# Frobenius norm of the gradient of a block up to which the squares that a step takes are finite.
+LARGEST_GRADIENT = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYPES}
 
 
 def shape_in(group: Group, parameter: Tensor) -> str:
@@ -246,7 +247,7 @@ def check_finite(
     for p, scaled in zip(parameters, gradients, strict=True):
         g = scaled.to(working_dtype(scaled.dtype))
         g = g if scale is None else g / scale.to(g)
-        limit = largest_gradient(g.dtype)
+        limit = LARGEST_GRADIENT[g.dtype]
         if float(torch.linalg.vector_norm(g)) <= limit:
             continue
         constraint = constraint_of(p)

@@ -1,20 +1,22 @@
-"""Which parameters of a group move together, found anew only when something about them has changed."""
+"""Which parameters move together, planned anew only when something has changed that the plan depends on."""
 
 from __future__ import annotations
 
 import itertools
-import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .buckets import Bucket, fill
-from .constraint import CONSTRAINED, constraint_of
-from .manifolds import Manifold
-from .moments import check_shapes, convert, hold, leave, still_shown
+from . import constraint, products
+from .buckets import Bucket, build_buckets
+from .constraint import CONSTRAINED, TAG, constraint_of
+from .moments import check_shapes, convert, hold, leave
 from .options import (
+    OPTIONS,
     Group,
     check_finite,
     check_gradients,
@@ -25,18 +27,23 @@ from .options import (
     remember_marks,
 )
 from .retractions import RETRACTIONS
-from .room import Room
 from .survival import remember_optimizer
 from .tally import Tally
+from .workspace import Pool
 
 SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
-Keys = tuple[list[str], list[str]]
-Facts = tuple[list[Any], ...]
+Values = dict[int, tuple[Any, ...]]  # of parameters by id: version, address and dtype
+
+_members, _gradient, _version = itemgetter("params"), attrgetter("grad"), attrgetter("_version")
+_flat = itertools.chain.from_iterable
+_PARAMETER = attrgetter("shape", "dtype", "device", TAG)
+_GRADIENT = attrgetter("shape", "dtype", "device", "layout")
+_FLAGS = ("amsgrad", "capturable", "differentiable", "fused")  # they decide about moments, or are refused
 
 
 @dataclass
 class Rest:
-    """Rows or columns of a marked parameter that are in none of its points: unmarked, for torch to step.
+    """Rows or columns of a marked parameter that are outside every block: unmarked, for torch to step.
 
     Attributes:
         parameter: whose they are.
@@ -51,72 +58,170 @@ class Rest:
     fresh: bool
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same rows or columns of a tensor of the parameter's shape, a view."""
+        """Return the same rows or columns of a tensor of the parameter's shape, a view."""
         return tensor.detach().narrow(self.dim, self.start, self.length)
 
 
-@dataclass
 class Plan:
-    """The buckets of one parameter group, and what they were made for.
+    """The buckets of an optimizer, the memory for their steps, and what they were made for.
+
+    Of unmarked parameters nothing but ids is held where all of a group are, so that one which leaves it is freed at
+    once.
 
     Attributes:
-        ids: of all parameters of the group.
-        members: these parameters, if one of them is marked. Of others nothing is held, so that one which leaves the
-            group is freed at once.
-        marks: their constraints.
-        parameters: those that are marked and have gradients.
-        facts: what of these a bucket depends on.
-        keys: the moments that the group's options ask for, and which of them are one number a block.
-        buckets: of these parameters.
-        rests: what of these is in none of their blocks.
-        versions: version and address of the members that are in no bucket, when they last were in one.
+        work: all buckets, each with a group whose options they have.
+        free_rows: groups with rows outside every block, each with these.
+        unmarked: groups with unmarked parameters, each with these; None if it has no others.
+        pool: memory of workspaces.
+        active: marked parameters that have gradients.
+        devices: types of the devices of these.
+        low: whether one of these is stored in low precision.
+        on_accelerator: whether one is where no value may be read.
+        raises: whether a gradient that is not finite is an error in one of the groups.
+        needs_care: whether one of the last three is so.
     """
 
-    ids: list[int] = field(default_factory=list)
-    members: list[Tensor] = field(default_factory=list)
-    marks: list[Manifold | None] = field(default_factory=list)
-    parameters: list[Tensor] = field(default_factory=list)
-    facts: Facts = ()
-    keys: Keys = field(default_factory=lambda: ([], []))
-    buckets: list[Bucket] = field(default_factory=list)
-    rests: list[Rest] = field(default_factory=list)
-    versions: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
+    def __init__(self, optimizer: Any, old: Plan | None) -> None:
+        groups = optimizer.param_groups
+        self._marked = [p for group in groups for p in group["params"] if constraint_of(p) is not None]
+        self._typed = [
+            p for p in self._marked if type(p) is not nn.Parameter
+        ]  # they may say by themselves what they are
+        self._checked = itemgetter(*(name for name in (*OPTIONS, *_FLAGS) if name in optimizer.defaults))
+        self._momentum = itemgetter("momentum" if "momentum" in optimizer.defaults else "on_fault")
+        self._options_of = itemgetter(*optimizer.defaults)
+        self._options = list(map(self._options_of, groups))
+        self._alike = _alike(self._options)
+        self.pool = Pool()
+        live = [[p for p in group["params"] if p.grad is not None and constraint_of(p) is not None] for group in groups]
+        self.active = list(_flat(live))
+        self.unmarked = list(_unmarked(groups))
+        self._fill(optimizer, live, old)
+        buckets = [bucket for _, bucket in self.work]
+        self.devices = {p.device.type for p in self.active}
+        self.low = any(bucket.low for bucket in buckets)
+        self.on_accelerator = not all(products.host_can_branch(p) for p in self.active)
+        self.raises = any(group["on_fault"] == "raise" for group in groups)
+        self.needs_care = self.low or self.raises or self.on_accelerator
+        self._states = list(_states(optimizer, buckets))
+        self._shown = [entry for bucket in buckets for shown in bucket.shown.values() for entry in shown]
+        self._versions: list[Any] = [None] * len(self.active)
+        self._facts = self._look(optimizer)
 
-    def part_with(self, optimizer: Any, moved: set[int]) -> None:
-        """Take the state of parameters that another group has now, by id, out of the storage that it shares here."""
-        for bucket in self.buckets:
-            if any(id(p) in moved for p in bucket.parameters):
-                leave(optimizer, bucket, set())
+    @torch.no_grad()
+    def _fill(self, optimizer: Any, live: list[list[Tensor]], old: Plan | None) -> None:
+        """Make buckets, and give them their moments and buffers."""
+        groups = optimizer.param_groups
+        waiting = set() if old is None else old.waiting()
+        first = {
+            id(p) for p in self.active if id(p) in waiting or optimizer.state.get(p, {}).get("momentum_buffer") is None
+        }
+        parameters, keys = [], []
+        for group, alike, members in zip(groups, self._alike, live, strict=True):
+            damped = group.get("momentum", 0) != 0 and group["dampening"] != 0
+            parameters += members
+            keys += [(alike, damped and id(p) in first, _steps_so_far(optimizer.state.get(p, {}))) for p in members]
+        self.work = [(groups[alike], bucket) for (alike, _, _), bucket in build_buckets(parameters, keys)]
+        self.free_rows = []
+        for group, members in zip(groups, live, strict=True):
+            rests = [
+                Rest(p, mark.dim, start, length, id(p) in first)
+                for p in members
+                if (mark := constraint_of(p)) is not None
+                for start, length in mark.rest(p.shape)
+            ]
+            if rests:
+                self.free_rows.append((group, rests))
+        for _, bucket in () if old is None else old.work:
+            leave(optimizer, bucket, {id(p) for _, new in self.work if new.gathered for p in new.parameters})
+        for group, bucket in self.work:
+            optimizer._tally.prepare(bucket.parameters[0].device)
+            hold(optimizer, group, bucket, *optimizer._algorithm.moments(group))
+            bucket.reserve(self.pool)
+
+    def waiting(self) -> set[int]:
+        """Return the ids of parameters whose first gradient is still to enter the momentum."""
+        buckets = {id(p) for _, bucket in self.work if bucket.fresh for p in bucket.parameters}
+        return buckets | {id(rest.parameter) for _, rests in self.free_rows for rest in rests if rest.fresh}
+
+    def is_current(self, optimizer: Any) -> bool:
+        """Return True if nothing has changed that the plan depends on."""
+        for _, bucket in self.work:
+            if bucket.fresh or (bucket.shared_step is not None and bucket.counted != bucket.steps._version):  # type: ignore[union-attr]
+                return False
+        try:
+            if self._look(optimizer) != self._facts:
+                return False
+        except (AttributeError, KeyError, TypeError):  # a mark, or an entry of the state, is not there any more
+            return False
+        if len(self._alike) > 1:
+            options = list(map(self._options_of, optimizer.param_groups))
+            if options != self._options and _alike(options) != self._alike:
+                return False
+            self._options = options
+        return True
+
+    def is_overwritten(self) -> bool:
+        """Return True if a parameter has been written to since :meth:`remember_values`."""
+        return list(map(_version, self.active)) != self._versions
+
+    def remember_values(self) -> None:
+        """Take note of the parameters as they are now, on their manifold."""
+        self._versions = list(map(_version, self.active))
+
+    def values(self) -> Values:
+        """Return what :func:`value_of` gave for every parameter when it was last stepped."""
+        addresses, dtypes = self._facts[-1], map(itemgetter(1), self._facts[-2])
+        return dict(zip(map(id, self.active), zip(self._versions, addresses, dtypes, strict=True), strict=True))
+
+    def _look(self, optimizer: Any) -> tuple[Any, ...]:
+        """Return what decides whether the plan holds, by a few passes in C: there may be ten thousand parameters."""
+        groups, active = optimizer.param_groups, self.active
+        return (
+            constraint.marks_made,
+            products.READ_ON_CPU,
+            list(map(id, _flat(map(_members, groups)))),
+            list(map(len, map(_members, groups))),
+            list(map(self._checked, groups)),
+            list(map(bool, map(self._momentum, groups))),
+            list(map(constraint_of, self._typed)),
+            list(map(is_, map(_gradient, self._marked), itertools.repeat(None))),
+            list(map(_PARAMETER, self._marked)),
+            list(map(_GRADIENT, map(_gradient, active))),
+            list(map(id, optimizer.state.values())),
+            list(map(id, _flat(_flat(itertools.starmap(map, self._states))))),
+            list(map(Tensor.data_ptr, self._shown)),
+            list(map(Tensor.stride, active)),
+            list(map(_PARAMETER, active)),
+            list(map(Tensor.data_ptr, active)),
+        )
 
 
-class Before:
-    """The state of an optimizer before a step: taken where a plan is made anew, for when that fails."""
+def value_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Return what says whether a parameter has been written to: its version, its address, and its dtype."""
+    return parameter._version, parameter.data_ptr(), parameter.dtype
 
-    def __init__(self, optimizer: Any) -> None:
+
+class StateBackup:
+    """The state of an optimizer before a step, for when getting ready for it fails."""
+
+    def __init__(self, optimizer: Any, *, entries: bool) -> None:
         self._optimizer = optimizer
-        self._known = list(optimizer.state)
-        self._taken: dict[Tensor, Any] | None = None
+        pairs = optimizer.state.items()
+        self._state = [(p, dict(state)) for p, state in pairs] if entries else list(pairs)
 
-    def take(self) -> None:
-        """Keep what there is, once a step."""
-        if self._taken is None:
-            self._taken = {p: dict(entries) for p, entries in self._optimizer.state.items()}
-
-    def bring_back(self) -> None:
-        """State as it was; where none was taken, what torch's own _init_group has added goes."""
-        state = self._optimizer.state
-        before = {p: state[p] for p in self._known} if self._taken is None else self._taken
-        state.clear()
-        state.update(before)
-        forget_plans(self._optimizer)
+    def restore(self) -> None:
+        """Put the state back: all entries, or if these were not to change, which parameters have one."""
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+        reset_plan(self._optimizer)
 
 
-def forget_plans(optimizer: Any) -> None:
-    """Start without plans and workspaces: the state may be another one now."""
+def reset_plan(optimizer: Any) -> None:
+    """Start without a plan: the state may be another one now."""
     if not hasattr(optimizer, "_tally"):
         optimizer._tally, optimizer._marks = Tally(), {}
-    optimizer._plans, optimizer._room, optimizer._before = [], Room(), None
-    optimizer._stale = False
+    optimizer._plan, optimizer._values = None, {}
     remember_optimizer(optimizer)
     restored = set(remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
     for group in optimizer.param_groups if restored else ():
@@ -126,143 +231,91 @@ def forget_plans(optimizer: Any) -> None:
     forget_marks(optimizer)
 
 
-def drop_plans(optimizer: Any) -> None:
-    """Let go of the plans of groups that are there no more, and of what was in them."""
-    if len(optimizer._plans) > len(optimizer.param_groups):
-        del optimizer._plans[len(optimizer.param_groups) :]
-        forget_marks(optimizer)
-
-
-def prepare(optimizer: Any, group: Group, keys: list[str], scalars: list[str]) -> Group:
-    """Plan the marked parameters of a group, and return the group without them, for torch's own ``_init_group``.
-
-    The plan of the last step stays while nothing has changed: parameters, marks, dtypes, devices, which of them
-    have gradients, the options that decide what moments there are, and the state that holds these.
-    """
-    plans: list[Plan] = optimizer._plans
-    groups = optimizer.param_groups
-    plans.extend(Plan() for _ in range(len(groups) - len(plans)))
-    position = next(i for i, other in enumerate(groups) if other is group)
-    name = type(optimizer).__name__
-    plan = plans[position]
-    members, marks, live, constraints, unchanged = _survey(optimizer, group, plan)
-    optimizer._stale |= not unchanged
-    if optimizer._stale and group is groups[-1]:
-        forget_marks(optimizer)
-        optimizer._stale = False
-    if unchanged and not any(marks) and not any(CONSTRAINED in optimizer.state.get(p, ()) for p in members):
-        return group
-    facts: Facts = (
-        constraints,
-        [p.dtype for p in live],
-        [p.device for p in live],
-        [p.is_contiguous() for p in live],
-        [p.shape for p in live],
-        [group.get("capturable")],  # where the steps are counted
-    )
-    same = unchanged and _are(plan.parameters, live) and plan.facts == facts
-    if not (same and plan.keys == (keys, scalars) and _works(optimizer, plan)):
-        for parameter, constraint in zip(live, facts[0], strict=True):
-            check_marked(name, parameter, group)
-            check_shapes(optimizer, group, parameter, optimizer.state.get(parameter, {}), constraint)
-        if optimizer._before is not None:
-            optimizer._before.take()
-        here = set(map(id, live))
-        for other in plans:
-            if other is not plan:
-                other.part_with(optimizer, here)
+def make_plan(optimizer: Any) -> Plan:
+    """Check everything that a step can refuse, and plan anew. State is brought into the form that the plan needs."""
+    old = optimizer._plan
+    if old is not None:
+        optimizer._values.update(old.values())
+    check_before_step(optimizer)
+    for group in optimizer.param_groups:
         convert(optimizer, group)
-        held = members if any(marks) else []
-        new = Plan(list(map(id, members)), held, marks, live, facts, (keys, scalars))
-        plans[position] = _planned(optimizer, group, plan, new)
-    for bucket in plans[position].buckets:
-        bucket.ask_for(RETRACTIONS[group["retraction"]].temporaries)
-    return {**group, "params": [p for p, mark in zip(members, marks, strict=True) if mark is None]}
+    plan = optimizer._plan = Plan(optimizer, old)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer._values = {key: value for key, value in optimizer._values.items() if key in known}
+    return plan
 
 
-def refuse(optimizer: Any) -> None:
-    """Raise what a step of these groups would, before anything has been written."""
-    careful = any(group["on_fault"] == "raise" for group in optimizer.param_groups)
-    if len(optimizer.param_groups) == 1 and not careful:
-        return  # prepare looks before it leaps
+def check_before_step(optimizer: Any) -> None:
+    """Raise what a step would, before anything has been written."""
+    name, groups = type(optimizer).__name__, optimizer.param_groups
+    everything = [p for group in groups for p in group["params"]]
+    check_sharded(name, everything)
+    remember_marks(optimizer, everything)
+    forget_marks(optimizer)
+    for group in groups:
+        if any(constraint_of(p) is not None for p in group["params"]):
+            check_options(name, group)
+            live = [p for p in group["params"] if constraint_of(p) is not None and p.grad is not None]
+            check_gradients(name, group, live, [p.grad for p in live])
+            for p in live:
+                check_marked(name, p, group)
+                check_shapes(optimizer, group, p, optimizer.state.get(p, {}), constraint_of(p))
+    check_gradients_finite(optimizer)
+
+
+def check_gradients_finite(optimizer: Any) -> None:
+    """Raise a FloatingPointError for a gradient that a step cannot take, in the groups that ask for that."""
     scale, overflow = (getattr(optimizer, key, None) for key in SCALED)
     if overflow is not None and float(overflow) != 0:
-        careful = False  # a GradScaler has seen it, and nothing will move
-    plans = itertools.chain(optimizer._plans, itertools.repeat(Plan()))
-    for group, plan in zip(optimizer.param_groups, plans, strict=False):
-        _, marks, live, _, _ = _survey(optimizer, group, plan)
-        if careful and any(marks) and group["on_fault"] == "raise":
-            check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
+        return  # a GradScaler has seen it, and nothing will move
+    for group in optimizer.param_groups:
+        if group["on_fault"] == "raise":
+            live = [p for p in group["params"] if constraint_of(p) is not None and p.grad is not None]
+            check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)
 
 
-def _survey(
-    optimizer: Any, group: Group, plan: Plan
-) -> tuple[list[Tensor], list[Manifold | None], list[Tensor], list[Manifold], bool]:
-    """The members of a group and their marks; those marked that have gradients, and theirs; whether all is as planned.
-
-    What is new is checked, and marks are remembered. No tuple a parameter: ten thousand of them a step would keep
-    Python's garbage collector busy.
-    """
-    name = type(optimizer).__name__
-    members = list(group["params"])
-    marks = [constraint_of(p) for p in members]
-    unchanged = plan.ids == list(map(id, members)) and plan.marks == marks
-    if not unchanged:
-        check_sharded(name, members)
-        remember_marks(optimizer, members)
-        marks = [constraint_of(p) for p in members]
-    if not any(marks):
-        return members, marks, [], [], unchanged
-    check_options(name, group)
-    gradients = [p.grad for p in members]
-    present = [mark is not None and g is not None for mark, g in zip(marks, gradients, strict=True)]
-    live = list(itertools.compress(members, present))
-    check_gradients(name, group, live, list(itertools.compress(gradients, present)))
-    constraints = [mark for mark in itertools.compress(marks, present) if mark is not None]
-    return members, marks, live, constraints, unchanged
+def without_marked(optimizer: Any, group: Group) -> Group:
+    """Return a group without its marked parameters, for torch's own ``_init_group``, with a plan made for these."""
+    if optimizer._plan is None or not optimizer._plan.is_current(optimizer):
+        make_plan(optimizer)
+    return {**group, "params": [p for p in group["params"] if constraint_of(p) is None]}
 
 
-def _are(before: list[Tensor], now: list[Tensor]) -> bool:
-    """Whether these are the same parameters."""
-    return len(before) == len(now) and all(map(operator.is_, before, now))
+def ask_for_memory(plan: Plan) -> None:
+    """Let the allocators of accelerators find the memory of a step before anything is written."""
+    for group, bucket in plan.work:
+        bucket.ask_for(RETRACTIONS[group["retraction"]].temporaries)
 
 
-def _works(optimizer: Any, plan: Plan) -> bool:
-    """Whether the buckets of a plan are still good for another step."""
-    return not any(bucket.fresh for bucket in plan.buckets) and all(
-        still_shown(optimizer, bucket) for bucket in plan.buckets
-    )
+def _alike(options: list[tuple[Any, ...]]) -> list[int]:
+    """Return for every group the position of the first one with the same options. Tensors are compared by identity."""
+    first: dict[Any, int] = {}
+    return [first.setdefault(tuple(map(_hashable, some)), position) for position, some in enumerate(options)]
 
 
-def _planned(optimizer: Any, group: Group, old: Plan, new: Plan) -> Plan:
-    """Give a plan its buckets, and those their moments and versions, of which the old plan has some."""
-    damped = "momentum_buffer" in new.keys[0] and group["dampening"] != 0
-    parameters = new.parameters
-    waiting = {id(p) for bucket in old.buckets if bucket.fresh for p in bucket.parameters}
-    waiting.update(id(rest.parameter) for rest in old.rests if rest.fresh)  # a GradScaler has skipped the first step
-    first = [id(p) in waiting or optimizer.state.get(p, {}).get("momentum_buffer") is None for p in parameters]
-    fresh = [damped and none_yet for none_yet in first]
-    marked = itertools.count()
-    rank = {key: next(marked) for key, mark in zip(new.ids, new.marks, strict=True) if mark is not None}
-    new.buckets = fill(parameters, new.facts[0], fresh, [rank[id(p)] for p in parameters])
-    new.rests = [
-        Rest(p, constraint.dim, start, length, none_yet)
-        for p, constraint, none_yet in zip(parameters, new.facts[0], first, strict=True)
-        for start, length in constraint.rest(p.shape)
-    ]
-    versions = dict(old.versions)
-    for bucket in old.buckets:
-        if bucket.parameters[0].dtype == bucket.dtype:  # rounded to another one, they are to be looked at
-            pairs = zip(bucket.versions, bucket.addresses, strict=True)
-            versions.update(zip(map(id, bucket.parameters), pairs, strict=True))
-        leave(optimizer, bucket, set(map(id, parameters)))
-    with torch.no_grad():
-        for bucket in new.buckets:
-            seen = [versions.get(id(p), (None, None)) for p in bucket.parameters]
-            bucket.versions, bucket.addresses = ([one[k] for one in seen] for k in (0, 1))
-            optimizer._tally.prepare(bucket.parameters[0].device)
-            hold(optimizer, group, bucket, *new.keys)
-            bucket.reserve(optimizer._room)
-    known = set(map(id, new.members))
-    new.versions = {key: version for key, version in versions.items() if key in known}
-    return new
+def _hashable(option: Any) -> Any:
+    if isinstance(option, (list, tuple)):
+        return tuple(map(_hashable, option))
+    return id(option) if isinstance(option, Tensor) else option
+
+
+def _unmarked(groups: list[Group]) -> Iterator[tuple[Group, list[Tensor] | None]]:
+    for group in groups:
+        free = [p for p in group["params"] if constraint_of(p) is None]
+        if free:
+            yield group, free if len(free) < len(group["params"]) else None
+
+
+def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """Yield what takes the entries that a plan shows out of a state, and all states that have these entries."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for bucket in buckets:
+        alike.setdefault((*bucket.shown,), []).extend(optimizer.state[p] for p in bucket.parameters)
+    for keys, states in alike.items():
+        yield itemgetter(*keys, CONSTRAINED, CONSTRAINED), states  # twice, so that they are two at least
+
+
+def _steps_so_far(state: dict[str, Any]) -> float | None:
+    """Return the step count of a parameter, None where it may not be read."""
+    count = torch.as_tensor(state.get("step", 0.0))
+    return float(count) if products.host_can_branch(count) else None

@@ -8,7 +8,7 @@ setting), and since torch 2.9 a ``fp32_precision`` of each backend.
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +59,22 @@ class FullPrecision:
             inherited = value == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else value
         self._autocast.__exit__(*error)
+
+
+def is_full_precision(device_types: set[str]) -> bool:
+    """Return True if float32 products are full ones on some devices, whatever runs around."""
+    for device_type in device_types:
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            return False
+    return _overall() == "highest"
+
+
+def full_precision(device_types: set[str]) -> AbstractContextManager[Any]:
+    """Return a context in which float32 products are full ones on some devices."""
+    stack = ExitStack()
+    for device_type in device_types:
+        stack.enter_context(FullPrecision(device_type))
+    return stack
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

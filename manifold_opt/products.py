@@ -1,11 +1,6 @@
-"""Matrix products of a batch: nearly all of a step's time is spent here, and nowhere else is a product chosen.
+"""Matrix products of a batch ``(B, p, n)``, and the question whether Python may read a value.
 
-On a CPU a few large matrices are multiplied one by one, each with every thread, instead of as a batch with a
-thread a matrix; of a Gram matrix only one triangle is computed, the other mirrored; and where tiny matrices lie
-*across*, entry (i, j) of all of them side by side, a product is a few element-wise ones of vectors as long as the
-batch.
-
-Matrices are real or complex; the Gram matrix is with the conjugate transpose, norms are real.
+Matrices are real or complex; a Gram matrix is with the conjugate transpose, norms are real.
 """
 
 from __future__ import annotations
@@ -15,13 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_LONE = 128  # rows from which on a matrix is large enough for all threads
-_FEW = 16  # matrices of a batch up to which that pays
-_SPLIT = 384  # rows from which on half of a Gram matrix is worth a second pass over it
-_SLABS = 4  # row slabs it is cut into: (1 + 1/4) / 2 of the work is left
-
+from .stiefel import in_double
 
 READ_ON_CPU = True  # tests set it to False, and every step then runs as it does on an accelerator
+_SPLIT_ROWS = 384  # from which on half of a Gram matrix is worth a second pass over it: 0.62 to 0.80 of the time
+_LONG_COLUMNS, _FEW_ROWS = 8192, 128  # of matrices whose Gram matrix is a sum of so many terms that its rounding shows
+_PIECE = 1024  # columns that are summed in the dtype of the matrix
+_SLABS = 4  # that it is cut into: (1 + 1/4) / 2 of the work is left
 
 
 def host_can_branch(x: Tensor) -> bool:
@@ -32,96 +27,69 @@ def host_can_branch(x: Tensor) -> bool:
     return READ_ON_CPU and x.is_cpu and not torch.compiler.is_compiling()
 
 
-def across(x: Tensor) -> bool:
-    """Whether the matrices of a batch lie across one another, ``(B, p, n)`` with strides (1, n B, B)."""
-    return x.stride(0) == 1 and x.shape[0] > 1 and x.numel() > x.shape[0]
-
-
-def components(x: Tensor) -> Tensor:
-    """A real tensor as it is, of a complex one the real and the imaginary parts, a view ``(2, ...)``."""
+def real_view(x: Tensor) -> Tensor:
+    """Return a real tensor as it is, of a complex one a view ``(2, ...)`` of the real and the imaginary parts."""
     return torch.view_as_real(x).movedim(-1, 0) if x.is_complex() else x
 
 
 def norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
-    """Frobenius norm of every matrix, ``(B,)`` or ``(B, 1, 1)``."""
-    if x.ndim == 3 and across(x):
-        return (x * x.conj()).real.sum((-2, -1), keepdim=keepdim).sqrt_()
+    """Return the Frobenius norm of every matrix, ``(B,)`` or ``(B, 1, 1)``."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=keepdim)
 
 
+def largest_norm(x: Tensor) -> float:
+    """Return the largest Frobenius norm of a batch, NaN if one is: the host reads it."""
+    if x.shape[0] == 1:
+        return float(torch.linalg.vector_norm(x))
+    return float(torch.linalg.vector_norm(x, dim=(-2, -1)).max())
+
+
 def matmul(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
-    """``alpha * a @ b`` for batches ``(B, ., .)``, written to ``out``: 1 product."""
-    if across(out):
-        torch.mul(a[..., :1], b[:, :1], out=out)
-        for k in range(1, a.shape[-1]):
-            out.addcmul_(a[..., k : k + 1], b[:, k : k + 1])
-        return out if alpha == 1 else out.mul_(alpha)
-    if _one_by_one(a):
-        for a_i, b_i, out_i in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
-            torch.addmm(out_i, a_i, b_i, beta=0, alpha=alpha, out=out_i)
-        return out
-    return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
+    """Write ``alpha * a @ b`` to ``out`` and return it: 1 product."""
+    return torch.bmm(a, b, out=out) if alpha == 1 else torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
 def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """``beta * x + alpha * a @ b``, written to ``out``, which may be ``x``: 1 product."""
-    if across(out):
-        torch.mul(x, beta, out=out)
-        for k in range(a.shape[-1]):
-            out.addcmul_(a[..., k : k + 1], b[:, k : k + 1], value=alpha)
-        return out
-    if _one_by_one(a):
-        for x_i, a_i, b_i, out_i in zip(x.unbind(), a.unbind(), b.unbind(), out.unbind(), strict=True):
-            torch.addmm(x_i, a_i, b_i, beta=beta, alpha=alpha, out=out_i)
-        return out
+    """Write ``beta * x + alpha * a @ b`` to ``out``, which may be ``x``, and return it: 1 product."""
     return torch.baddbmm(x, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``x @ x.mH`` for wide ``x``, ``(..., p, n)``, written to ``out`` if given: 1 product, 5/8 where split."""
-    p = x.shape[-2]
+    """Return ``x @ x.mH`` of wide ``x``, ``(..., p, n)``, in ``out`` if given: 1 product, 5/8 from 384 rows on."""
     if out is None:
+        p = x.shape[-2]
         batch = x.reshape(-1, *x.shape[-2:])
         return gram(batch, out=batch.new_empty(len(batch), p, p)).view(*x.shape[:-2], p, p)
-    if not host_can_branch(x) or p < _SPLIT:
-        return matmul(x, x.mH, out=out)
-    for rows, before, upto in _slabs(p):
+    if x.shape[-1] >= _LONG_COLUMNS and x.shape[-2] <= _FEW_ROWS:
+        return _gram_of_long(x, out)
+    if x.shape[-2] < _SPLIT_ROWS or not host_can_branch(x):
+        return torch.bmm(x, x.mH, out=out)
+    for rows, before, upto in _slabs(x.shape[-2]):
         torch.bmm(x[:, rows], x[:, upto].mH, out=out[:, rows, upto])
         out[:, before, rows] = out[:, rows, before].mH
     return out
 
 
-def add_gram_(out: Tensor, x: Tensor, *, alpha: float) -> Tensor:
-    """``out + alpha * x @ x.mH`` in place, for batches ``(B, p, n)``: 1 product, 5/8 where split."""
-    if not host_can_branch(x) or x.shape[-2] < _SPLIT:
-        return matmul_add(out, x, x.mH, out=out, alpha=alpha)
-    for rows, before, upto in _slabs(x.shape[-2]):
-        slab = torch.bmm(x[:, rows], x[:, upto].mH)
-        out[:, rows, upto].add_(slab, alpha=alpha)
-        out[:, before, rows].add_(slab[..., before].mH, alpha=alpha)
+def _gram_of_long(x: Tensor, out: Tensor) -> Tensor:
+    """Write :func:`gram` to ``out``, by pieces of the columns whose Gram matrices are added up in float64."""
+    dtype = x.dtype if x.device.type == "mps" else in_double(x.dtype)
+    count = x.shape[-1] // _PIECE
+    pieces, rest = x[..., : count * _PIECE].unflatten(-1, (count, _PIECE)), x[..., count * _PIECE :]  # type: ignore[no-untyped-call]
+    for k in range(len(x)):  # of one matrix the pieces are a batch, a view
+        some = pieces[k].movedim(1, 0)
+        total = torch.bmm(some, some.mH).sum(0, dtype=dtype)
+        out[k] = total.add_(rest[k] @ rest[k].mH)
+    return out
+
+
+def gram_minus_identity(x: Tensor, *, out: Tensor) -> Tensor:
+    """Write ``x @ x.mH - I`` to ``out`` and return it: 1 product, 5/8 from 384 rows on."""
+    gram(x, out=out).diagonal(dim1=-2, dim2=-1).sub_(1)
     return out
 
 
 def _slabs(p: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of a slab, those before it, and those up to its end."""
+    """Yield the rows of every slab, those before it, and those up to its end."""
     for i in range(_SLABS):
         start, stop = p * i // _SLABS, p * (i + 1) // _SLABS
         yield slice(start, stop), slice(0, start), slice(0, stop)
-
-
-def transpose(a: Tensor, *, out: Tensor) -> Tensor:
-    """``a.mT`` for square ``a``, written to ``out``: torch walks a lone matrix in tiles, a batch across the grain."""
-    if _one_by_one(a):
-        for a_i, out_i in zip(a.unbind(), out.unbind(), strict=True):
-            out_i.copy_(a_i.mT)
-        return out
-    return out.copy_(a.mT)
-
-
-def adjoint(a: Tensor, *, out: Tensor) -> Tensor:
-    """``a.mH`` for square ``a``, written to ``out``."""
-    return transpose(a.conj(), out=out)
-
-
-def _one_by_one(a: Tensor) -> bool:
-    return len(a) == 1 or (host_can_branch(a) and len(a) <= _FEW and a.shape[-2] >= _LONE)

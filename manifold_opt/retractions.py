@@ -1,8 +1,11 @@
 r"""Retractions on the Stiefel manifold: from a point and a tangent to the next point.
 
-Each is one function of schemes.py and one line in :data:`RETRACTIONS`, which states
-what it claims; the tests run over that dict and measure every claim. All satisfy
-:math:`R_W(0) = W` and :math:`DR_W(0)[V] = V`, so a learning rate means the same in each.
+Each is one line in :data:`RETRACTIONS`, which states what it claims; the tests run over that dict and measure every
+claim. All satisfy :math:`R_W(0) = W` and :math:`DR_W(0)[V] = V`, so a learning rate means the same in each.
+
+A step takes one of two paths. Common: every block moves, is on the manifold, and its step is short. Then square blocks
+are rotated (rotation.py) and others get their polar factor (polar_factor.py), in place. All other blocks are picked by
+index, moved by the function of their retraction (schemes.py), which takes a step of any length, and written back.
 """
 
 from __future__ import annotations
@@ -14,29 +17,36 @@ import torch
 from torch import Tensor
 
 from .orthogonalizer import orthogonalizer
-from .orthographic import orthographic
-from .products import host_can_branch
+from .polar_factor import polar_factor_, polar_sync_free
+from .products import gram_minus_identity, host_can_branch, largest_norm, matmul, norm
+from .rotation import OFF_MANIFOLD, ROTATIONS, Rotation, bounds, restore_, rotate_, rotate_sync_free
 from .schemes import LONG, Scheme, cayley, cayley_iterative, exp, orthogonalized, polar, qr
-from .stiefel import Metric, check_metric, check_pair, is_tall
+from .stiefel import Metric, check_metric, check_pair, is_tall, skew, transport
 from .tally import Tally
+from .workspace import Workspace
+
+_LONGEST = 1e9  # Frobenius norm of a step whose squares can be squared
+_FAR = 0.1  # distance from the manifold that a retraction should not have to mend
 
 
 @dataclass(frozen=True)
 class Retraction:
-    """A scheme and what it claims, with its default options; the tests measure every claim.
+    """A retraction and what it claims, with its default options; the tests measure every claim.
 
     Attributes:
-        function: ``(w, v, **options) -> w'`` on wide matrices.
+        function: ``(w, v, **options) -> w'`` on wide matrices, for a step of any length.
         exact: ends on the manifold, to rounding, for a step of any size.
         second_order: the geodesics it follows to second order: those of ``"square"`` matrices (the same
             for both metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones.
             First order everywhere.
-        polished: followed by one Newton-Schulz step, because alone it would carry an error in
+        polished: whether one Newton-Schulz step follows ``function``, which alone would carry an error in
             ``w @ w.mH = I`` along for ever.
         options: names of the keyword options it honours.
         temporaries: memory of a step beyond its workspaces, as a multiple of that of the blocks that move; where the
             host reads values, a step of unusual length can take more.
         longest: spectral norm of the longest step; a longer one is shortened to it.
+        rotation: how a square block moves if its step is short.
+        polar: whether it is the polar retraction on rectangular blocks.
 
     >>> from manifold_opt import RETRACTIONS
     >>> [name for name, scheme in RETRACTIONS.items() if scheme.exact and scheme.second_order]
@@ -50,11 +60,20 @@ class Retraction:
     temporaries: int
     options: tuple[str, ...] = ()
     longest: float = 1e5  # beyond it W is lost in the rounding of W + V
+    rotation: Rotation | None = None
+    polar: bool = False
 
 
 RETRACTIONS: dict[str, Retraction] = {
-    "qr": Retraction(qr, exact=True, second_order=(), polished=True, temporaries=7),
-    "cayley": Retraction(cayley, exact=True, second_order=("square", "canonical"), polished=False, temporaries=14),
+    "qr": Retraction(qr, exact=True, second_order=(), polished=True, temporaries=7, rotation=ROTATIONS["qr"]),
+    "cayley": Retraction(
+        cayley,
+        exact=True,
+        second_order=("square", "canonical"),
+        polished=False,
+        temporaries=14,
+        rotation=ROTATIONS["cayley"],
+    ),
     "cayley_iterative": Retraction(
         cayley_iterative,
         exact=False,
@@ -64,9 +83,23 @@ RETRACTIONS: dict[str, Retraction] = {
         longest=0.5,
     ),
     "orthographic": Retraction(
-        orthographic, exact=True, second_order=("square", "euclidean"), polished=False, temporaries=6
+        polar,
+        exact=True,
+        second_order=("square", "euclidean"),
+        polished=False,
+        temporaries=6,
+        rotation=ROTATIONS["orthographic"],
+        polar=True,
     ),
-    "polar": Retraction(polar, exact=True, second_order=("square", "euclidean"), polished=False, temporaries=5),
+    "polar": Retraction(
+        polar,
+        exact=True,
+        second_order=("square", "euclidean"),
+        polished=False,
+        temporaries=5,
+        rotation=ROTATIONS["polar"],
+        polar=True,
+    ),
     "exp": Retraction(
         exp,
         exact=True,
@@ -74,6 +107,7 @@ RETRACTIONS: dict[str, Retraction] = {
         polished=True,
         temporaries=75,
         options=("metric",),
+        rotation=ROTATIONS["exp"],
     ),
     "orthogonalizer": Retraction(
         orthogonalized,
@@ -138,22 +172,162 @@ def retract(
         return w.clone()
     if is_tall(w):
         return retract(w.mT, v.mT, method, metric=metric, beta=beta, correction_steps=correction_steps).mT
-    return advance(w, v, method, metric=metric, beta=beta, correction_steps=correction_steps)
+    options = {"metric": metric, "beta": beta, "correction_steps": correction_steps}
+    if RETRACTIONS[method].rotation is None or w.shape[-2] < w.shape[-1]:
+        return retract_wide(w, v, method, options, Tally())
+    points = w.reshape(-1, *w.shape[-2:]).clone(memory_format=torch.contiguous_format)
+    omega = skew(v.reshape(points.shape) @ points.mH)
+    finite = omega.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    retract_(points, omega, method, options, Workspace(None, points), Tally(), correct=True)
+    return torch.where(finite, points, torch.nan).view(w.shape)
 
 
-def advance(w: Tensor, v: Tensor, method: str, *, tally: Tally | None = None, **given: Any) -> Tensor:
-    """:func:`retract` of wide matrices, unchecked; steps that are shortened are counted in ``tally``."""
+def retract_(
+    w: Tensor,
+    step: Tensor,
+    method: str,
+    options: dict[str, Any],
+    ws: Workspace,
+    tally: Tally,
+    *,
+    correct: bool,
+    finite: Tensor | None = None,
+) -> None:
+    r"""Move wide blocks in place.
+
+    A block without a step keeps its bits, and so does one whose result is not finite, which is counted.
+
+    Args:
+        w: points, ``(B, p, n)``.
+        step: tangents V; on square blocks the skew :math:`\Omega` of :math:`V = \Omega W`. Overwritten.
+        method: a name in :data:`RETRACTIONS`.
+        options: values for :func:`retract`'s keyword arguments.
+        ws: buffers; ``step`` may be ``ws.a`` if square, ``ws.y`` if not.
+        tally: where blocks that are skipped, and steps that are shortened, are counted.
+        correct: whether the error of square blocks is to be measured, and taken off.
+        finite: which blocks have a finite gradient, ``(B, 1, 1)``, where no value may be read: others stay.
+    """
+    rotation = RETRACTIONS[method].rotation if w.shape[-2] == w.shape[-1] else None
+    if not ws.readable:
+        _retract_sync_free_(w, step, method, options, ws, tally, finite)
+    elif rotation is not None:
+        if not rotate_(w, step, rotation, ws, correct=correct):
+            _rotate_by_length_(w, step, method, options, ws, tally, correct=correct)
+    else:
+        v = matmul(step, w, out=ws.y) if w.shape[-2] == w.shape[-1] else step
+        if not (RETRACTIONS[method].polar and _polar_(w, v, ws)):
+            _retract_any_length_(w, v, method, options, tally)
+
+
+def _polar_(w: Tensor, v: Tensor, ws: Workspace) -> bool:
+    """Take the polar retraction; return False, with nothing written, if a block needs care."""
+    ends = norm(v).aminmax() if v.shape[0] > 1 else None
+    longest = largest_norm(v) if ends is None else float(ends.max)
+    shortest = longest if ends is None else float(ends.min)
+    if not (shortest > 0 and longest <= LONG):
+        return False
+    # W W^T - I, which is in D too, is of rounding if W is on the manifold.
+    expected = 1.01 * longest**2 + 2 * OFF_MANIFOLD * (1 + longest) * torch.finfo(w.dtype).eps ** 0.5
+    return polar_factor_(torch.add(w, v, out=ws.x), out=w, ws=ws, expected=expected)
+
+
+def _rotate_by_length_(
+    w: Tensor, omega: Tensor, method: str, options: dict[str, Any], ws: Workspace, tally: Tally, *, correct: bool
+) -> None:
+    """Rotate the blocks whose step is short enough, and move the others as their retraction does beyond that."""
+    rotation = ROTATIONS[method]
+    length = norm(omega, keepdim=True)
+    finite = (length < torch.inf)[:, 0, 0]
+    tally.add("skipped_blocks", ~finite)
+    omega.mul_((_LONGEST / length).clamp_max_(1))
+    size = bounds(omega, ws)
+    short = size <= rotation.fits[w.dtype][-1].reach
+    for near, which in ((True, short), (False, finite & ~short)):
+        index = which.nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        whole = len(index) == len(w)  # then nothing has to be copied
+        point, turn = (w, omega) if whole else (w[index], omega[index])
+        space = ws if whole else Workspace(None, point)
+        if near and rotate_(point, turn, rotation, space, correct=correct):
+            pass
+        elif rotation.beyond != method:
+            retract_(point, turn, rotation.beyond, options, space, tally, correct=correct)
+        else:
+            v = matmul(turn, point, out=space.y)
+            if not (RETRACTIONS[method].polar and _polar_(point, v, space)):
+                _retract_any_length_(point, v, method, options, tally)
+        if not whole:
+            w[index] = point
+
+
+def _retract_any_length_(w: Tensor, v: Tensor, method: str, options: dict[str, Any], tally: Tally) -> None:
+    """Move blocks by the function of their retraction; restore those that something has moved off the manifold."""
+    if RETRACTIONS[method].exact:
+        far = _restore_far_(w)
+        v = torch.where(far, transport(w, v), v) if bool(far.any()) else v
+    new = retract_wide(w, v, method, options, tally)
+    possible = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)  # no entry of a point exceeds one
+    moving = norm(v, keepdim=True) != 0
+    tally.add("skipped_blocks", moving & ~possible)
+    w.copy_(torch.where(moving & possible, new, w))
+
+
+def _restore_far_(w: Tensor) -> Tensor:
+    """Write the nearest point to the blocks that are far off the manifold, and return which, ``(B, 1, 1)``."""
+    error = gram_minus_identity(w, out=w.new_empty(*w.shape[:-1], w.shape[-2]))
+    size = norm(error, keepdim=True)
+    far = (size > _FAR) & (size < torch.inf)
+    if bool(far.any()):
+        restore_(w, torch.where(far, error, 0))
+    return far
+
+
+def _retract_sync_free_(
+    w: Tensor,
+    step: Tensor,
+    method: str,
+    options: dict[str, Any],
+    ws: Workspace,
+    tally: Tally,
+    finite: Tensor | None,
+) -> None:
+    """As :func:`retract_`, where no value may be read."""
+    scheme, is_square = RETRACTIONS[method], w.shape[-2] == w.shape[-1]
+    v = matmul(step, w, out=ws.y) if is_square and scheme.rotation is None else step
+    length = norm(v, keepdim=True)
+    possible = length < torch.inf  # a NaN is not
+    if scheme.polar or (v is step and is_square):
+        v.div_((length / LONG).clamp_min_(1))  # lest powers of it overflow
+        if is_square and scheme.rotation is not None:
+            new, shortened = rotate_sync_free(w, v, scheme.rotation, ws)
+        else:
+            new, shortened = polar_sync_free(w, v, ws)
+        tally.add("clamped_steps", shortened)
+    else:
+        new = retract_wide(w, v, method, options, tally)
+        possible = possible & (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
+    possible = possible if finite is None else possible & finite
+    tally.add("skipped_blocks", ~possible)
+    moving = possible & (length > 0)
+    if torch.compiler.is_compiling():
+        w.copy_(torch.where(moving, new, w))
+    else:
+        torch.where(moving, new, w, out=w)
+
+
+def retract_wide(w: Tensor, v: Tensor, method: str, options: dict[str, Any], tally: Tally) -> Tensor:
+    """Return the points that steps of any length lead to; those that are shortened are counted."""
     scheme = RETRACTIONS[method]
-    options = {name: given[name] for name in scheme.options}
     if host_can_branch(w) or not scheme.exact:
-        shorter = _shorten(v, longest_step(method, given["beta"]))
+        shorter = _shorten(v, longest_step(method, options["beta"]))
         shortened = None if shorter is v else (shorter != v).any(-1).any(-1)
         v = shorter
-    else:  # by themselves, to a length that needs no care
-        shortened = torch.linalg.vector_norm(v, dim=(-2, -1)) > LONG
-    if tally is not None and shortened is not None:
+    else:  # the function shortens it, to a length that needs no care
+        shortened = norm(v) > LONG
+    if shortened is not None:
         tally.add("clamped_steps", shortened)
-    moved = scheme.function(w, v, **options)
+    moved = scheme.function(w, v, **{name: options[name] for name in scheme.options})
     return orthogonalizer(moved) if scheme.polished else moved
 
 

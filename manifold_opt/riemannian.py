@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Decay, Moments, Number
+from .direction import AdamCoefficients, Moments, Scalar
 from .manifolds import Manifold
 
 TANGENT = ("momentum_buffer", "exp_avg")  # the moments that are tangents, and move along
@@ -27,7 +27,7 @@ def sgd(
     g: Tensor,
     state: Moments,
     *,
-    length: Number,
+    length: Scalar,
     momentum: float,
     dampening: float,
     nesterov: bool,
@@ -47,9 +47,8 @@ def adam(
     g: Tensor,
     state: Moments,
     *,
-    length: Number,
-    decay: Decay,
-    eps: float,
+    length: Scalar,
+    coefficients: AdamCoefficients,
     dims: int,
 ) -> tuple[Tensor, Moments]:
     r"""Adam of the Riemannian gradient u, made tangent again where the division has bent it.
@@ -67,14 +66,14 @@ def adam(
         square = square.expand(u.shape).mean(tuple(range(-dims, 0)), keepdim=True)
     elif v.is_complex() and not square.is_complex():
         square = torch.complex(square, square)
-    v = (v * decay.beta2).add_((1 - decay.beta2) * square)
+    v = (v * coefficients.beta2).add_((1 - coefficients.beta2) * square)
     del square
-    m = _apart(torch.lerp, state["exp_avg"], u, 1 - decay.beta1)
+    m = _apart(torch.lerp, state["exp_avg"], u, 1 - coefficients.beta1)
     new = {"exp_avg": m, "exp_avg_sq": v}
     if "max_exp_avg_sq" in state:
         v = new["max_exp_avg_sq"] = _apart(torch.maximum, state["max_exp_avg_sq"], v)
-    scale = _apart(_root, v / decay.correction2, eps)
-    direction = m * (length / decay.correction1)
+    scale = _apart(_root, v / coefficients.correction2, coefficients.eps)
+    direction = m * (length / coefficients.correction1)
     direction = _apart(torch.div, direction, scale) if scale.is_complex() else direction.div_(scale)
     return manifold.tangent(x, direction), new
 

@@ -1,4 +1,4 @@
-"""From a group's options to the rule of its buckets: which moments they hold, and which direction they take."""
+"""From the options of a group to the direction of its buckets, and to the moments that they hold."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from . import direction, riemannian
 from .buckets import Bucket
-from .direction import ADAM, Decay, Number
+from .direction import AdamCoefficients, Scalar
 from .options import Group
 from .products import host_can_branch
 
-Rule = Callable[..., Any]
+# A function of the gradient in the frame for square blocks, one of point and gradient for others, and their options.
+Rule = tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any]]
 
 
 def sgd_moments(group: Group) -> tuple[list[str], list[str]]:
-    """Keys of the moments that the group's options ask for, and of those that hold one number a block."""
+    """Return the keys of the moments that the options of a group ask for, and of those with one number per block."""
     return ["momentum_buffer"] if group["momentum"] != 0 else [], []
 
 
@@ -28,36 +29,40 @@ def adam_moments(group: Group) -> tuple[list[str], list[str]]:
     return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
 
 
-def rule_of_sgd(group: Group, bucket: Bucket) -> Rule:
-    """Direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
-    options = {key: group[key] for key in ("momentum", "nesterov")}
-    options["dampening"] = 0.0 if bucket.fresh else group["dampening"]
+def rule_of_sgd(group: Group, bucket: Bucket) -> Any:
+    """Return the direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
+    options = {
+        "momentum": group["momentum"],
+        "nesterov": group["nesterov"],
+        "dampening": 0.0 if bucket.fresh else group["dampening"],
+    }
     bucket.fresh = False
     if not bucket.stiefel:
         return functools.partial(riemannian.sgd, bucket.constraint, **options)
-    return functools.partial(direction.sgd, metric=group["metric"], **options)
+    return direction.sgd_square, direction.sgd_wide, options
 
 
-def rule_of_adam(group: Group, bucket: Bucket) -> Rule:
-    """Direction of torch.optim.Adam's options."""
-    assert bucket.steps is not None
-    beta1, beta2 = (_number(beta) for beta in group["betas"])
-    readable = host_can_branch(bucket.steps) and bucket.lockstep is not None
+def rule_of_adam(group: Group, bucket: Bucket) -> Any:
+    """Return the direction of torch.optim.Adam's options."""
+    beta1, beta2 = group["betas"]
+    if not type(beta1) is type(beta2) is float:
+        beta1, beta2 = _number(beta1), _number(beta2)
     # None yet is possible: a GradScaler has skipped the first.
-    steps: Number = float(max(bucket.lockstep or 1, 1)) if readable else _per_block(bucket)
-    decay = Decay(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps)
-    options = {"decay": decay, "eps": group["eps"]}
+    steps: Scalar = _per_block(bucket) if bucket.shared_step is None else bucket.shared_step or 1
+    coefficients = AdamCoefficients(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps, group["eps"])
     if not bucket.stiefel:
-        return functools.partial(riemannian.adam, bucket.constraint, dims=bucket.part.dims, **options)
-    return functools.partial(ADAM[group["second_moment"]], metric=group["metric"], **options)
+        return functools.partial(riemannian.adam, bucket.constraint, dims=bucket.part.dims, coefficients=coefficients)
+    if group["second_moment"] == "block":
+        return direction.adam_block_square, direction.adam_block_wide, {"coefficients": coefficients}
+    return direction.adam_square, direction.adam_wide, {"coefficients": coefficients}
 
 
-def _number(beta: Number) -> Number:
+def _number(beta: Scalar) -> Scalar:
     return float(beta) if not isinstance(beta, Tensor) or host_can_branch(beta) else beta
 
 
 def _per_block(bucket: Bucket) -> Tensor:
-    """Step counts ``(B, 1, 1)`` in the dtype and on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
+    """Return step counts ``(B, 1, 1)`` on the device of the parameters, or ``(1, 1, 1)`` for a lone one."""
     assert bucket.steps is not None
     first = bucket.parameters[0]
     steps = bucket.steps.to(first.device, bucket.real, non_blocking=True)

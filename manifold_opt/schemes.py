@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .orthogonalizer import orthogonalizer, spectral_bound
-from .polar_factor import polar_factor, polar_factor_
+from .polar_factor import polar_factor, polar_sync_free
 from .products import gram, host_can_branch
-from .room import Room
 from .stiefel import Metric, coordinates, in_double, skew, transport
-from .tally import Tally
+from .workspace import Workspace
 
 Scheme = Callable[..., Tensor]
 
@@ -51,9 +50,6 @@ def _with_care_where_long(scheme: Scheme) -> Scheme:
     return careful
 
 
-_NEAR = {torch.float32: 5e-4, torch.float64: 2e-8}  # norms of V V^T/4 up to which cayley is a polynomial
-
-
 @_with_care_where_long
 def qr(w: Tensor, v: Tensor) -> Tensor:
     r"""QR retraction: :math:`(W+V)^\top = Q R` with positive diagonal of R; the result is :math:`Q^\top`.
@@ -80,17 +76,14 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
     .. math:: R_W(V) = \big((W+V)(W+V)^\top\big)^{-1/2}(W+V)
 
     As :math:`(W+V)(W+V)^\top = I + V V^\top`, every singular value is at least one, which is what
-    :func:`~manifold_opt.polar_factor.polar_factor_` needs to do without a factorization.
+    :func:`~manifold_opt.polar_factor.polar_factor` needs to do without a factorization.
 
     Reference: Absil, Mahony & Sepulchre (2008), example 4.1.3.
     """
-    start, end = w.reshape(-1, *w.shape[-2:]), v.reshape(-1, *v.shape[-2:]).clone()
-    return polar_(start, end, out=torch.empty_like(end), room=Room()).view(w.shape)
-
-
-def polar_(w: Tensor, v: Tensor, *, out: Tensor, room: Room, tally: Tally | None = None) -> Tensor:
-    """:func:`polar` of ``(B, p, n)`` written to ``out``, which may be ``w``; ``v`` is overwritten. For short steps."""
-    return polar_factor_(v.add_(w), out=out, room=room, start=w, tally=tally)
+    if host_can_branch(w):
+        return polar_factor(w + v)
+    points, tangents = (x.reshape(-1, *x.shape[-2:]) for x in (w, v))
+    return polar_sync_free(points, tangents, Workspace(None, points))[0].view(w.shape)
 
 
 @_with_care_where_long
@@ -104,13 +97,6 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
 
     .. math:: R_W(V) = H W^\top H, \qquad H = U W = R^{\text{polar}}_W(V/2).
 
-    Where W + V/2 is so near W that :math:`D = V V^\top/4` needs no inverse, this is
-
-    .. math:: R_W(V) = W + V - D (I + D)^{-1} (2W + V)
-
-    with a polynomial of degree 1 for :math:`D (I + D)^{-1}`, and the error of :math:`W W^\top = I` taken back in
-    the same product: three products in place of six.
-
     On rectangular matrices, Woodbury's identity and elimination leave one p x p system, whose symmetric part has no
     eigenvalue below one:
 
@@ -121,19 +107,8 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
     if w.shape[-2] != w.shape[-1]:
         omega, normal = coordinates(w, v)
         return orthogonalizer(_solve_shifted_skew(normal @ normal.mH / 4, omega / 2, 2 * w + normal) - w)
-    defect = gram(v) / 4
-    size = spectral_bound(defect)[..., None, None]
-    near = size <= _NEAR[size.dtype]
-    all_near = host_can_branch(w) and bool(near.all())
-    half = w if all_near else polar(w, v / 2)
-    far = w if all_near else orthogonalizer(half @ w.mH @ half)
-    if host_can_branch(w) and not bool(near.any()):
-        return far
-    # s/(1+s) on [0, size], to size^2/6; and a quarter of W W^T - I, which 2W + V turns into half of it.
-    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    factor = (1 - 0.83 * size) * defect + (gram(w) - identity) / 4
-    moved = w + v - factor @ (2 * w + v)
-    return moved if all_near else torch.where(near, moved, far)
+    half = polar(w, v / 2)
+    return orthogonalizer(half @ w.mH @ half)
 
 
 def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:

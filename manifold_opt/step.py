@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import general, walk
+from . import constraint, general
 from .blocks import point_norm, points_of, put_
 from .buckets import Bucket
 from .constraint import off_manifold
-from .desk import Desk
+from .context import StepContext
 from .options import Group, shape_in
-from .plan import SCALED, Before, Plan, Rest, drop_plans, refuse
-from .precision import MASTER, FullPrecision, warn_unless_full, without_autocast
+from .plan import SCALED, Plan, Rest, StateBackup, Values, ask_for_memory, check_gradients_finite, make_plan, value_of
+from .precision import MASTER, full_precision, is_full_precision, warn_unless_full, without_autocast
 from .products import host_can_branch
 from .retractions import RETRACTIONS
-from .rules import Rule
 from .unmarked import Lists
+from .update import update_bucket
+from .workspace import Pool
 
 Closure = Callable[[], Any]
 Found = tuple[Bucket, list[Tensor], Tensor, Tensor]  # tensors, which of their points, and the values
@@ -37,109 +38,168 @@ Prepared = list[tuple[Group, Lists, bool]]
 _FAR = 0.1  # distance from the manifold above which a value is no matter of rounding, and worth a warning
 
 
-def step(
-    optimizer: Any,
-    closure: Closure | None,
-    lists_of: Callable[[Any, Group], Lists],
-    step_unmarked: Callable[[Any, Group, Lists, bool], None],
-    step_rests: Callable[[Any, Group, list[Rest]], None],
-    rule_of: Callable[[Group, Bucket], Rule],
-) -> Any:
-    """One step of every group: the closure, then the unmarked parameters, then the marked ones.
+class Algorithm(NamedTuple):
+    """What distinguishes one optimizer from another in a step.
 
-    ``lists_of`` makes the empty lists that torch's ``_init_group`` fills, ``step_unmarked`` is torch's own step of
-    what they have been filled with, ``step_rests`` of rows in no block, and ``rule_of`` gives a bucket's direction,
-    ``(w, g, moments, room, length=..., sound=...) -> v``.
+    Attributes:
+        init_group: torch's method that collects the unmarked parameters of a group.
+        moments: gives the keys of the moments that options ask for, and of those with one number per block.
+        lists: makes the empty lists that torch's method fills.
+        step_unmarked: torch's own step of what they have been filled with.
+        step_rests: that of rows outside every block.
+        rule: gives the direction of a bucket.
+        decoupled: whether weight decay is decoupled, unless a group says otherwise.
     """
+
+    init_group: Callable[..., bool]
+    moments: Callable[[Group], tuple[list[str], list[str]]]
+    lists: Callable[[Any, Group], Lists]
+    step_unmarked: Callable[[Any, Group, Lists, bool], None]
+    step_rests: Callable[[Any, Group, list[Rest]], None]
+    rule: Callable[[Group, Bucket], Any]
+    decoupled: bool
+
+
+def step(optimizer: Any, closure: Closure | None) -> Any:
+    """Take one step of every group: the closure, then the unmarked parameters, then the marked ones."""
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        warn_unless_full()
-    prepared = (_ready if compiling else _ready_or_as_before)(optimizer, lists_of)
-    precision = without_autocast if compiling else FullPrecision
-    plans: list[Plan] = optimizer._plans
-    with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
-        for group, lists, flag in prepared:
-            if lists[0]:
-                step_unmarked(optimizer, group, lists, flag)
-    decoupled = isinstance(optimizer, torch.optim.AdamW)
-    desk = Desk(optimizer._room, optimizer._tally, decoupled, *(getattr(optimizer, key, None) for key in SCALED))
-    if desk.found_inf is not None and host_can_branch(desk.found_inf) and float(desk.found_inf) != 0:
+    if torch.compiler.is_compiling():
+        _step_traced(optimizer)
         return loss
-    for group, plan in zip(optimizer.param_groups, plans, strict=True):
-        if plan.rests:
-            with torch.no_grad():
-                step_rests(optimizer, group, plan.rests)
-    for group, plan in zip(optimizer.param_groups, plans, strict=True):
-        for bucket in plan.buckets:
-            with torch.no_grad(), precision(bucket.parameters[0].device.type):
-                assert bucket.steps is not None
-                bucket.count(1 if desk.found_inf is None else 1 - desk.found_inf.to(bucket.steps))
-                (walk.move if bucket.stiefel else general.move)(bucket, group, rule_of(group, bucket), desk)
-    if not compiling:
-        for plan in plans:
-            for bucket in plan.buckets:
-                bucket.remember_values()
+    plan = optimizer._plan
+    if plan is None or not plan.is_current(optimizer):
+        prepared = _plan_anew(optimizer)
+        plan = optimizer._plan
+    else:
+        prepared = _collect(optimizer, plan)
+    _step_unmarked(optimizer, prepared)
+    if plan.active:
+        grad_enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            if is_full_precision(plan.devices):
+                _step_marked(optimizer, plan, plan.pool)
+            else:
+                with full_precision(plan.devices):
+                    _step_marked(optimizer, plan, plan.pool)
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+        plan.remember_values()
     return loss
 
 
-def _ready(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
-    """Of every group what its unmarked parameters need, and its plan made.
-
-    torch.compile knows _init_group by its name, and runs it outside of the graph.
-    """
+def _step_traced(optimizer: Any) -> None:
+    """Take a step in a graph that torch.compile traces. It knows _init_group by name, and runs it outside the graph."""
+    warn_unless_full()
+    assert constraint.marks_made  # a graph that depends on it is compiled anew where a mark is made later
     prepared = []
     for group in optimizer.param_groups:
-        lists = lists_of(optimizer, group)
+        lists = optimizer._algorithm.lists(optimizer, group)
         prepared.append((group, lists, optimizer._init_group(group, *lists)))
+    _step_unmarked(optimizer, prepared)
+    plan = optimizer._plan
+    if plan.active:
+        with torch.no_grad(), without_autocast(plan.active[0].device.type):
+            _step_marked(optimizer, plan, None)
+
+
+def _step_unmarked(optimizer: Any, prepared: Prepared) -> None:
+    for group, lists, flag in prepared:
+        if lists[0]:
+            with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+                optimizer._algorithm.step_unmarked(optimizer, group, lists, flag)
+
+
+def _step_marked(optimizer: Any, plan: Plan, pool: Pool | None) -> None:
+    algorithm = optimizer._algorithm
+    scale, overflow = getattr(optimizer, SCALED[0], None), getattr(optimizer, SCALED[1], None)
+    if overflow is not None and host_can_branch(overflow) and float(overflow) != 0:
+        return
+    context = StepContext(pool, optimizer._tally, algorithm.decoupled, scale, overflow)
+    for group, rests in plan.free_rows:
+        algorithm.step_rests(optimizer, group, rests)
+    for group, bucket in plan.work:
+        bucket.increment_step(1 if overflow is None else 1 - overflow.to(bucket.steps))
+        rule = algorithm.rule(group, bucket)
+        if bucket.stiefel:
+            update_bucket(bucket, group, rule, context)
+        else:
+            general.move(bucket, group, rule, context)
+
+
+def _collect(optimizer: Any, plan: Plan) -> Prepared:
+    """Return what the unmarked parameters need, where the plan of the marked ones still holds.
+
+    What can be refused or fail before a step is done here and in :func:`_plan_anew`; then nothing has changed.
+    """
+    overwritten = plan.is_overwritten()
+    if not (overwritten or plan.needs_care or plan.unmarked):
+        return []
+    backup = StateBackup(optimizer, entries=False)
+    try:
+        if plan.raises:
+            check_gradients_finite(optimizer)
+        if overwritten or plan.low:
+            _restore(optimizer, plan, plan.values())
+        if plan.on_accelerator:
+            ask_for_memory(plan)
+        return _init_groups(optimizer, plan)
+    except BaseException:
+        backup.restore()
+        raise
+
+
+def _plan_anew(optimizer: Any) -> Prepared:
+    """Return what the unmarked parameters need, and plan the marked ones anew."""
+    backup = StateBackup(optimizer, entries=True)
+    try:
+        plan = make_plan(optimizer)
+        ask_for_memory(plan)
+        prepared = _init_groups(optimizer, plan)
+        _restore(optimizer, plan, optimizer._values)
+    except BaseException:
+        backup.restore()
+        raise
     return prepared
 
 
-def _ready_or_as_before(optimizer: Any, lists_of: Callable[[Any, Group], Lists]) -> Prepared:
-    """The same, with everything that can be refused or fail before a step; where it does, nothing has changed."""
-    drop_plans(optimizer)
-    refuse(optimizer)
-    before = optimizer._before = Before(optimizer)
-    try:
-        prepared = _ready(optimizer, lists_of)
-        _restore(optimizer)
-    except BaseException:
-        before.bring_back()
-        raise
-    finally:
-        optimizer._before = None
+def _init_groups(optimizer: Any, plan: Plan) -> Prepared:
+    """Let torch collect the unmarked parameters of every group."""
+    prepared = []
+    for group, unmarked in plan.unmarked:
+        lists = optimizer._algorithm.lists(optimizer, group)
+        members = group if unmarked is None else {**group, "params": unmarked}
+        prepared.append((group, lists, optimizer._algorithm.init_group(optimizer, members, *lists)))
     return prepared
 
 
 @torch.no_grad()
-def _restore(optimizer: Any) -> None:
+def _restore(optimizer: Any, plan: Plan, seen: Values) -> None:
     """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold.
 
     An inexact scheme leaves its parameters near the manifold, not on it: what it may have left itself stays.
     """
     found: list[Found] = []
     warned: list[str] = []
-    for plan, group in zip(optimizer._plans, optimizer.param_groups, strict=True):
-        inexact = not RETRACTIONS[group["retraction"]].exact
-        for bucket in plan.buckets:
-            written = bucket.overwritten()
-            if bucket.low:  # what is held in float32 shows even what has been written through .data
-                others = set(map(id, written))
-                written = [p for p in bucket.parameters if id(p) in others or _shows(optimizer, p)]
-            if not written:
-                continue
-            slack = 1.0 if inexact and bucket.stiefel else 0.0
-            try:
-                seen, far = _looked_at(optimizer, group, bucket, written, slack)
-            except ValueError:
-                for parameter in written:
-                    _check_written(optimizer, group, bucket, parameter, slack)
-                raise
-            found += seen
-            warned += far
+    for group, bucket in plan.work:
+        written = [p for p in bucket.parameters if value_of(p) != seen.get(id(p))]
+        if bucket.low:  # what is held in float32 shows even what has been written through .data
+            others = set(map(id, written))
+            written = [p for p in bucket.parameters if id(p) in others or _shows(optimizer, p)]
+        if not written:
+            continue
+        slack = 1.0 if bucket.stiefel and not RETRACTIONS[group["retraction"]].exact else 0.0
+        try:
+            off, far = _looked_at(optimizer, group, bucket, written, slack)
+        except ValueError:
+            for parameter in written:
+                _check_written(optimizer, group, bucket, parameter, slack)
+            raise
+        found += off
+        warned += far
     for message in warned:  # only now: nothing is put back where a step is refused
         warnings.warn(message, stacklevel=7)  # the caller of opt.step(), past its hooks and decorators
     for bucket, tensors, which, values in found:

@@ -36,6 +36,7 @@ class Tally:
         if host_can_branch(which):
             self._seen[name] += int(which.sum())
         else:
+            self.prepare(which.device)
             self._unseen[name, which.device].add_(which.sum())
 
     def total(self, name: str) -> float:

@@ -96,7 +96,7 @@ def _round(rests: list[Rest], values: list[Tensor]) -> None:
 
 def _scaling(optimizer: Any) -> tuple[Tensor | None, ...]:
     """What a GradScaler leaves to a fused step: the scale of the gradients, and whether one has overflown."""
-    return tuple(getattr(optimizer, key, None) for key in SCALED)
+    return getattr(optimizer, SCALED[0], None), getattr(optimizer, SCALED[1], None)
 
 
 def _copies(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -141,7 +141,7 @@ def _adam(
         functional = adamw
     beta1, beta2 = group["betas"]
     functional(
-        *(entries for entries in lists if isinstance(entries, list)),
+        *(lists if type(lists[2]) is list else (*lists[:2], *lists[3:])),  # torch 2.6 has amsgrad among them
         has_complex=has_complex,
         beta1=beta1,
         beta2=beta2,

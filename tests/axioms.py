@@ -139,15 +139,14 @@ def nearest_points_are_points(manifold: Manifold, x: Tensor, dims: tuple[int, ..
 
 
 def each_point_is_by_itself(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001
-    """What the others are changes nothing, not even where they are no numbers."""
+    """What the others are changes nothing but roundings, not even where they are no numbers."""
     v = manifold.project(x, gaussian(*x.shape))
     for spoilt in range(len(x)):
         others = [i for i in range(len(x)) if i != spoilt]
         bad = v.clone()
         bad[spoilt] = torch.nan
-        assert torch.equal(manifold.retract(x, bad)[others], manifold.retract(x, v)[others])
-        assert torch.equal(manifold.project(x, bad)[others], manifold.project(x, v)[others])
-        assert torch.equal(manifold.transport(x, x, bad)[others], manifold.transport(x, x, v)[others])
+        for move in (manifold.retract, manifold.project, lambda y, u: manifold.transport(y, y, u)):
+            torch.testing.assert_close(move(x, bad)[others], move(x, v)[others], rtol=0, atol=16 * EPS)
 
 
 def arguments_are_not_written_to(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001

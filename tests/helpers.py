@@ -100,6 +100,11 @@ def never_read(monkeypatch) -> None:
     monkeypatch.setattr(products, "READ_ON_CPU", False)
 
 
+def buckets_of(opt: torch.optim.Optimizer) -> list:
+    """The buckets of an optimizer that has made a step."""
+    return [bucket for _, bucket in opt._plan.work]
+
+
 def blocks_of(parameter: Tensor) -> Tensor:
     """The wide blocks of a marked parameter whose blocks are all alike."""
     (part,) = manifold_opt.constraint_of(parameter).parts(parameter.shape)

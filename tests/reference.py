@@ -42,13 +42,20 @@ def polar(w: Tensor, v: Tensor) -> Tensor:
 
 
 def orthographic(w: Tensor, v: Tensor) -> Tensor:
-    """(Omega + (I + Omega^2)^(1/2)) W of a short step on a square matrix of few rows; polar for all others."""
-    omega = 0.5 * (v @ w.mH - w @ v.mH)
-    multiplicity = 1 if w.is_complex() else 2  # of every eigenvalue of Omega^2
-    if w.shape[0] != w.shape[1] or torch.linalg.matrix_norm(omega @ omega) / math.sqrt(multiplicity) > 2**-5.375:
+    """(Omega + (I - B)^(1/2)) W, B = Omega Omega^H, of a square matrix while a bound on B is at most 0.49; else polar.
+
+    The eigenvalues of a real B are double, so that the largest is at most |B|_F / sqrt(2), and its square at most
+    |B^2|_F / sqrt(2).
+    """
+    if w.shape[0] != w.shape[1]:
         return polar(w, v)
-    squares, basis = torch.linalg.eigh(omega @ omega)
-    return (omega + (basis * (1 + squares).sqrt()) @ basis.mH) @ w
+    omega = 0.5 * (v @ w.mH - w @ v.mH)
+    eigenvalues, basis = torch.linalg.eigh(omega @ omega.mH)
+    multiplicity = 1 if w.is_complex() else 2
+    size, size_of_square = ((eigenvalues**k).norm() / math.sqrt(multiplicity) for k in (1, 2))
+    if min(size, size_of_square.sqrt()) > 0.49:
+        return polar(w, v)
+    return (omega + (basis * (1 - eigenvalues).sqrt()) @ basis.mH) @ w
 
 
 def cayley(w: Tensor, v: Tensor) -> Tensor:

@@ -2,20 +2,42 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import direction, retract, stiefel
-from manifold_opt.room import Room
+from manifold_opt.direction import AdamCoefficients
+from manifold_opt.retractions import retract_
+from manifold_opt.tally import Tally
+from manifold_opt.workspace import Workspace
 
 from . import reference
-from .helpers import FIELDS, SQUARE, WIDE, gaussian, point
+from .helpers import FIELDS, SQUARE, WIDE, gaussian, never_read, point
 
 SHAPES = SQUARE + WIDE
 METRICS = ["euclidean", "canonical"]
+RULES = {  # on square blocks, and on others
+    "sgd": (direction.sgd_square, direction.sgd_wide),
+    "element": (direction.adam_square, direction.adam_wide),
+    "block": (direction.adam_block_square, direction.adam_block_wide),
+}
 
 
-def tangent(w, d):
-    """What a rule returns, as a tangent: on square blocks it is the skew Omega of V = Omega W."""
-    return d @ w if w.shape[-2] == w.shape[-1] else d
+def is_square(w):
+    return w.shape[-2] == w.shape[-1]
+
+
+def returned(rule, w, g, state, ws, *, scale=1.0, metric="euclidean", finite=None, **options):
+    """What a rule returns, called as a step does it: Omega from A = G W^H in a buffer, or a tangent from W and G."""
+    options = {"scale": scale, "metric": metric, "finite": finite, **options}
+    if is_square(w):
+        return RULES[rule][0](torch.matmul(g, w.mH, out=ws.a), state, ws, **options)
+    return RULES[rule][1](w, g, state, ws, **options)
+
+
+def direction_of(rule, w, g, state, **options):
+    """The tangent that a rule returns: on square blocks V = Omega W."""
+    d = returned(rule, w, g, state, Workspace(None, w), **options)
+    return d @ w if is_square(w) else d.clone()
 
 
 def walk(shape, rule, references, metric, dtype, steps=6):
@@ -23,7 +45,7 @@ def walk(shape, rule, references, metric, dtype, steps=6):
     w = point(3, *shape, dtype=dtype)
     for k in range(steps):
         g = gaussian(3, *shape, seed=10 + k, dtype=dtype) * (1 + k)
-        d = tangent(w, rule(w, g, k + 1).clone())
+        d = rule(w, g, k + 1)
         expected = torch.stack([r.direction(a, b) for r, a, b in zip(references, w, g, strict=True)])
         expected = torch.stack([reference.in_metric(a, b, metric) for a, b in zip(w, expected, strict=True)])
         torch.testing.assert_close(d, expected, rtol=1e-9, atol=1e-11)
@@ -31,14 +53,26 @@ def walk(shape, rule, references, metric, dtype, steps=6):
         w = retract(w, -0.1 * d / max(1.0, float(d.abs().max())), "polar")
 
 
-def decay(step, beta1=0.9, beta2=0.999):
-    return direction.Decay(beta1, beta2, 1 - beta1**step, 1 - beta2**step)
+def adam(step, beta1=0.9, beta2=0.999, eps=1e-8):
+    return AdamCoefficients(beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps)
+
+
+def sgd(momentum=0.9, dampening=0.0, nesterov=False):
+    return {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+
+
+def options_of(rule, step=1, **sgd_options):
+    return sgd(**sgd_options) if rule == "sgd" else {"coefficients": adam(step)}
 
 
 def adam_state(w, second_moment, amsgrad=False):
     square = torch.zeros(len(w), 1, 1, dtype=w.real.dtype) if second_moment == "block" else torch.zeros_like(w)
     state = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": square}
     return state | ({"max_exp_avg_sq": square.clone()} if amsgrad else {})
+
+
+def state_of(rule, w):
+    return {"momentum_buffer": torch.zeros_like(w)} if rule == "sgd" else adam_state(w, rule)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,22 +82,13 @@ def adam_state(w, second_moment, amsgrad=False):
 )
 @pytest.mark.parametrize("dtype", FIELDS)
 def test_sgd(shape, metric, momentum, dampening, nesterov, dtype):
-    state, room = {}, Room()
+    state = {}
 
     def rule(w, g, step):
         if momentum and step == 1:
             state["momentum_buffer"] = torch.zeros_like(w)
-        return direction.sgd(
-            w,
-            g,
-            state,
-            room,
-            length=1.0,
-            metric=metric,
-            momentum=momentum,
-            dampening=dampening if step > 1 else 0,
-            nesterov=nesterov,
-        )
+        options = sgd(momentum, dampening if step > 1 else 0.0, nesterov)
+        return direction_of("sgd", w, g, state, metric=metric, **options)
 
     walk(shape, rule, [reference.Momentum(momentum, dampening, nesterov) for _ in range(3)], metric, dtype)
 
@@ -74,19 +99,78 @@ def test_sgd(shape, metric, momentum, dampening, nesterov, dtype):
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", FIELDS)
 def test_adam(shape, metric, second_moment, amsgrad, dtype):
-    state, room = adam_state(torch.zeros(3, *shape, dtype=dtype), second_moment, amsgrad), Room()
+    state = adam_state(torch.zeros(3, *shape, dtype=dtype), second_moment, amsgrad)
 
     def rule(w, g, step):
-        return direction.ADAM[second_moment](
-            w, g, state, room, length=1.0, metric=metric, decay=decay(step, 0.9, 0.99), eps=1e-8
-        )
+        return direction_of(second_moment, w, g, state, metric=metric, coefficients=adam(step, 0.9, 0.99))
 
     walk(shape, rule, [reference.Adam(0.9, 0.99, 1e-8, second_moment, amsgrad) for _ in range(3)], metric, dtype)
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (3, 5)])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scale", [-0.3, torch.tensor(-0.3)])
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_the_scale_is_a_factor(shape, rule, scale, dtype):
+    """A number or a tensor, and the same moments."""
+    w, g = point(2, *shape, dtype=dtype), gaussian(2, *shape, dtype=dtype)
+    states = [state_of(rule, w) for _ in range(2)]
+    for step in (1, 2):
+        one, other = (
+            direction_of(rule, w, g, state, scale=s, metric="canonical", **options_of(rule, step))
+            for state, s in zip(states, (1.0, scale), strict=True)
+        )
+        torch.testing.assert_close(other, -0.3 * one, rtol=1e-6, atol=1e-9)  # 0.3 in float32
+    for key, moment in states[0].items():
+        assert torch.equal(moment, states[1][key])
+
+
+VARIANTS = [  # of the rules, with the options of SGD
+    ("sgd", {"momentum": 0.0}),
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("element", {}),
+    ("block", {}),
+]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 5)])
+@pytest.mark.parametrize(("rule", "variant"), VARIANTS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("reading", [True, False])
+@pytest.mark.parametrize("retraction", ["orthographic", "polar", "exp", "orthogonalizer"])
+def test_a_retraction_can_take_what_a_rule_returns(retraction, reading, metric, rule, variant, shape, monkeypatch):
+    """Where it lies, in the workspace that both use: nothing of it may be overwritten too early."""
+    w, g = point(2, *shape), gaussian(2, *shape)
+    options = {"scale": -0.03, "metric": metric, **options_of(rule, **variant)}
+    expected = retract(w, direction_of(rule, w, g, state_of(rule, w), **options), retraction, metric=metric)
+    if not reading:
+        never_read(monkeypatch)
+    ws, moved, tally = Workspace(None, w), w.clone(), Tally()
+    tally.prepare(w.device)
+    v = returned(rule, moved, g, state_of(rule, w), ws, **options)
+    if is_square(w):
+        assert v.data_ptr() == ws.a.data_ptr()
+    group = {"metric": metric, "beta": 0.5, "correction_steps": 1}
+    retract_(moved, v, retraction, group, ws, tally, correct=True)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("variant", "wide"), list(zip(VARIANTS, (2, 2, 4, 4, 4), strict=True)))
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FIELDS)
+def test_products(variant, wide, metric, dtype):
+    """In T, as the docstrings state them: none of square blocks, but for A = G W^H, which they are given."""
+    rule, options = variant
+    for shape, expected in (((6, 6), 1), ((4, 12), wide + 2 * (metric == "canonical"))):
+        w, g = point(2, *shape, dtype=dtype), gaussian(2, *shape, dtype=dtype)
+        with FlopCounterMode(display=False) as counter:
+            returned(rule, w, g, state_of(rule, w), Workspace(None, w), metric=metric, **options_of(rule, **options))
+        assert counter.get_total_flops() == expected * 2 * 2 * shape[0] ** 2 * shape[1]
+
+
 def first_step(second_moment, w, g):
-    options = {"length": 1.0, "metric": "euclidean", "decay": decay(1), "eps": 1e-8}
-    return tangent(w, direction.ADAM[second_moment](w, g, adam_state(w, second_moment), Room(), **options))
+    return direction_of(second_moment, w, g, adam_state(w, second_moment), coefficients=adam(1))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9)])
@@ -97,15 +181,21 @@ def test_step_counts_and_lengths_may_be_tensors(second_moment, shape, dtype):
     w, g = point(3, *shape, dtype=dtype), gaussian(3, *shape, dtype=dtype)
     steps = torch.tensor([1.0, 1.0, 4.0], dtype=torch.float64)[:, None, None]
     betas = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.999, dtype=torch.float64)
-    tensors = direction.Decay(*betas, 1 - 0.9**steps, 1 - 0.999**steps)
-    options = {"metric": "canonical", "eps": 1e-8}
-    together = direction.ADAM[second_moment](
-        w, g, adam_state(w, second_moment), Room(), length=torch.tensor(-0.1), decay=tensors, **options
+    tensors = AdamCoefficients(*betas, 1 - 0.9**steps, 1 - 0.999**steps, 1e-8)
+    together = direction_of(
+        second_moment,
+        w,
+        g,
+        adam_state(w, second_moment),
+        scale=torch.tensor(-0.1),
+        metric="canonical",
+        coefficients=tensors,
     )
     for k, step in enumerate((1, 1, 4)):
-        state = adam_state(w[k : k + 1], second_moment)
-        alone = direction.ADAM[second_moment](
-            w[k : k + 1], g[k : k + 1], state, Room(), length=-0.1, decay=decay(step), **options
+        one, gradient = w[k : k + 1], g[k : k + 1]
+        state = adam_state(one, second_moment)
+        alone = direction_of(
+            second_moment, one, gradient, state, scale=-0.1, metric="canonical", coefficients=adam(step)
         )
         torch.testing.assert_close(together[k], alone[0], rtol=1e-6, atol=1e-9)
 
@@ -161,9 +251,8 @@ def test_block_moments_are_equivariant(dtype):
     state, turned_state = adam_state(w, "block"), adam_state(w, "block")
     for k in range(5):
         g = gaussian(1, 5, 5, seed=k, dtype=dtype)
-        options = {"length": 1.0, "metric": "euclidean", "decay": decay(k + 1), "eps": 1e-8}
-        d = tangent(w, direction.adam_block(w, g, state, Room(), **options))
-        e = tangent(turned, direction.adam_block(turned, left @ g @ right, turned_state, Room(), **options))
+        d = direction_of("block", w, g, state, coefficients=adam(k + 1))
+        e = direction_of("block", turned, left @ g @ right, turned_state, coefficients=adam(k + 1))
         torch.testing.assert_close(e, left @ d @ right)
         w, turned = retract(w, -0.1 * d), retract(turned, -0.1 * e)
 
@@ -188,20 +277,17 @@ def test_first_unitary_adam_step_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (6, 6), (4, 9)])
-@pytest.mark.parametrize("rule", ["sgd", "element", "block"])
+@pytest.mark.parametrize("rule", RULES)
 def test_without_imaginary_parts_it_is_the_real_one(shape, rule):
     """But that mean squares over both parts are half as large: of a block, and of the rows of a rectangular one."""
 
     def run(dtype):
-        w = point(2, *shape)
-        state = {"momentum_buffer": torch.zeros_like(w.to(dtype))} if rule == "sgd" else adam_state(w.to(dtype), rule)
+        w = point(2, *shape).to(dtype)
+        state = state_of(rule, w)
         for k in range(3):
-            options = {"length": 1.0, "metric": "euclidean"}
             g = gaussian(2, *shape, seed=k).to(dtype)
-            if rule == "sgd":
-                d = direction.sgd(w.to(dtype), g, state, Room(), momentum=0.9, dampening=0.0, nesterov=False, **options)
-            else:
-                d = direction.ADAM[rule](w.to(dtype), g, state, Room(), decay=decay(k + 1), eps=1e-12, **options)
+            options = sgd() if rule == "sgd" else {"coefficients": adam(k + 1, eps=1e-12)}
+            d = direction_of(rule, w, g, state, **options)
         return d
 
     real, double = run(torch.float64), run(torch.complex128)
@@ -212,56 +298,68 @@ def test_without_imaginary_parts_it_is_the_real_one(shape, rule):
         torch.testing.assert_close(double.real, real)
 
 
+@pytest.mark.parametrize("reading", [True, False])
+@pytest.mark.parametrize("rule", ["sgd", "block"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_gradient_nearly_normal_leaves_a_tangent(rule, metric, dtype, reading, monkeypatch):
+    """The rounding of a projection is in proportion to the gradient, and 1e4 times as large as what is left of it."""
+    if not reading:
+        never_read(monkeypatch)
+    w = point(3, 4, 9, dtype=dtype)
+    s = gaussian(4, 4, dtype=dtype)
+    g = 1e6 * (s + s.mH) @ w + stiefel.project(w, gaussian(3, 4, 9, seed=2, dtype=dtype))
+    # Of sgd a step of length one; of Adam, whatever the gradient.
+    d = direction_of(rule, w, g, state_of(rule, w), metric=metric, **options_of(rule))
+    normal = stiefel.sym(d @ w.mH)
+    length = torch.linalg.matrix_norm(d)
+    assert float(length.min()) > 0.1
+    assert float((torch.linalg.matrix_norm(normal) / length).max()) < 8 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (3, 5)])
-@pytest.mark.parametrize("rule", ["sgd", "element", "block"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", FIELDS)
-def test_it_does_not_matter_how_matrices_lie(shape, rule, dtype):
-    """Across one another, and with a gradient that is conjugated lazily."""
+def test_where_nothing_can_be_read_directions_are_the_same(shape, rule, nesterov, dtype, monkeypatch):
+    w = point(2, *shape, dtype=dtype)
 
-    def run(across):
-        room = Room()
-
-        def lie(x):
-            return Room().across("x", x) if across else x.clone()
-
-        w = point(30, *shape, dtype=dtype)
-        state = {"momentum_buffer": torch.zeros_like(w)} if rule == "sgd" else adam_state(w, rule, amsgrad=True)
-        state = {key: lie(x) for key, x in state.items()}
-        options = {"length": 0.5, "metric": "canonical"}
+    def run(finite):
+        state = state_of(rule, w)
         for k in range(3):
-            g = gaussian(30, *shape, seed=k, dtype=dtype)
-            g = lie(g) if across else g.conj().resolve_conj().conj()
-            if rule == "sgd":
-                d = direction.sgd(lie(w), g, state, room, momentum=0.9, dampening=0.0, nesterov=True, **options)
-            else:
-                d = direction.ADAM[rule](lie(w), g, state, room, decay=decay(k + 1), eps=1e-8, **options)
-        return d.clone(), state
+            options = {"metric": "canonical", "finite": finite, **options_of(rule, k + 1, nesterov=nesterov)}
+            d = direction_of(rule, w, gaussian(2, *shape, seed=k, dtype=dtype), state, **options)
+        return d, state
 
-    (across, moments), (along, others) = run(True), run(False)
-    torch.testing.assert_close(across, along)
+    read, moments = run(None)
+    never_read(monkeypatch)
+    d, others = run(torch.ones(2, 1, 1, dtype=w.real.dtype))
+    torch.testing.assert_close(d, read, rtol=1e-12, atol=1e-13)
     for key, moment in moments.items():
-        torch.testing.assert_close(moment, others[key])
+        torch.testing.assert_close(others[key], moment, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 6)])
-@pytest.mark.parametrize("sound", [None, torch.tensor([True, False])[:, None, None]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", FIELDS)
-def test_only_the_moments_of_sound_blocks_are_written(shape, sound, dtype):
+def test_only_the_moments_of_blocks_with_a_finite_gradient_are_written(rule, shape, masked, amsgrad, dtype):
+    """To the bit. Of the others the gradient is zero, and the mask, of ones and zeros. Nor is the point written."""
     w, g = point(2, *shape, dtype=dtype), gaussian(2, *shape, dtype=dtype)
-    sgd = {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
-    adam = {"decay": decay(1), "eps": 1e-8}
-    for rule, options, state in (
-        (direction.sgd, sgd, {"momentum_buffer": gaussian(2, *shape, seed=3, dtype=dtype)}),
-        (direction.adam_element, adam, adam_state(w, "element")),
-        (direction.adam_block, adam, adam_state(w, "block")),
-    ):
-        before = [x.clone() for x in (w, g, *state.values())]
-        rule(w, g, state, Room(), length=1.0, metric="euclidean", sound=sound, **options)
-        assert torch.equal(w, before[0])
-        assert torch.equal(g, before[1])
-        for now, then in zip(state.values(), before[2:], strict=True):
-            assert not torch.equal(now[0], then[0])
-            assert torch.equal(now[1], then[1]) == (sound is not None)
+    finite = None
+    if masked:
+        finite = torch.tensor([1.0, 0.0], dtype=w.real.dtype)[:, None, None]
+        g[1] = 0
+    state = state_of(rule, w) if rule == "sgd" else adam_state(w, rule, amsgrad)
+    direction_of(rule, w, gaussian(2, *shape, seed=3, dtype=dtype), state, **options_of(rule, nesterov=amsgrad))
+    before = [x.clone() for x in (w, g, *state.values())]
+    direction_of(rule, w, 3 * g, state, finite=finite, **options_of(rule, 2, nesterov=amsgrad))
+    assert torch.equal(w, before[0])
+    assert torch.equal(g, before[1])
+    for now, then in zip(state.values(), before[2:], strict=True):
+        assert not torch.equal(now[0], then[0])
+        assert torch.equal(now[1], then[1]) == masked
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])

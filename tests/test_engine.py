@@ -23,9 +23,9 @@ from manifold_opt import (
 from manifold_opt import step as step_module
 from manifold_opt.buckets import Bucket
 from manifold_opt.constraint import attach, constraint_of
-from manifold_opt.orthographic import INTERVAL
+from manifold_opt.rotation import CORRECTION_INTERVAL
 
-from .helpers import UNMOVED, Memory, blocks_of, gaussian, held_under, never_read, point
+from .helpers import UNMOVED, Memory, blocks_of, buckets_of, gaussian, held_under, never_read, point
 
 RULES = {
     "adam": lambda p, **o: Adam(p, lr=1e-3, **o),
@@ -60,11 +60,11 @@ PRODUCTS = {  # square, wide 16 x 128; and square where steps are too long for a
         "nesterov": (3.25, 6, 4.25),
     },
     "polar": {
-        "adam": (4, 6, 5),
-        "adam block": (4, 6, 5),
-        "sgd": (4, 4, 5),
-        "momentum": (4, 4, 5),
-        "nesterov": (4, 6, 5),
+        "adam": (4.25, 6, 5.25),
+        "adam block": (4.25, 6, 5.25),
+        "sgd": (4.25, 4, 5.25),
+        "momentum": (4.25, 4, 5.25),
+        "nesterov": (4.25, 6, 5.25),
     },
 }
 
@@ -75,10 +75,10 @@ def products(opt, weight, scale=1.0):
     set_gradients([weight], 1, 0.0)
     opt.step()  # the first looks at the weights too, whether they are on their manifold
     with FlopCounterMode(display=False) as counter:
-        for step in range(INTERVAL[torch.float32]):
+        for step in range(CORRECTION_INTERVAL[torch.float32]):
             set_gradients([weight], step, scale)
             opt.step()
-    return counter.get_total_flops() / (INTERVAL[torch.float32] * 2 * p * weight.numel())
+    return counter.get_total_flops() / (CORRECTION_INTERVAL[torch.float32] * 2 * p * weight.numel())
 
 
 @pytest.mark.parametrize("retraction", PRODUCTS)
@@ -98,13 +98,17 @@ def test_products_of_a_whole_step(rule, retraction):
 
 
 def test_products_of_large_square_blocks():
-    """From 384 rows on, of a symmetric product only one triangle and the diagonal blocks: 5/8 T."""
-    for retraction, expected in (("orthographic", 2 + 5 / 8 * (1 + 1 / 4)), ("polar", 3 + 5 / 8)):
+    """From 384 rows on, of a Gram matrix only one triangle and the diagonal blocks: 5/8 T."""
+    for retraction, expected in (("orthographic", 2), ("polar", 3)):
+        expected += 5 / 8 * (1 + 1 / 4)
         weight = parameter(2 * 400, 400, blocks=2)
         assert products(Adam([weight], lr=1e-5, retraction=retraction), weight) == expected
 
 
-@pytest.mark.parametrize(("retraction", "square"), [("qr", 5), ("cayley", 5), ("orthogonalizer", 4)])
+@pytest.mark.parametrize(
+    ("retraction", "square"),
+    [("qr", 3.25), ("cayley", 4.25), ("exp", 4.25), ("orthogonalizer", 4), ("cayley_iterative", 7)],
+)
 def test_products_of_a_step_with_other_retractions(retraction, square):
     """Factorizations and triangular solves are not counted."""
     weight = parameter(24, 24)
@@ -151,16 +155,16 @@ def test_a_bucket_moves_its_members_as_they_would_move_alone(rule, retraction):
         for key, value in single.state[alone].items():
             assert opt.state[weight][key].shape == value.shape, key
             torch.testing.assert_close(opt.state[weight][key], value, rtol=1e-3, atol=1e-5)
-    assert len(opt._plans[0].buckets) < len(together)
+    assert len(buckets_of(opt)) < len(together)
 
 
 def test_a_bucket_of_one_views_and_a_bucket_of_many_shares_its_state():
     large, small = parameter(3 * 160, 160, blocks=3), [parameter(6, 6, seed=k) for k in range(4)]
     opt = Adam([large, *small])
     run([large, *small], opt, 2)
-    lone, shared = sorted(opt._plans[0].buckets, key=lambda bucket: bucket.gathered)
+    lone, shared = sorted(buckets_of(opt), key=lambda bucket: bucket.gathered)
     assert lone.moments["exp_avg"].data_ptr() == opt.state[large]["exp_avg"].data_ptr()
-    assert lone.view([large], "point", opt._room).data_ptr() == large.data_ptr()
+    assert lone.view([large], "point", opt._plan.pool).data_ptr() == large.data_ptr()
     storages = {opt.state[p]["exp_avg"].untyped_storage().data_ptr() for p in small}
     assert storages == {shared.moments["exp_avg"].untyped_storage().data_ptr()}
     assert opt.state[small[2]]["exp_avg"].shape == (6, 6)
@@ -170,7 +174,7 @@ def test_many_small_parameters_are_moved_in_portions():
     many = [parameter(16, 32, seed=k % 7) for k in range(300)]
     opt = Adam(many)
     run(many, opt, 2)
-    assert 2 <= len(opt._plans[0].buckets) <= 4
+    assert 2 <= len(buckets_of(opt)) <= 4
     assert max(orthogonality_error(p) for p in many) < 1e-5
 
 
@@ -355,7 +359,7 @@ def transient_bytes(opt, weights, scale=1.0):
     events = sorted(
         (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
     )
-    return opt._room.nbytes() + max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+    return opt._plan.pool.nbytes() + max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -365,18 +369,22 @@ def transient_bytes(opt, weights, scale=1.0):
     ("shape", "blocks", "count"), [((3 * 160, 160), 3, 1), ((300, 300), 1, 1), ((24, 960), 1, 1), ((16, 32), 1, 400)]
 )
 def test_transient_memory(rule, retraction, lr, shape, blocks, count):
-    """At most 2.5 times the bytes of a bucket's weights, whatever is kept from step to step included."""
+    """At most 3 times the bytes of a bucket's weights, whatever is kept from step to step included.
+
+    Square blocks take up to three more for steps that are not short, and one for another retraction than orthographic.
+    """
     weights = [parameter(*shape, blocks=blocks, seed=k % 5) for k in range(count)]
     opt = RULES[rule](weights, retraction=retraction)
     opt.param_groups[0]["lr"] = lr
-    assert transient_bytes(opt, weights) <= 2.5 * sum(w.nbytes for w in weights)
+    times = 3 if shape[0] // blocks != shape[1] else 3 + (retraction == "polar") + 3 * (lr > 1e-3)
+    assert transient_bytes(opt, weights) <= times * sum(w.nbytes for w in weights) + 2**10
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_transient_memory_of_tiny_blocks(rule):
-    """Copied to lie across, 3/4 MiB of them or a third at a time: 8 such copies at most."""
-    weight = parameter(40_000 * 3, 3, blocks=40_000)
-    assert transient_bytes(RULES[rule]([weight]), [weight]) <= 6 * 2**20
+def test_transient_memory_of_many_blocks(rule):
+    """That of a batch of 2 MiB, whatever there is of them."""
+    weight = parameter(400_000 * 3, 3, blocks=400_000)
+    assert transient_bytes(RULES[rule]([weight]), [weight]) <= 3 * 2**21 + 2**20
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -392,7 +400,7 @@ def test_temporaries_are_what_a_retraction_claims(rule, retraction, shape, block
     monkeypatch.setattr(Bucket, "ask_for", lambda *_: None)
     with Memory() as memory:
         opt.step()
-    pieces = [next(bucket.pieces(bucket.tiny)).stop * bucket.p * bucket.n * 4 for bucket in opt._plans[0].buckets]
+    pieces = [next(bucket.pieces()).stop * bucket.p * bucket.n * 4 for bucket in buckets_of(opt)]
     assert 0 < memory.peak <= RETRACTIONS[retraction].temporaries * max(pieces)
 
 

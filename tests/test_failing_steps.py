@@ -8,7 +8,7 @@ from torch import nn
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, plan, tally, unmark
-from manifold_opt.options import largest_gradient
+from manifold_opt.options import LARGEST_GRADIENT
 
 from .helpers import gaussian, never_read, point
 from .test_faults import RULES, assert_unchanged, everything, give, net
@@ -40,7 +40,7 @@ def test_blocks_that_are_too_long_only_together_are_no_fault():
     opt = Adam(group, on_fault="raise")
     give([group], 5)
     g = group[0].grad.view(3, 5, 5)
-    g.mul_(0.9 * largest_gradient(g.dtype) / torch.linalg.matrix_norm(g)[:, None, None])
+    g.mul_(0.9 * LARGEST_GRADIENT[g.dtype] / torch.linalg.matrix_norm(g)[:, None, None])
     opt.step()
     assert opt.metrics()["skipped_blocks"] == 0
 
@@ -79,10 +79,10 @@ def test_a_checkpoint_of_torchs_own_is_as_loaded_after_a_step_that_raised(name, 
     give(groups, 1)
     before = everything(opt)
 
-    def fails(optimizer, group, *rest):
-        if group is opt.param_groups[1]:
+    def fails(optimizer, group, bucket, *rest):
+        if any(p is groups[1][0] for p in bucket.parameters):
             raise RuntimeError("out of memory")
-        return held(optimizer, group, *rest)
+        return held(optimizer, group, bucket, *rest)
 
     held = plan.hold
     monkeypatch.setattr(plan, "hold", fails)
@@ -198,7 +198,7 @@ def test_what_a_step_would_skip_is_what_is_raised(fault):
     (group, _) = net()
     opt = Adam(group, on_fault="raise")
     give([group], 5)
-    group[0].grad[12, 1] = fault if fault != 2.0 else 2 * largest_gradient(torch.float32)
+    group[0].grad[12, 1] = fault if fault != 2.0 else 2 * LARGEST_GRADIENT[torch.float32]
     before = everything(opt)
     with pytest.raises(FloatingPointError, match="block 2 "):
         opt.step()
@@ -255,8 +255,11 @@ def test_moments_enter_the_frame_of_the_point_that_a_weight_is_put_back_to(name)
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize("shape", [(3, 7), (6, 6)])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_long_gradient_beside_it_changes_no_bit(retraction, shape, rule):
-    """Long enough for its direction to be projected once more, at rates on both sides of where that begins."""
+def test_a_long_gradient_beside_it_changes_roundings_only(retraction, shape, rule):
+    """Long enough for its direction to be projected once more, at rates on both sides of where that begins.
+
+    The polynomial of a batch has the degree that its longest short step needs, so bits may differ.
+    """
     for exponent in range(-6, 1):
         ends = []
         for scale in (1.0, 1e4):
@@ -267,7 +270,7 @@ def test_a_long_gradient_beside_it_changes_no_bit(retraction, shape, rule):
                     p.grad = gaussian(*shape, dtype=torch.float32, seed=10 * step + k) * (scale if k else 1)
                 opt.step()
             ends.append(weights[0].detach())
-        assert torch.equal(*ends)
+        torch.testing.assert_close(*ends, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("rule", RULES)

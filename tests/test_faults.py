@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import manifold_opt
-from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error, room, stiefel
+from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error, stiefel, workspace
 from manifold_opt.retractions import longest_step
 
 from . import reference
@@ -105,8 +105,8 @@ def test_weights_that_are_not_finite_spoil_no_others(rule, retraction):
             opt.step()
         runs.append(weight.detach())
     sound, spoilt = runs
-    assert torch.equal(sound[:5], spoilt[:5])
-    assert torch.equal(sound[10:], spoilt[10:])
+    for rows in (slice(5), slice(10, None)):  # products of another batch may be summed in another order
+        torch.testing.assert_close(sound[rows], spoilt[rows], rtol=0, atol=1e-6)
     torch.testing.assert_close(spoilt[5:10], before[5:10], rtol=0, atol=0, equal_nan=True)
     assert opt.metrics()["skipped_blocks"] == 2
 
@@ -213,7 +213,7 @@ def test_running_out_of_memory_changes_nothing(rule, where, monkeypatch):
         if where == "moments":
             patch.setattr(manifold_opt.moments.torch, "zeros_like", no_memory)
         else:
-            patch.setattr(room.torch, "empty", no_memory)
+            patch.setattr(workspace.torch, "empty", no_memory)
         if where == "moments" and rule == "SGD":
             pytest.skip("has none")
         with pytest.raises(RuntimeError, match="out of memory"):

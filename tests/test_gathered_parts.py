@@ -11,7 +11,7 @@ import manifold_opt
 from manifold_opt import constraint_of, mark_orthogonal, orthogonality_error
 from manifold_opt.blocks import points_of
 
-from .helpers import UNMOVED, gaussian, never_read
+from .helpers import UNMOVED, buckets_of, gaussian, never_read
 
 LAYOUTS = {
     "uneven": ((16, 5), {"blocks": (4, 4, 8)}),
@@ -84,7 +84,8 @@ def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatc
         give(alone, k)
         for optimizer in (opt, *each):
             optimizer.step()
-    assert {len(bucket.parameters) for bucket in opt._plans[0].buckets} == {COUNT}
+    # One of them has had its first gradient later: its steps are counted apart.
+    assert {len(bucket.parameters) for bucket in buckets_of(opt)} == ({1, COUNT - 1} if reads else {COUNT})
     assert addresses == [p.data_ptr() for p in together]
     eps = torch.finfo(torch.float32).eps  # products of a batch are added up in another order
     for p, q, other in zip(together, alone, each, strict=True):
@@ -145,10 +146,12 @@ def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
             points_of(hit, hurt[3].grad)[-1, -1, -1] = torch.nan
         opt.step()
     for k, (p, q) in enumerate(zip(hurt, sane, strict=True)):
-        if k != 3:
-            assert torch.equal(p, q)
+        if k != 3:  # products of another batch may be summed in another order
+            close = {"rtol": 0.0, "atol": 16 * torch.finfo(dtype).eps}
+            torch.testing.assert_close(p.detach(), q.detach(), **close)
             two = state_of(optimizers[1], q)
-            assert all(torch.equal(value, two[key]) for key, value in state_of(optimizers[0], p).items())
+            for key, value in state_of(optimizers[0], p).items():
+                torch.testing.assert_close(value, two[key], **close)
     assert torch.equal(points_of(hit, hurt[3].data)[-1], points_of(hit, before)[-1])
     assert not torch.equal(hurt[3], before) or points_of(hit, before).numel() == before.numel()
     for key, value in state_of(optimizers[0], hurt[3]).items():
@@ -183,4 +186,4 @@ def test_large_blocks_are_not_gathered():
     opt = build(RULES[2], large)
     give(large, 0)
     opt.step()
-    assert [len(bucket.parameters) for bucket in opt._plans[0].buckets] == [1] * 16
+    assert [len(bucket.parameters) for bucket in buckets_of(opt)] == [1] * 16

@@ -11,16 +11,19 @@ PACKAGE = Path(manifold_opt.__file__).parent
 
 ALLOWED = {
     "stiefel": set(),
-    "products": set(),
+    "products": {"stiefel"},
     "precision": set(),
     "tally": {"products"},
-    "room": {"products"},
+    "workspace": {"products"},
     "orthogonalizer": {"products", "stiefel"},
-    "polar_factor": {"orthogonalizer", "products", "room", "stiefel", "tally"},
-    "schemes": {"orthogonalizer", "polar_factor", "products", "room", "stiefel", "tally"},
-    "orthographic": {"orthogonalizer", "polar_factor", "products", "room", "schemes", "stiefel"},
-    "retractions": {"orthogonalizer", "orthographic", "products", "schemes", "stiefel", "tally"},
-    "direction": {"products", "room", "stiefel"},
+    "polynomials": set(),
+    "rotation": {"polynomials", "products", "stiefel", "workspace"},
+    "polar_factor": {"polynomials", "products", "rotation", "stiefel", "workspace"},
+    "schemes": {"orthogonalizer", "polar_factor", "products", "stiefel", "workspace"},
+    "retractions": {
+        *("orthogonalizer", "polar_factor", "products", "rotation", "schemes", "stiefel", "tally", "workspace"),
+    },
+    "direction": {"products", "stiefel", "workspace"},
     "spectral": {"products", "stiefel"},
     "blocks": set(),
     "manifolds": {"blocks", "orthogonalizer", "precision", "schemes", "spectral", "stiefel"},
@@ -36,21 +39,23 @@ ALLOWED = {
     "options": {"blocks", "constraint", "direction", "manifolds", "precision", "retractions", "survival"},
     "average": {"constraint", "survival"},
     "health": {"constraint", "manifolds", "moments", "options", "precision", "retractions", "survival"},
-    "riemannian": {"direction", "manifolds", "products"},
-    "buckets": {"blocks", "manifolds", "precision", "products", "room"},
+    "riemannian": {"direction", "manifolds"},
+    "buckets": {"blocks", "constraint", "manifolds", "precision", "products", "workspace"},
     "moments": {"blocks", "buckets", "constraint", "direction", "manifolds", "options", "precision", "records"},
-    "plan": {"buckets", "constraint", "manifolds", "moments", "options", "retractions", "room", "survival", "tally"},
-    "rules": {"buckets", "direction", "options", "precision", "products", "riemannian"},
-    "unmarked": {"moments", "options", "plan", "precision"},
-    "desk": {"blocks", "options", "products", "room", "tally"},
-    "walk": {
-        *("buckets", "desk", "manifolds", "options", "orthographic", "products"),
-        *("retractions", "rules", "schemes", "tally"),
+    "plan": {
+        *("buckets", "constraint", "moments", "options", "products", "retractions", "survival", "tally", "workspace"),
     },
-    "general": {"buckets", "desk", "direction", "options", "precision", "products", "riemannian", "rules"},
+    "rules": {"buckets", "direction", "options", "products", "riemannian"},
+    "unmarked": {"moments", "options", "plan", "precision"},
+    "context": {"blocks", "options", "products", "tally", "workspace"},
+    "update": {
+        *("buckets", "context", "direction", "manifolds", "options", "products", "retractions", "rotation", "rules"),
+        "workspace",
+    },
+    "general": {"buckets", "context", "direction", "options", "precision", "products", "riemannian"},
     "step": {
-        *("blocks", "buckets", "constraint", "desk", "general", "moments", "options", "plan", "precision", "products"),
-        *("retractions", "rules", "unmarked", "walk"),
+        *("blocks", "buckets", "constraint", "context", "general", "options", "plan", "precision"),
+        *("products", "retractions", "unmarked", "update", "workspace"),
     },
     "metrics": {"blocks", "constraint", "diagnostics", "manifolds", "precision", "tally"},
     "loading": {"constraint", "moments", "options", "precision", "records"},
@@ -116,8 +121,8 @@ def test_the_comparison_stands_on_the_face(module):
 @pytest.mark.parametrize(
     "module",
     [
-        *("stiefel", "tally", "room", "products", "orthogonalizer", "polar_factor", "spectral"),
-        *("schemes", "orthographic", "retractions", "direction"),
+        *("stiefel", "tally", "workspace", "products", "orthogonalizer", "polynomials", "rotation", "polar_factor"),
+        *("spectral", "schemes", "retractions", "direction"),
     ],
 )
 def test_the_mathematics_needs_torch_only(module):

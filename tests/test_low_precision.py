@@ -19,7 +19,7 @@ from manifold_opt import (
 )
 from manifold_opt.buckets import SMALL
 
-from .helpers import EXACT, gaussian, never_read
+from .helpers import EXACT, buckets_of, gaussian, never_read
 
 LOW = [torch.bfloat16, torch.float16]
 RULES = {
@@ -202,8 +202,8 @@ def test_gathered_or_alone_it_moves_the_same(rule, dtype, monkeypatch):
         give(alone, step)
         for single in singles:
             single.step()
-    assert opt._plans[0].buckets[0].gathered
-    assert not singles[0]._plans[0].buckets[0].gathered
+    assert buckets_of(opt)[0].gathered
+    assert not buckets_of(singles[0])[0].gathered
     assert SMALL > 0
     for k, (p, other) in enumerate(zip(together, alone, strict=True)):
         master = singles[k].state[other]["master"]

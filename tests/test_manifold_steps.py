@@ -11,7 +11,7 @@ from manifold_opt import buckets as buckets_module
 from manifold_opt.blocks import points_of
 from manifold_opt.manifolds import Orthogonal, Positive, Spectral, UnitNorm
 
-from .helpers import Memory, gaussian, never_read
+from .helpers import Memory, buckets_of, gaussian, never_read
 from .manifold_cases import CASES, parameter
 from .reference_manifolds import Ball, Logarithm, Unit, descend
 
@@ -173,8 +173,7 @@ def test_many_together_step_as_each_alone(name, rule):
             run_one.step()
     for p, q in zip(together, alone, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-12)
-    (plan,) = opt._plans
-    assert len(plan.buckets) == 1
+    assert len(buckets_of(opt)) == 1
 
 
 LAYOUTS = {
@@ -257,12 +256,12 @@ def test_large_parameters_are_worked_on_in_pieces(monkeypatch):
     monkeypatch.setattr(buckets_module, "BATCH", 2**11)
     monkeypatch.setattr(buckets_module, "SMALL", 0)
     opt = run("adam", parts)
-    assert all(len(list(bucket.pieces())) > 3 for bucket in opt._plans[0].buckets)
+    assert all(len(list(bucket.pieces())) > 3 for bucket in buckets_of(opt))
     never_read(monkeypatch)  # as on an accelerator, where every piece costs the host a dozen kernels
-    assert all(len(list(bucket.pieces())) <= 17 for bucket in opt._plans[0].buckets)
+    assert all(len(list(bucket.pieces())) <= 17 for bucket in buckets_of(opt))
     monkeypatch.undo()
     never_read(monkeypatch)
-    assert all(len(list(bucket.pieces())) == 1 for bucket in opt._plans[0].buckets)
+    assert all(len(list(bucket.pieces())) == 1 for bucket in buckets_of(opt))
     for p, q in zip(parts, whole, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-13, atol=1e-13)
 

@@ -324,8 +324,8 @@ def test_a_poisoned_block_stays_and_its_neighbours_do_not_notice(retraction, nam
     dirty, before = run(True)
     for now, then, expected in zip(dirty, before, clean, strict=True):
         assert torch.equal(now[1], then[1])
-        assert torch.equal(now[0], expected[0])
-        assert torch.equal(now[2], expected[2])
+        for neighbour in (0, 2):  # products of another batch may be summed in another order
+            torch.testing.assert_close(now[neighbour], expected[neighbour], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -362,12 +362,13 @@ def test_no_lu_and_no_large_matrix_on_the_way(method, shape, dtype):
 @pytest.mark.parametrize(
     ("method", "square", "wide"),
     [
-        ("qr", 3, 3),
-        ("polar", 2, 2),
+        ("qr", 4, 3),
+        ("orthographic", 4, 2),
+        ("polar", 5, 2),
         ("orthogonalizer", 2, 2),
-        ("cayley", 3, 6.125),
+        ("cayley", 5, 6.125),
         ("cayley_iterative", 5, 12),
-        ("exp", 4, 9),
+        ("exp", 5, 9),
     ],
 )
 def test_products_of_a_small_step(method, square, wide):

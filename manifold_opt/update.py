@@ -1,0 +1,132 @@
+"""One step of a bucket of orthogonal blocks.
+
+A step takes one of two paths. On the common one, every block of a batch has a finite gradient, and moves in place.
+Otherwise the blocks with a finite gradient are picked by index, moved, and written back. Which way a batch goes is one
+comparison, before anything of it is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .buckets import Batch, Bucket
+from .context import StepContext, finite_points
+from .direction import Scalar
+from .options import LARGEST_GRADIENT, Group
+from .products import host_can_branch, largest_norm, norm
+from .retractions import retract_
+from .rotation import CORRECTION_INTERVAL
+from .rules import Rule
+from .workspace import Workspace
+
+
+@dataclass
+class Step:
+    """What the blocks of a bucket have in common in a step.
+
+    Attributes:
+        rule: how a direction is made: its function for square blocks, that for others, and their options.
+        group: options.
+        scale: minus the learning rate.
+        correct: whether the error of square blocks is measured, and taken off.
+        context: counts, and what a GradScaler leaves.
+    """
+
+    rule: Rule
+    group: Group
+    scale: Scalar
+    correct: bool
+    context: StepContext
+
+
+def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext) -> None:
+    """Gather or view, gradient, direction, retraction, and back in place."""
+    lr, count = group["lr"], bucket.shared_step
+    scale = -group["orthogonal_lr_scale"] / bucket.gain * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
+    correct = count is None or count % CORRECTION_INTERVAL[bucket.working] == 0
+    step = Step(rule, group, scale, correct, context)
+    views = bucket.gather(context.pool)
+    gradients = bucket.gradients(context.pool)
+    for batch in views.batches:
+        g = gradients if len(views.batches) == 1 else gradients[batch.rows]
+        if bucket.plain and context.grad_scale is None and not group["maximize"]:
+            update(batch.points, g, batch.moments, batch.ws, step)
+        else:
+            _update_scaled(batch, g, bucket.gain, step)
+    if bucket.gathered:
+        bucket.scatter_(views)
+
+
+def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """Move blocks ``(B, p, n)``, and their moments, in place."""
+    if not ws.readable:
+        return _update_sync_free(w, g, moments, ws, step)
+    square, wide, options = step.rule
+    group, is_square = step.group, w.shape[-2] == w.shape[-1]
+    a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
+    if not largest_norm(a) <= LARGEST_GRADIENT[w.dtype]:
+        return _update_finite(w, g, norm(a), moments, step)
+    if is_square:
+        v = square(a, moments, ws, scale=step.scale, metric=group["metric"], **options)
+    else:
+        v = wide(w, g, moments, ws, scale=step.scale, metric=group["metric"], **options)
+    return retract_(w, v, group["retraction"], group, ws, step.context.tally, correct=step.correct)
+
+
+def _update_finite(w: Tensor, g: Tensor, size: Tensor, moments: dict[str, Tensor], step: Step) -> None:
+    """Move the blocks with a gradient of a size ``(B,)`` that a step can take, and leave the others as they are."""
+    index = finite_points(size, LARGEST_GRADIENT[w.dtype], step.context).nonzero()[:, 0]
+    if len(index) == 0:
+        return
+    point, held = w[index], {key: moment[index] for key, moment in moments.items()}
+    update(point, g[index], held, Workspace(None, point), step)
+    w[index] = point
+    for key, moment in held.items():
+        moments[key][index] = moment
+
+
+def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """As :func:`update`, where no value may be read: blocks that are not to move have a zero gradient, and step."""
+    square, wide, options = step.rule
+    group, is_square = step.group, w.shape[-2] == w.shape[-1]
+    a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
+    finite = norm(a, keepdim=True) <= LARGEST_GRADIENT[w.dtype]  # a NaN is not
+    overflow = step.context.found_inf
+    mask = finite.to(w.real.dtype if w.is_complex() else w.dtype)
+    going = None if overflow is None else overflow.to(w.device) == 0
+    if going is not None:
+        mask = mask * going
+    a = a.masked_fill(~finite, 0)
+    options = {"scale": step.scale, "metric": group["metric"], "finite": mask, **options}
+    v = square(a, moments, ws, **options) if is_square else wide(w, a, moments, ws, **options)
+    if going is not None:
+        v.mul_(going)
+    retract_(w, v, group["retraction"], group, ws, step.context.tally, correct=True, finite=finite)
+
+
+def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
+    """Return gradients as a step takes them: of the dtype of the points, unscaled, and of a function to minimize."""
+    g = g.to(points.dtype).resolve_conj()
+    if step.context.grad_scale is not None:
+        g = g / step.context.grad_scale.to(g)
+    return -g if step.group["maximize"] else g
+
+
+def _update_scaled(batch: Batch, g: Tensor, gain: float, step: Step) -> None:
+    """Move blocks that are a multiple of a point, or the rounding of one; those that stay keep their bits."""
+    points, values = batch.points, batch.values
+    if gain == 1 and values is not None and host_can_branch(points) and torch.equal(points.to(values.dtype), values):
+        update(points, _gradient(g, points, step), batch.moments, batch.ws, step)
+        values.copy_(points)
+        return
+    w = torch.div(points, gain, out=batch.ws.u) if gain != 1 else points
+    before = w.clone()
+    update(w, _gradient(g, points, step), batch.moments, batch.ws, step)
+    moved = (w != before).any(-1, keepdim=True).any(-2, keepdim=True)
+    if gain != 1:
+        points.copy_(torch.where(moved, w * gain, points))
+    if values is not None:
+        values.copy_(torch.where(moved, points.to(values.dtype), values))
