@@ -78,8 +78,8 @@ def sgd_square(
         _accumulate_(buffer, a, momentum, 1 - dampening, finite)
         step = a.add_(buffer, alpha=momentum) if nesterov else buffer
     if step is not a:
-        return torch.sub(step, step.mH, out=a).mul_(half)
-    return torch.mul(torch.sub(a, a.mH, out=ws.b), half, out=a)
+        return torch.sub(step, ws.adjoint("m", step), out=a).mul_(half)
+    return torch.mul(torch.sub(a, ws.adjoint("omega", a), out=ws.b), half, out=a)
 
 
 def sgd_wide(
@@ -145,8 +145,8 @@ def adam_square(
     root = coefficients.correction2**0.5
     # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) / limit
     limit = coefficients.correction1 / root
-    size = torch.minimum(v, v.mT, out=_parts_of(ws.b, ws)).sqrt_().add_(coefficients.eps * root)
-    omega = torch.sub(m, m.mH, out=a)
+    size = torch.minimum(v, ws.adjoint("v", v), out=_parts_of(ws.b, ws)).sqrt_().add_(coefficients.eps * root)
+    omega = torch.sub(m, ws.adjoint("m", m), out=a)
     (real_view(omega) if a.dtype.is_complex else omega).div_(size).clamp_(-limit, limit)
     return omega.mul_((2 * scale if metric == "canonical" else scale) / limit)
 
@@ -178,7 +178,8 @@ def adam_wide(
     v = _moments_(m, g, state, coefficients, finite)
     root = coefficients.correction2**0.5
     limit, offset = coefficients.correction1 / root, coefficients.eps * root
-    along = matmul(m, w.mH, out=ws.a)
+    adjoint = ws.adjoint("w", w)
+    along = torch.bmm(m, adjoint, out=ws.a)
     normal = matmul_add(m, along, w, out=ws.x, alpha=-1)
     rows = v.mean(-1, keepdim=True)
     if w.dtype.is_complex:
@@ -186,9 +187,9 @@ def adam_wide(
     size = torch.maximum(v, rows * _FLOOR, out=_parts_of(ws.y, ws)).sqrt_().add_(offset)
     real_view(normal).div_(size).clamp_(-limit, limit)
     rows = rows.sqrt_().add_(offset)
-    omega = torch.sub(along, along.mH, out=ws.b)
+    omega = torch.sub(along, ws.adjoint("along", along), out=ws.b)
     real_view(omega).div_(torch.minimum(rows, rows.mT)).clamp_(-limit, limit)
-    omega.sub_(matmul(normal, w.mH, out=ws.a))
+    omega.sub_(torch.bmm(normal, adjoint, out=ws.a))
     length = scale / limit
     if isinstance(length, Tensor) or metric == "canonical":
         return _to_metric(w, matmul_add(normal, omega, w, out=ws.y), metric, ws).mul_(length)

@@ -106,6 +106,7 @@ class Plan:
         self._states = list(_states(optimizer, buckets))
         self._shown = [entry for bucket in buckets for shown in bucket.shown.values() for entry in shown]
         self._versions: list[Any] = [None] * len(self.active)
+        self._dtypes = [p.dtype for p in self.active]
         self._facts = self._look(optimizer)
 
     @torch.no_grad()
@@ -171,8 +172,8 @@ class Plan:
 
     def values(self) -> Values:
         """Return what :func:`value_of` gave for every parameter when it was last stepped."""
-        addresses, dtypes = self._facts[-1], map(itemgetter(1), self._facts[-2])
-        return dict(zip(map(id, self.active), zip(self._versions, addresses, dtypes, strict=True), strict=True))
+        values = zip(self._versions, self._facts[-1], self._dtypes, strict=True)
+        return dict(zip(map(id, self.active), values, strict=True))
 
     def _look(self, optimizer: Any) -> tuple[Any, ...]:
         """Return what decides whether the plan holds, by a few passes in C: there may be ten thousand parameters."""
@@ -192,7 +193,6 @@ class Plan:
             list(map(id, _flat(_flat(itertools.starmap(map, self._states))))),
             list(map(Tensor.data_ptr, self._shown)),
             list(map(Tensor.stride, active)),
-            list(map(_PARAMETER, active)),
             list(map(Tensor.data_ptr, active)),
         )
 

@@ -54,8 +54,11 @@ def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1
     return torch.baddbmm(x, a, b, beta=beta, alpha=alpha, out=out)
 
 
-def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return ``x @ x.mH`` of wide ``x``, ``(..., p, n)``, in ``out`` if given: 1 product, 5/8 from 384 rows on."""
+def gram(x: Tensor, *, out: Tensor | None = None, adjoint: Tensor | None = None) -> Tensor:
+    """Return ``x @ x.mH`` of wide ``x``, ``(..., p, n)``, in ``out`` if given: 1 product, 5/8 from 384 rows on.
+
+    ``adjoint`` is ``x.mH``, if there is such a view already.
+    """
     if out is None:
         p = x.shape[-2]
         batch = x.reshape(-1, *x.shape[-2:])
@@ -63,7 +66,7 @@ def gram(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     if x.shape[-1] >= _LONG_COLUMNS and x.shape[-2] <= _FEW_ROWS:
         return _gram_of_long(x, out)
     if x.shape[-2] < _SPLIT_ROWS or not host_can_branch(x):
-        return torch.bmm(x, x.mH, out=out)
+        return torch.bmm(x, x.mH if adjoint is None else adjoint, out=out)
     for rows, before, upto in _slabs(x.shape[-2]):
         torch.bmm(x[:, rows], x[:, upto].mH, out=out[:, rows, upto])
         out[:, before, rows] = out[:, rows, before].mH

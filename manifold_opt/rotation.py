@@ -74,7 +74,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
     # The eigenvalues of a real skew matrix come in pairs, +-i t: those of B, t^2, are double, and those of B^2.
     share = 1.0 if w.dtype.is_complex else 0.5**0.5
     fits = rotation.fits[w.dtype]
-    b, c = gram(omega, out=ws.b), None
+    b, c = gram(omega, out=ws.b, adjoint=ws.adjoint("omega", omega)), None
     size = share * largest_norm(b)
     if size > fits[0].reach:
         c = gram(b, out=ws.c)

@@ -66,7 +66,7 @@ def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
         return _update_sync_free(w, g, moments, ws, step)
     square, wide, options = step.rule
     group, is_square = step.group, w.shape[-2] == w.shape[-1]
-    a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
+    a = torch.bmm(g, ws.adjoint("w", w), out=ws.a) if is_square else g
     if not largest_norm(a) <= LARGEST_GRADIENT[w.dtype]:
         return _update_finite(w, g, norm(a), moments, step)
     if is_square:
@@ -99,7 +99,7 @@ def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Work
     going = None if overflow is None else overflow.to(w.device) == 0
     if going is not None:
         mask = mask * going
-    a = a.masked_fill(~finite, 0)
+    a = a.masked_fill_(~finite, 0) if is_square else a.masked_fill(~finite, 0)  # gradients are not written to
     options = {"scale": step.scale, "metric": group["metric"], "finite": mask, **options}
     v = square(a, moments, ws, **options) if is_square else wide(w, a, moments, ws, **options)
     if going is not None:

@@ -62,6 +62,7 @@ class Workspace:
         count, p, n = like.shape if shape is None else shape
         self.readable = host_can_branch(like)
         self._pool, self._like = pool, like.new_empty(0)
+        self._adjoints: dict[str, Tensor] = {}
         self._square, self._wide = (count, p, p), (count, p, n)
         if pool is not None:
             pool.announce(like, count * p * p, count * p * n)
@@ -74,6 +75,13 @@ class Workspace:
         buffer = self._like.new_empty(shape) if pool is None else pool.take(name, shape, self._like)
         setattr(self, name, buffer)
         return buffer
+
+    def adjoint(self, name: str, x: Tensor) -> Tensor:
+        """Return ``x.mH``, a view that is made once: by one name it is always asked for the same tensor."""
+        try:
+            return self._adjoints[name]
+        except KeyError:
+            return self._adjoints.setdefault(name, x.mH)
 
     def make(self, names: str) -> None:
         """Make these buffers now, so that there is memory for them before a step writes anything."""
