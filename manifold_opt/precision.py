@@ -15,7 +15,6 @@ import torch
 
 LOW = (torch.bfloat16, torch.float16)  # what a parameter may be stored in, but not moved in
 MASTER = "master"  # key of the values in float32 of such a parameter in an optimizer's state
-_FULL = ("ieee", "none")
 _BACKENDS: tuple[Any, ...] = tuple(
     backend.matmul
     for backend in (torch.backends.cuda, torch.backends.mkldnn)
@@ -44,7 +43,7 @@ class FullPrecision:
 
     def __enter__(self) -> None:
         self._autocast.__enter__()
-        if not is_full():
+        if _overall() != "highest":
             self._each = [backend.fp32_precision for backend in _BACKENDS]
             self._overall = _overall()
             if self._overall is not None:
@@ -87,13 +86,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-def is_full() -> bool:
-    """Whether float32 products are full ones already, autocast aside."""
-    if _BACKENDS:
-        return all(backend.fp32_precision in _FULL for backend in _BACKENDS)
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def _overall() -> str | None:
     """The setting of all backends together; None where they have been set apart, and torch refuses to name one."""
     try:
@@ -104,7 +96,7 @@ def _overall() -> str | None:
 
 def warn_unless_full() -> None:
     """In a compiled step the settings in force while it runs are not ours to change: say so."""
-    if not is_full():
+    if _overall() != "highest":
         warnings.warn(
             "A compiled step of manifold_opt multiplies in the precision of "
             "torch.set_float32_matmul_precision, which is not 'highest': the weights are orthogonal to that precision "

@@ -39,11 +39,11 @@ class Retraction:
         second_order: the geodesics it follows to second order: those of ``"square"`` matrices (the same
             for both metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones.
             First order everywhere.
+        temporaries: memory of a step beyond its workspaces, as a multiple of that of the blocks that move; where
+            values are read, a step of unusual length can take more.
         polished: whether one Newton-Schulz step follows ``function``, which alone would carry an error in
             ``w @ w.mH = I`` along for ever.
         options: names of the keyword options it honours.
-        temporaries: memory of a step beyond its workspaces, as a multiple of that of the blocks that move; where the
-            host reads values, a step of unusual length can take more.
         longest: spectral norm of the longest step; a longer one is shortened to it.
         rotation: how a square block moves if its step is short.
         polar: whether it is the polar retraction on rectangular blocks.
@@ -56,67 +56,26 @@ class Retraction:
     function: Scheme
     exact: bool
     second_order: tuple[str, ...]
-    polished: bool
     temporaries: int
+    polished: bool = False
     options: tuple[str, ...] = ()
     longest: float = 1e5  # beyond it W is lost in the rounding of W + V
     rotation: Rotation | None = None
     polar: bool = False
 
 
+_EUCLIDEAN, _CANONICAL = ("square", "euclidean"), ("square", "canonical")
 RETRACTIONS: dict[str, Retraction] = {
-    "qr": Retraction(qr, exact=True, second_order=(), polished=True, temporaries=7, rotation=ROTATIONS["qr"]),
-    "cayley": Retraction(
-        cayley,
-        exact=True,
-        second_order=("square", "canonical"),
-        polished=False,
-        temporaries=14,
-        rotation=ROTATIONS["cayley"],
-    ),
-    "cayley_iterative": Retraction(
-        cayley_iterative,
-        exact=False,
-        second_order=("square", "canonical"),
-        polished=True,
-        temporaries=10,
-        longest=0.5,
-    ),
-    "orthographic": Retraction(
-        polar,
-        exact=True,
-        second_order=("square", "euclidean"),
-        polished=False,
-        temporaries=6,
-        rotation=ROTATIONS["orthographic"],
-        polar=True,
-    ),
-    "polar": Retraction(
-        polar,
-        exact=True,
-        second_order=("square", "euclidean"),
-        polished=False,
-        temporaries=5,
-        rotation=ROTATIONS["polar"],
-        polar=True,
-    ),
+    "qr": Retraction(qr, True, (), 7, polished=True, rotation=ROTATIONS["qr"]),
+    "cayley": Retraction(cayley, True, _CANONICAL, 14, rotation=ROTATIONS["cayley"]),
+    "cayley_iterative": Retraction(cayley_iterative, False, _CANONICAL, 10, polished=True, longest=0.5),
+    "orthographic": Retraction(polar, True, _EUCLIDEAN, 6, rotation=ROTATIONS["orthographic"], polar=True),
+    "polar": Retraction(polar, True, _EUCLIDEAN, 5, rotation=ROTATIONS["polar"], polar=True),
     "exp": Retraction(
-        exp,
-        exact=True,
-        second_order=("square", "euclidean", "canonical"),
-        polished=True,
-        temporaries=75,
-        options=("metric",),
-        rotation=ROTATIONS["exp"],
+        exp, True, (*_EUCLIDEAN, "canonical"), 75, polished=True, options=("metric",), rotation=ROTATIONS["exp"]
     ),
     "orthogonalizer": Retraction(
-        orthogonalized,
-        exact=False,
-        second_order=("square", "euclidean"),
-        polished=False,
-        temporaries=7,
-        options=("beta", "correction_steps"),
-        longest=1.0,
+        orthogonalized, False, _EUCLIDEAN, 7, options=("beta", "correction_steps"), longest=1.0
     ),
 }
 
