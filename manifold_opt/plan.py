@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ from .workspace import Pool
 SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
 Values = dict[int, tuple[Any, ...]]  # of parameters by id: version, address and dtype
 
-_members, _gradient, _version = itemgetter("params"), attrgetter("grad"), attrgetter("_version")
+_members, _version = itemgetter("params"), attrgetter("_version")
 _flat = itertools.chain.from_iterable
-_PARAMETER = attrgetter("shape", "dtype", "device", TAG)
-_GRADIENT = attrgetter("shape", "dtype", "device", "layout")
+_IDLE = attrgetter(TAG, "grad")  # of a marked parameter without a gradient
+_ACTIVE = attrgetter(TAG, *(f"{x}{name}" for x in ("", "grad.") for name in ("shape", "dtype", "device", "layout")))
 _FLAGS = ("amsgrad", "capturable", "differentiable", "fused")  # they decide about moments, or are refused
 
 
@@ -83,10 +83,9 @@ class Plan:
 
     def __init__(self, optimizer: Any, old: Plan | None) -> None:
         groups = optimizer.param_groups
-        self._marked = [p for group in groups for p in group["params"] if constraint_of(p) is not None]
-        self._typed = [
-            p for p in self._marked if type(p) is not nn.Parameter
-        ]  # they may say by themselves what they are
+        marked = [p for group in groups for p in group["params"] if constraint_of(p) is not None]
+        self._typed = [p for p in marked if type(p) is not nn.Parameter]  # they may say by themselves what they are
+        self._idle = [p for p in marked if p.grad is None]
         self._checked = itemgetter(*(name for name in (*OPTIONS, *_FLAGS) if name in optimizer.defaults))
         self._momentum = itemgetter("momentum" if "momentum" in optimizer.defaults else "on_fault")
         self._options_of = itemgetter(*optimizer.defaults)
@@ -185,10 +184,9 @@ class Plan:
             list(map(len, map(_members, groups))),
             list(map(self._checked, groups)),
             list(map(bool, map(self._momentum, groups))),
-            list(map(constraint_of, self._typed)),
-            list(map(is_, map(_gradient, self._marked), itertools.repeat(None))),
-            list(map(_PARAMETER, self._marked)),
-            list(map(_GRADIENT, map(_gradient, active))),
+            self._typed and list(map(constraint_of, self._typed)),
+            self._idle and list(map(_IDLE, self._idle)),
+            list(map(_ACTIVE, active)),
             list(map(id, optimizer.state.values())),
             list(map(id, _flat(_flat(itertools.starmap(map, self._states))))),
             list(map(Tensor.data_ptr, self._shown)),
