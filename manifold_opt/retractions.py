@@ -259,7 +259,8 @@ def _retract_sync_free_(
     if scheme.polar or (v is step and is_square):
         v.div_((length / LONG).clamp_min_(1))  # lest powers of it overflow
         if is_square and scheme.rotation is not None:
-            new, shortened = rotate_sync_free(w, v, scheme.rotation, ws)
+            new, shortened, near = rotate_sync_free(w, v, scheme.rotation, ws)
+            possible = possible & near
         else:
             new, shortened = polar_sync_free(w, v, ws)
         tally.add("clamped_steps", shortened)

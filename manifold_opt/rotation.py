@@ -106,8 +106,8 @@ def _error_of(w: Tensor, moving: Tensor | None, *, out: Tensor) -> Tensor:
     return error if moving is None else error.mul_(moving)
 
 
-def rotate_sync_free(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace) -> tuple[Tensor, Tensor]:
-    """Return the points that steps lead to, and which of these were shortened, ``(B, 1, 1)``.
+def rotate_sync_free(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the points that steps lead to, which steps were shortened, and which points were near the manifold.
 
     As :func:`rotate_`, where no value may be read: by the polynomial of the highest degree for all blocks, to whose
     reach a longer step is shortened, and with a correction in every step. The eighth power of a step must not overflow.
@@ -121,8 +121,9 @@ def rotate_sync_free(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace
     turn = rotation.turn(omega.div_(factor.sqrt()), b.div_(factor), c.div_(factor * factor), -1, ws)
     spare = ws.b if turn is omega else omega
     error = gram_minus_identity(w, out=spare)
+    near = norm(error, keepdim=True) < w.shape[-1] ** 0.5  # beyond, the correction would lead farther away
     turn = matmul_add(turn, turn, error, out=ws.c, alpha=-0.5).add_(error, alpha=-0.5)
-    return matmul_add(w, turn, w, out=spare), excess > 1
+    return matmul_add(w, turn, w, out=spare), excess > 1, near
 
 
 def restore_(w: Tensor, error: Tensor) -> None:

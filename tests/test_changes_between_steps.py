@@ -17,7 +17,7 @@ from manifold_opt import (
     unmark,
 )
 
-from .helpers import gaussian, point
+from .helpers import gaussian, never_read, point
 
 RULES = {
     "momentum": lambda p, **o: SGD(p, **{"lr": 0.05, "momentum": 0.9, **o}),
@@ -204,6 +204,25 @@ def test_a_value_that_is_scaled_through_data_is_back_within_ten_steps(rule, shap
         give([weight], step)
         opt.step()
     assert orthogonality_error(weight) <= stiefel.error_at_rounding(*shape, torch.float32)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("retraction", ["orthographic", "polar", "qr", "cayley", "exp"])
+def test_where_nothing_can_be_read_such_a_value_stays_finite(rule, retraction, monkeypatch):
+    """It is not put back, but counted, and the blocks beside it go on."""
+    never_read(monkeypatch)
+    weight = mark_orthogonal(nn.Parameter(torch.cat([point(6, 6, dtype=torch.float32, seed=k) for k in range(2)])), 2)
+    opt = RULES[rule]([weight], lr=1e-4, retraction=retraction)
+    for step in range(12):
+        if step == 2:
+            weight.data[:6] *= 40
+            before = weight.detach().clone()
+        give([weight], step)
+        opt.step()
+    assert torch.equal(weight[:6], before[:6])
+    assert not torch.equal(weight[6:], before[6:])
+    assert float(stiefel.error(weight.detach()[6:])) <= stiefel.error_at_rounding(6, 6, torch.float32)
+    assert opt.metrics()["skipped_blocks"] == 10
 
 
 # Long blocks with few columns.

@@ -613,7 +613,8 @@ def test_where_nothing_can_be_read_short_steps_are_the_same(name, dtype, rank):
     end = reaches(name, dtype)[-1]
     lengths = torch.tensor([1e-12, 1e-4, 0.5 * end, 0.999 * end, 0.0]).to(w.real.dtype).sqrt()
     omega = skew(5, 8, 8, dtype=dtype, rank=rank) * lengths[:, None, None]
-    new, short = shortened(w, omega, name)
+    new, short, near = shortened(w, omega, name)
+    assert near.all()
     close_to(new[:4], w[:4], omega[:4], name)
     assert float(stiefel.error(new).max()) < 2 * rounding(new)
     assert not short.any()
@@ -629,7 +630,7 @@ def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, 
     end = reaches(name, dtype)[-1]
     unit = skew(3, 8, 8, dtype=stiefel.in_double(dtype), rank=rank, bound=end)
     lengths = torch.tensor([0.5, length, length], dtype=torch.float64)[:, None, None]
-    new, short = shortened(w, (unit * lengths).to(dtype), name)
+    new, short, _ = shortened(w, (unit * lengths).to(dtype), name)
     assert short[:, 0, 0].tolist() == [False, True, True]
     assert float(stiefel.error(new).max()) < 2 * rounding(new)
     start, omega = stiefel.float64(w), unit * lengths.clamp_max(1)

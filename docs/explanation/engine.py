@@ -1,4 +1,4 @@
-"""Draws engine.png, the picture of docs/explanation/engine.md: one step, as the data walks it.
+"""Draws engine.png, the picture of docs/explanation/engine.md: the parts of one step.
 
 python docs/explanation/engine.py
 """
@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#999999", "#2
 
 
 def box(axes: Axes, x: float, y: float, title: str, text: str, color: str, width: float = 2.6) -> None:
-    """A room of the house: its name, and what happens there."""
+    """A part of a step: its name, and what it does."""
     axes.add_patch(
         FancyBboxPatch((x, y), width, 1.1, boxstyle="round,pad=0.02,rounding_size=0.12", fc=color + "22", ec=color)
     )
@@ -27,7 +27,7 @@ def box(axes: Axes, x: float, y: float, title: str, text: str, color: str, width
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0) -> None:
-    """From one room to the next."""
+    """From one part to the next."""
     style = f"arc3,rad={bend}"
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=INK, connectionstyle=style))
 
@@ -40,7 +40,7 @@ def stack(axes: Axes, x: float, y: float, names: tuple[str, ...], color: str) ->
 
 
 def draw() -> plt.Figure:
-    """The whole way."""
+    """All parts, in order."""
     figure, axes = plt.subplots(figsize=(11, 5.2), layout="constrained")
     axes.set(xlim=(-0.3, 14.1), ylim=(-0.1, 6.3))
     axes.axis("off")
