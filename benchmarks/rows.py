@@ -43,6 +43,12 @@ WORKS = {
     "blocks4096": Work(1, 4096, 16, 16),
     "blocks20000": Work(1, 20000, 3, 3),
     "wide64x4096": Work(1, 1, 64, 4096),
+    "one12": Work(1, 1, 12, 12),
+    "one48": Work(1, 1, 48, 48),
+    "one100": Work(1, 1, 100, 100),
+    "gru64": Work(1, 3, 64, 64),
+    "wide16x64": Work(1, 1, 16, 64),
+    "wide32x512": Work(1, 1, 32, 512),
 }
 TOYS = {"gru8": Work(1, 3, 8, 8), "params20": Work(20, 1, 3, 6), "blocks50": Work(1, 50, 3, 3)}
 

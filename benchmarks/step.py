@@ -88,6 +88,7 @@ def add_conditions(how: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="for the steps of one row of one table; a slower row has fewer turns (default 20)",
     )
+    how.add_argument("--lr", type=float, default=LR, help=f"learning rate of every row (default {LR:g})")
     how.add_argument("--threads", type=positive, help="of torch (default: as many as torch takes)")
     how.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
     how.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of weights (default float32)")
@@ -252,7 +253,7 @@ def compare(args: argparse.Namespace, plan: Plan, report: dict[str, Any], save: 
         print(f"\n{LEGEND.format(counter=counter)}", flush=True)
         warm_up(args, plan)
     for work in args.works:
-        problem = Problem(works[work], LR, getattr(torch, args.dtype), plan.device, sets(args))
+        problem = Problem(works[work], args.lr, getattr(torch, args.dtype), plan.device, sets(args))
         print(f"\n{work}: {works[work]}, {args.dtype}, {args.gradient} gradient", flush=True)
         results = side_by_side(builds(problem, args.rows), plan)
         rows = figures(work, results, problem.start.nbytes)
@@ -287,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["training"] = training.report(training.measure(plan, dtype, args.toy))
         save()
     if args.growth:
-        report["growth"] = growth.measure(plan, LR, dtype, sets(args), toy=args.toy)
+        report["growth"] = growth.measure(plan, args.lr, dtype, sets(args), toy=args.toy)
         save()
         if args.plot:
             env = report["environment"]
