@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     points: Tensor
     values: Tensor | None
     moments: dict[str, Tensor]
-    ws: Any
+    ws: Workspace | Any
 
 
 class Views(NamedTuple):
@@ -81,7 +81,7 @@ class Bucket:
         master: points in float32 of members that are stored in less, of which theirs are the rounding; likewise.
         steps: ``(members,)`` step counts, as the moments.
         shared_step: the step count of all members, where it may be read.
-        counted: the version of ``steps`` that it is for.
+        counted: the version of ``steps`` that it is for; None where nothing can be said of that.
         shown: what the members' state shows, by key.
     """
 
@@ -94,7 +94,7 @@ class Bucket:
     master: Tensor | None = None
     steps: Tensor | None = None
     shared_step: int | None = None
-    counted: int = 0
+    counted: int | None = None
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -262,14 +262,16 @@ class Bucket:
 
     def show_steps(self, steps: Tensor) -> None:
         """Take the step counts of the members, which are equal where they may be read."""
-        self.steps, self.counted = steps, steps._version
+        self.steps = steps
         self.shared_step = int(steps[0]) if host_can_branch(steps) else None
+        self.counted = None if self.shared_step is None or steps.is_inference() else steps._version
 
     def increment_step(self, steps: Scalar) -> None:
         """Count a step, or as much of one as a GradScaler lets happen."""
         self.steps.add_(steps)  # type: ignore[union-attr]
         if self.shared_step is not None:
             self.shared_step += 1
+        if self.counted is not None:
             self.counted = self.steps._version  # type: ignore[union-attr]
 
     def reserve(self, pool: Pool) -> None:

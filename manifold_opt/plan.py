@@ -34,7 +34,7 @@ from .workspace import Pool
 SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
 Values = dict[int, tuple[Any, ...]]  # of parameters by id: version, address and dtype
 
-_members, _version = itemgetter("params"), attrgetter("_version")
+_members, _version, _attributes = itemgetter("params"), attrgetter("_version"), attrgetter("__dict__")
 _flat = itertools.chain.from_iterable
 _IDLE = attrgetter(TAG, "grad")  # of a marked parameter without a gradient
 _ACTIVE = attrgetter(TAG, *(f"{x}{name}" for x in ("", "grad.") for name in ("shape", "dtype", "device", "layout")))
@@ -65,11 +65,11 @@ class Rest:
 class Plan:
     """The buckets of an optimizer, the memory for their steps, and what they were made for.
 
-    Of unmarked parameters nothing but ids is held where all of a group are, so that one which leaves it is freed at
-    once.
+    A group is named by its position, and its options are read in every step. Of a group without marked parameters only
+    ids are stored, so that one which leaves it is freed at once.
 
     Attributes:
-        work: all buckets, each with a group whose options they have.
+        work: all buckets, each with the first group that has its options.
         free_rows: groups with rows outside every block, each with these.
         unmarked: groups with unmarked parameters, each with these; None if it has no others.
         pool: memory of workspaces.
@@ -81,16 +81,16 @@ class Plan:
         needs_care: whether one of the last three is so.
     """
 
-    def __init__(self, optimizer: Any, old: Plan | None) -> None:
+    def __init__(self, optimizer: Any, old: Plan | None, *, merge: bool) -> None:
         groups = optimizer.param_groups
-        marked = [p for group in groups for p in group["params"] if constraint_of(p) is not None]
-        self._typed = [p for p in marked if type(p) is not nn.Parameter]  # they may say by themselves what they are
-        self._idle = [p for p in marked if p.grad is None]
-        self._checked = itemgetter(*(name for name in (*OPTIONS, *_FLAGS) if name in optimizer.defaults))
-        self._momentum = itemgetter("momentum" if "momentum" in optimizer.defaults else "on_fault")
-        self._options_of = itemgetter(*optimizer.defaults)
-        self._options = list(map(self._options_of, groups))
-        self._alike = _alike(self._options)
+        everything = [p for group in groups for p in group["params"]]
+        self._typed = [p for p in everything if type(p) is not nn.Parameter]  # they may carry a manifold of geoopt
+        self._idle = [p for p in everything if p.grad is None and constraint_of(p) is not None]
+        named = [name for name in (*OPTIONS, *_FLAGS) if all(name in group for group in groups)]
+        self._checked = itemgetter(*named)
+        self._momentum = itemgetter("momentum" if all("momentum" in group for group in groups) else "on_fault")
+        self.merges = merge and len(groups) > 1
+        self._alike = _alike(optimizer) if self.merges else list(range(len(groups)))
         self.pool = Pool()
         live = [[p for p in group["params"] if p.grad is not None and constraint_of(p) is not None] for group in groups]
         self.active = list(_flat(live))
@@ -120,10 +120,10 @@ class Plan:
         for group, alike, members in zip(groups, self._alike, live, strict=True):
             damped = group.get("momentum", 0) != 0 and group["dampening"] != 0
             parameters += members
-            keys += [(alike, damped and id(p) in first, _steps_so_far(optimizer.state.get(p, {}))) for p in members]
-        self.work = [(groups[alike], bucket) for (alike, _, _), bucket in build_buckets(parameters, keys)]
+            keys += [(alike, damped and id(p) in first, _steps_so_far(optimizer, p)) for p in members]
+        self.work = [(alike, bucket) for (alike, _, _), bucket in build_buckets(parameters, keys)]
         self.free_rows = []
-        for group, members in zip(groups, live, strict=True):
+        for position, members in enumerate(live):
             rests = [
                 Rest(p, mark.dim, start, length, id(p) in first)
                 for p in members
@@ -131,10 +131,11 @@ class Plan:
                 for start, length in mark.rest(p.shape)
             ]
             if rests:
-                self.free_rows.append((group, rests))
+                self.free_rows.append((position, rests))
         for _, bucket in () if old is None else old.work:
             leave(optimizer, bucket, {id(p) for _, new in self.work if new.gathered for p in new.parameters})
-        for group, bucket in self.work:
+        for position, bucket in self.work:
+            group = groups[position]
             optimizer._tally.prepare(bucket.parameters[0].device)
             hold(optimizer, group, bucket, *optimizer._algorithm.moments(group))
             bucket.reserve(self.pool)
@@ -147,19 +148,14 @@ class Plan:
     def is_current(self, optimizer: Any) -> bool:
         """Return True if nothing has changed that the plan depends on."""
         for _, bucket in self.work:
-            if bucket.fresh or (bucket.shared_step is not None and bucket.counted != bucket.steps._version):  # type: ignore[union-attr]
+            if bucket.fresh or (bucket.counted is not None and bucket.counted != bucket.steps._version):  # type: ignore[union-attr]
                 return False
         try:
             if self._look(optimizer) != self._facts:
                 return False
         except (AttributeError, KeyError, TypeError):  # a mark, or an entry of the state, is not there any more
             return False
-        if len(self._alike) > 1:
-            options = list(map(self._options_of, optimizer.param_groups))
-            if options != self._options and _alike(options) != self._alike:
-                return False
-            self._options = options
-        return True
+        return not self.merges or _alike(optimizer) == self._alike
 
     def is_overwritten(self) -> bool:
         """Return True if a parameter has been written to since :meth:`remember_values`."""
@@ -184,6 +180,7 @@ class Plan:
             list(map(len, map(_members, groups))),
             list(map(self._checked, groups)),
             list(map(bool, map(self._momentum, groups))),
+            list(map(len, map(_attributes, _flat(map(_members, groups))))),  # a mark is one of them
             self._typed and list(map(constraint_of, self._typed)),
             self._idle and list(map(_IDLE, self._idle)),
             list(map(_ACTIVE, active)),
@@ -229,15 +226,18 @@ def reset_plan(optimizer: Any) -> None:
     forget_marks(optimizer)
 
 
-def make_plan(optimizer: Any) -> Plan:
-    """Check everything that a step can refuse, and plan anew. State is brought into the form that the plan needs."""
+def make_plan(optimizer: Any, *, merge: bool = True) -> Plan:
+    """Check everything that a step can refuse, and plan anew. State is brought into the form that the plan needs.
+
+    Groups with equal options share buckets if ``merge``.
+    """
     old = optimizer._plan
     if old is not None:
         optimizer._values.update(old.values())
     check_before_step(optimizer)
     for group in optimizer.param_groups:
         convert(optimizer, group)
-    plan = optimizer._plan = Plan(optimizer, old)
+    plan = optimizer._plan = Plan(optimizer, old, merge=merge)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     optimizer._values = {key: value for key, value in optimizer._values.items() if key in known}
     return plan
@@ -273,35 +273,47 @@ def check_gradients_finite(optimizer: Any) -> None:
 
 
 def without_marked(optimizer: Any, group: Group) -> Group:
-    """Return a group without its marked parameters, for torch's own ``_init_group``, with a plan made for these."""
-    if optimizer._plan is None or not optimizer._plan.is_current(optimizer):
-        make_plan(optimizer)
+    """Return a group without its marked parameters, for torch's own ``_init_group``, with a plan made for these.
+
+    A graph that is traced does not merge groups: nothing in it would depend on the options of the second.
+    """
+    plan = optimizer._plan
+    if plan is None or plan.merges or not plan.is_current(optimizer):
+        make_plan(optimizer, merge=False)
     return {**group, "params": [p for p in group["params"] if constraint_of(p) is None]}
 
 
-def ask_for_memory(plan: Plan) -> None:
+def ask_for_memory(optimizer: Any, plan: Plan) -> None:
     """Let the allocators of accelerators find the memory of a step before anything is written."""
-    for group, bucket in plan.work:
-        bucket.ask_for(RETRACTIONS[group["retraction"]].temporaries)
+    for position, bucket in plan.work:
+        bucket.ask_for(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temporaries)
 
 
-def _alike(options: list[tuple[Any, ...]]) -> list[int]:
+def _alike(optimizer: Any) -> list[int]:
     """Return for every group the position of the first one with the same options. Tensors are compared by identity."""
     first: dict[Any, int] = {}
-    return [first.setdefault(tuple(map(_hashable, some)), position) for position, some in enumerate(options)]
+    return [
+        first.setdefault(
+            tuple(x if type(x) in _PLAIN else _hashable(x) for x in map(group.get, optimizer.defaults)), position
+        )
+        for position, group in enumerate(optimizer.param_groups)
+    ]
+
+
+_PLAIN = {float, int, bool, str, type(None)}
 
 
 def _hashable(option: Any) -> Any:
     if isinstance(option, (list, tuple)):
         return tuple(map(_hashable, option))
-    return id(option) if isinstance(option, Tensor) else option
+    return option if type(option) in _PLAIN else id(option)
 
 
-def _unmarked(groups: list[Group]) -> Iterator[tuple[Group, list[Tensor] | None]]:
-    for group in groups:
+def _unmarked(groups: list[Group]) -> Iterator[tuple[int, list[Tensor] | None]]:
+    for position, group in enumerate(groups):
         free = [p for p in group["params"] if constraint_of(p) is None]
         if free:
-            yield group, free if len(free) < len(group["params"]) else None
+            yield position, free if len(free) < len(group["params"]) else None
 
 
 def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
@@ -313,7 +325,12 @@ def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[d
         yield itemgetter(*keys, CONSTRAINED, CONSTRAINED), states  # twice, so that they are two at least
 
 
-def _steps_so_far(state: dict[str, Any]) -> float | None:
-    """Return the step count of a parameter, None where it may not be read."""
-    count = torch.as_tensor(state.get("step", 0.0))
-    return float(count) if products.host_can_branch(count) else None
+def _steps_so_far(optimizer: Any, parameter: Tensor) -> float | None:
+    """Return the step count of a parameter, None where it may not be read.
+
+    SGD needs it only to know when the error is to be measured, in every fourth step.
+    """
+    count = torch.as_tensor(optimizer.state.get(parameter, {}).get("step", 0.0))
+    if not products.host_can_branch(count):
+        return None
+    return float(count) % 4 if isinstance(optimizer, torch.optim.SGD) else float(count)

@@ -195,10 +195,10 @@ def _rotate_by_length_(
 ) -> None:
     """Rotate the blocks whose step is short enough, and move the others as their retraction does beyond that."""
     rotation = ROTATIONS[method]
-    length = norm(omega, keepdim=True)
-    finite = (length < torch.inf)[:, 0, 0]
+    largest = omega.abs().amax((-2, -1), keepdim=True)
+    finite = (largest < torch.inf)[:, 0, 0]
     tally.add("skipped_blocks", ~finite)
-    omega.mul_((_LONGEST / length).clamp_max_(1))
+    omega.mul_((_LONGEST / largest / omega.shape[-1]).clamp_max_(1))
     size = bounds(omega, ws)
     short = size <= rotation.fits[w.dtype][-1].reach
     for near, which in ((True, short), (False, finite & ~short)):

@@ -90,7 +90,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
     spare = ws.b if turn is omega else omega
     if correct and size > 0:
         error = _error_of(w, moving, out=spare)
-        if largest_norm(error) > OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5:
+        if not largest_norm(error) <= OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5:
             restore_(w, error)
             error = _error_of(w, moving, out=spare)
         if size > _SMALL:

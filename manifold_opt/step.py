@@ -119,9 +119,11 @@ def _step_marked(optimizer: Any, plan: Plan, pool: Pool | None) -> None:
     if overflow is not None and host_can_branch(overflow) and float(overflow) != 0:
         return
     context = StepContext(pool, optimizer._tally, algorithm.decoupled, scale, overflow)
-    for group, rests in plan.free_rows:
-        algorithm.step_rests(optimizer, group, rests)
-    for group, bucket in plan.work:
+    groups = optimizer.param_groups
+    for position, rests in plan.free_rows:
+        algorithm.step_rests(optimizer, groups[position], rests)
+    for position, bucket in plan.work:
+        group = groups[position]
         bucket.increment_step(1 if overflow is None else 1 - overflow.to(bucket.steps))
         rule = algorithm.rule(group, bucket)
         if bucket.stiefel:
@@ -145,7 +147,7 @@ def _collect(optimizer: Any, plan: Plan) -> Prepared:
         if overwritten or plan.low:
             _restore(optimizer, plan, plan.values())
         if plan.on_accelerator:
-            ask_for_memory(plan)
+            ask_for_memory(optimizer, plan)
         return _init_groups(optimizer, plan)
     except BaseException:
         backup.restore()
@@ -157,7 +159,7 @@ def _plan_anew(optimizer: Any) -> Prepared:
     backup = StateBackup(optimizer, entries=True)
     try:
         plan = make_plan(optimizer)
-        ask_for_memory(plan)
+        ask_for_memory(optimizer, plan)
         prepared = _init_groups(optimizer, plan)
         _restore(optimizer, plan, optimizer._values)
     except BaseException:
@@ -169,7 +171,8 @@ def _plan_anew(optimizer: Any) -> Prepared:
 def _init_groups(optimizer: Any, plan: Plan) -> Prepared:
     """Let torch collect the unmarked parameters of every group."""
     prepared = []
-    for group, unmarked in plan.unmarked:
+    for position, unmarked in plan.unmarked:
+        group = optimizer.param_groups[position]
         lists = optimizer._algorithm.lists(optimizer, group)
         members = group if unmarked is None else {**group, "params": unmarked}
         prepared.append((group, lists, optimizer._algorithm.init_group(optimizer, members, *lists)))
@@ -184,7 +187,8 @@ def _restore(optimizer: Any, plan: Plan, seen: Values) -> None:
     """
     found: list[Found] = []
     warned: list[str] = []
-    for group, bucket in plan.work:
+    for position, bucket in plan.work:
+        group = optimizer.param_groups[position]
         written = [p for p in bucket.parameters if value_of(p) != seen.get(id(p))]
         if bucket.low:  # what is held in float32 shows even what has been written through .data
             others = set(map(id, written))
@@ -193,10 +197,10 @@ def _restore(optimizer: Any, plan: Plan, seen: Values) -> None:
             continue
         slack = 1.0 if bucket.stiefel and not RETRACTIONS[group["retraction"]].exact else 0.0
         try:
-            off, far = _looked_at(optimizer, group, bucket, written, slack)
+            off, far = _looked_at(optimizer, bucket, written, slack)
         except ValueError:
             for parameter in written:
-                _check_written(optimizer, group, bucket, parameter, slack)
+                _check_written(optimizer, bucket, parameter, slack)
             raise
         found += off
         warned += far
@@ -209,14 +213,20 @@ def _restore(optimizer: Any, plan: Plan, seen: Values) -> None:
                 put_(bucket.part, tensor, some, nearest.to(tensor.dtype))
 
 
-def _check_written(optimizer: Any, group: Group, bucket: Bucket, parameter: Tensor, slack: float) -> None:
+def _label(optimizer: Any, parameter: Tensor) -> str:
+    """Return the shape of a parameter, and its name in its own group if it has one, for a message."""
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    return shape_in(group, parameter)
+
+
+def _check_written(optimizer: Any, bucket: Bucket, parameter: Tensor, slack: float) -> None:
     """Raise a ValueError that names the parameter and its block, if its value has no nearest point."""
     try:
         off_manifold(parameter, bucket.constraint, slack)
     except ValueError as refusal:
         raise ValueError(
-            f"{type(optimizer).__name__}: a marked parameter of shape {shape_in(group, parameter)} has been written "
-            f"to: {refusal}"
+            f"{type(optimizer).__name__}: a marked parameter of shape {_label(optimizer, parameter)} has been "
+            f"written to: {refusal}"
         ) from None
 
 
@@ -226,21 +236,19 @@ def _shows(optimizer: Any, parameter: Tensor) -> bool:
     return master is not None and host_can_branch(master) and not torch.equal(parameter, master.to(parameter.dtype))
 
 
-def _looked_at(
-    optimizer: Any, group: Group, bucket: Bucket, written: list[Tensor], slack: float
-) -> tuple[list[Found], list[str]]:
+def _looked_at(optimizer: Any, bucket: Bucket, written: list[Tensor], slack: float) -> tuple[list[Found], list[str]]:
     """Return what to write to members that were written to, and to their float32 masters, and what to warn of."""
     members = [p.detach() for p in written]
     points = torch.cat([points_of(bucket.part, p) for p in members])
     if not bucket.low:
         off, values = bucket.constraint.off(points, slack)
-        return [(bucket, members, off, values)], _far_warnings(group, bucket, written, off, points[off] - values)
+        return [(bucket, members, off, values)], _far_warnings(optimizer, bucket, written, off, points[off] - values)
     masters = [optimizer.state[p][MASTER] for p in written]
     overwritten, off, values = _overwritten(bucket, points, masters)
     if not bool(overwritten.any() | off.any()):
         return [], []
     found = [(bucket, masters, overwritten, values[overwritten]), (bucket, members, off, values[off])]
-    return found, _far_warnings(group, bucket, written, off, points[off] - values[off])
+    return found, _far_warnings(optimizer, bucket, written, off, points[off] - values[off])
 
 
 def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,14 +270,14 @@ def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple
     return other, off, values
 
 
-def _far_warnings(group: Group, bucket: Bucket, written: list[Tensor], off: Tensor, gap: Tensor) -> list[str]:
+def _far_warnings(optimizer: Any, bucket: Bucket, written: list[Tensor], off: Tensor, gap: Tensor) -> list[str]:
     """Return a warning of the point that is farthest off, if it is far; ``gap`` is how far those ``off`` are."""
     distances = point_norm(gap, bucket.part.dims).flatten()
     if not len(gap) or float(distances.max()) <= _FAR:
         return []
     parameter = written[int(off.nonzero()[distances.argmax(), 0]) // bucket.each]
     return [
-        f"A block of shape {tuple(bucket.point)} of a marked parameter of shape {shape_in(group, parameter)} was "
+        f"A block of shape {tuple(bucket.point)} of a marked parameter of shape {_label(optimizer, parameter)} was "
         f"{float(distances.max()):.2g} away from its manifold, {bucket.constraint}, changed outside the optimizer "
         "since it was marked or last stepped (load_state_dict?). It was put back to the nearest value, as "
         "project_(model) does without a warning."

@@ -64,28 +64,30 @@ def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
     """Move blocks ``(B, p, n)``, and their moments, in place."""
     if not ws.readable:
         return _update_sync_free(w, g, moments, ws, step)
-    square, wide, options = step.rule
-    group, is_square = step.group, w.shape[-2] == w.shape[-1]
-    a = torch.bmm(g, ws.adjoint("w", w), out=ws.a) if is_square else g
-    if not largest_norm(a) <= LARGEST_GRADIENT[w.dtype]:
-        return _update_finite(w, g, norm(a), moments, step)
-    if is_square:
-        v = square(a, moments, ws, scale=step.scale, metric=group["metric"], **options)
-    else:
-        v = wide(w, g, moments, ws, scale=step.scale, metric=group["metric"], **options)
-    return retract_(w, v, group["retraction"], group, ws, step.context.tally, correct=step.correct)
-
-
-def _update_finite(w: Tensor, g: Tensor, size: Tensor, moments: dict[str, Tensor], step: Step) -> None:
-    """Move the blocks with a gradient of a size ``(B,)`` that a step can take, and leave the others as they are."""
-    index = finite_points(size, LARGEST_GRADIENT[w.dtype], step.context).nonzero()[:, 0]
+    # The gradient in the frame of W, for square blocks.
+    a = torch.bmm(g, ws.adjoint("w", w), out=ws.a) if w.shape[-2] == w.shape[-1] else g
+    if largest_norm(a) <= LARGEST_GRADIENT[w.dtype]:
+        return _move(w, g, a, moments, ws, step)
+    index = finite_points(norm(a), LARGEST_GRADIENT[w.dtype], step.context).nonzero()[:, 0]
     if len(index) == 0:
-        return
-    point, held = w[index], {key: moment[index] for key, moment in moments.items()}
-    update(point, g[index], held, Workspace(None, point), step)
+        return None
+    point, gradient, held = w[index], g[index], {key: moment[index] for key, moment in moments.items()}
+    some = gradient if a is g else a[index]
+    _move(point, gradient, some, held, Workspace(None, point), step)
     w[index] = point
     for key, moment in held.items():
         moments[key][index] = moment
+    return None
+
+
+def _move(w: Tensor, g: Tensor, a: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """Move blocks whose gradient is finite: direction, and retraction."""
+    (square, wide, options), group = step.rule, step.group
+    if a is g:
+        v = wide(w, g, moments, ws, scale=step.scale, metric=group["metric"], **options)
+    else:
+        v = square(a, moments, ws, scale=step.scale, metric=group["metric"], **options)
+    retract_(w, v, group["retraction"], group, ws, step.context.tally, correct=step.correct)
 
 
 def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:

@@ -1,6 +1,7 @@
 """What happens between two steps, behind the back of the optimizer: the next one works on what is there now."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -240,3 +241,138 @@ def test_long_blocks_stay_at_rounding(n, p, tall, lr):
         give([weight], step)
         opt.step()
         assert orthogonality_error(weight) <= 4 * torch.finfo(torch.float32).eps * p**0.5
+
+
+# Groups and options, changed by hand or by a schedule.
+
+
+def eye(*, step=0):
+    weight = mark_orthogonal(nn.Parameter(torch.eye(4)))
+    give([weight], step)
+    return weight
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_step_follows_the_rate_of_every_group():
+    """Groups with equal options share a batch, but not in a graph that depends on the options of the first only."""
+    torch._dynamo.reset()
+    weights = [eye() for _ in range(3)]
+    opt = SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.01)
+    step = torch.compile(opt.step, backend="eager")
+    lengths = []
+    for rate, all_of_them in ((0.01, True), (0.03, True), (0.01, False), (0.03, False)):
+        opt.param_groups[1]["lr"] = rate
+        for weight in weights:
+            weight.grad = gaussian(4, 4, dtype=torch.float32)
+        if not all_of_them:
+            weights[2].grad = None
+        before = weights[1].detach().clone()
+        step()
+        lengths.append(float((weights[1] - before).norm()))
+    assert 2.9 < lengths[1] / lengths[0] < 3.1
+    assert 2.9 < lengths[3] / lengths[2] < 3.1
+
+
+@pytest.mark.parametrize("marks", [0, 1])
+def test_a_group_that_is_replaced_by_a_copy_is_what_counts(marks):
+    free = nn.Parameter(torch.ones(3))
+    parameters = [free, *(eye() for _ in range(marks))]
+    free.grad = torch.ones(3)
+    opt = SGD(parameters, lr=0.1)
+    opt.step()
+    opt.param_groups[0] = {**opt.param_groups[0], "lr": 0.0}
+    before = [p.detach().clone() for p in parameters]
+    opt.step()
+    assert all(map(torch.equal, parameters, before))
+
+
+def test_options_that_become_different_part_the_groups():
+    """A list that is written to, and a tensor that is replaced and then written to."""
+    first, second = eye(), eye()
+    opt = Adam([{"params": [first], "betas": [0.9, 0.999]}, {"params": [second], "betas": [0.9, 0.999]}], lr=0.1)
+    opt.step()
+    opt.param_groups[1]["betas"][0] = 0.0
+    give([first, second], 1)
+    before = second.detach().clone()
+    opt.step()
+    fresh = second.grad @ before.mT  # beta1 is zero: the first moment is the last gradient, in the frame
+    torch.testing.assert_close(opt.state[second]["exp_avg"], fresh)
+    first, second, rate = eye(), eye(), torch.tensor(0.1)
+    opt = SGD([{"params": [first], "lr": rate}, {"params": [second], "lr": rate}])
+    opt.step()
+    opt.param_groups[1]["lr"] = rate.clone()
+    opt.step()
+    opt.param_groups[1]["lr"].fill_(0.0)
+    before = second.detach().clone()
+    opt.step()
+    assert torch.equal(second, before)
+
+
+def test_an_option_that_a_group_lacks_or_that_has_no_hash_is_no_matter():
+    weight = eye()
+    opt = SGD([weight], lr=0.1)
+    opt.defaults["of another library"] = []
+    opt.step()
+    opt.add_param_group({"params": [eye(step=1)], "of another library": [1]})
+    opt.step()
+    assert orthogonality_error(weight) < 1e-6
+
+
+def test_a_message_names_the_parameter_of_a_later_group():
+    first, second = eye(), eye()
+    opt = SGD([{"params": [("first", first)]}, {"params": [("second", second)]}], lr=0.1)
+    if "param_names" not in opt.param_groups[0]:
+        pytest.skip("torch has no names yet")
+    opt.step()
+    with torch.no_grad():
+        second.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"\(second\) has been written to"):
+        opt.step()
+
+
+def test_a_mark_that_is_swapped_in_is_seen():
+    free, weight = nn.Parameter(torch.eye(4)), eye()
+    give([free], 1)
+    opt = SGD([free], lr=0.1)
+    opt.step()
+    free.grad = None
+    torch.utils.swap_tensors(free, weight)
+    for step in range(2):
+        give([free], step)
+        opt.step()
+    assert orthogonality_error(free) < 1e-6
+
+
+def test_a_group_without_marks_that_is_removed_is_freed_at_once():
+    weight, free = eye(), nn.Parameter(torch.ones(3))
+    free.grad = torch.ones(3)
+    opt = SGD([{"params": [weight]}, {"params": [free]}], lr=0.1)
+    opt.step()
+    opt.step()
+    alive = weakref.ref(free)
+    opt.param_groups.pop(1)
+    opt.state.pop(free, None)
+    del free
+    assert alive() is None
+
+
+def test_a_step_in_inference_mode():
+    weight = eye()
+    opt = SGD([weight], lr=0.1)
+    with torch.inference_mode():
+        opt.step()
+        opt.step()
+    assert orthogonality_error(weight) < 1e-6
+
+
+@pytest.mark.parametrize("retraction", ["orthographic", "polar", "qr", "cayley", "exp"])
+def test_a_step_whose_squares_overflow_is_shortened(retraction):
+    weight = mark_orthogonal(nn.Parameter(point(4, 4, dtype=torch.float32)))
+    opt = SGD([weight], lr=1e4, retraction=retraction)
+    weight.grad = 1e16 * gaussian(4, 4, dtype=torch.float32)
+    before = weight.detach().clone()
+    opt.step()
+    assert not torch.equal(weight, before)
+    assert orthogonality_error(weight) < 1e-6
+    assert opt.metrics()["clamped_steps"] == 1
+    assert opt.metrics()["skipped_blocks"] == 0
