@@ -2,9 +2,9 @@
 
 A marked parameter that is large is a bucket of its own: its blocks are viewed, nothing is copied. Small ones alike in
 shape, dtype, device and constraint share buckets: their values and gradients are gathered into workspaces and the
-values written back, and each moment is one tensor ``(B, p, n)``, which the optimizer's state shows in pieces, a view
-a parameter, under torch's keys. Where such blocks are not all of their parameter, each parameter has its moments to
-itself, and they are gathered and written back too.
+values written back, and each moment is one tensor ``(B, p, n)``, of which the optimizer's state has one view for each
+parameter, under torch's keys. If only part of a parameter is in a bucket, its moments stay with the parameter, and are
+gathered and written back in every step too.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Bucket:
     def view(self, tensors: list[Tensor], name: str, pool: Pool | None) -> Tensor:
         """Return the members' ``tensors`` as points ``(B, *point)``: a view of a lone one, a copy of many."""
         if not self.gathered:
-            # A gradient may come in a memory format that cannot be viewed so; a parameter, here, can. Detached: a view
-            # that stays must not refer to the parameter itself, which torch would refuse to swap.
+            # A gradient may have a memory format that cannot be viewed so; a parameter, here, has not. Detached, for
+            # torch refuses to swap a parameter that a view refers to.
             return points_of(self.part, tensors[0].detach())
         rows = tensors if self._as_they_lie else [self.part.rows(t, copy=True) for t in tensors]
         buffer = self._buffer(name, self.stacked, tensors[0], pool)
@@ -267,7 +267,7 @@ class Bucket:
         self.counted = None if self.shared_step is None or steps.is_inference() else steps._version
 
     def increment_step(self, steps: Scalar) -> None:
-        """Count a step, or as much of one as a GradScaler lets happen."""
+        """Add a step to the counts, or none where a GradScaler skips it."""
         self.steps.add_(steps)  # type: ignore[union-attr]
         if self.shared_step is not None:
             self.shared_step += 1
@@ -366,7 +366,7 @@ def _small(parameter: Tensor, constraint: Manifold) -> bool:
 
 
 def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
-    """Members in portions of at most ``BATCH`` bytes and, but for small change, at most a third of all."""
+    """Split members into portions of at most ``BATCH`` bytes and, unless they are very small, a third of all."""
     first = parameters[members[0]]
     size = first.nbytes
     limit = min(BATCH, max(size * len(members) // 3, SMALL))

@@ -1,9 +1,9 @@
 r"""From a gradient to a direction: momentum and Adam on the Stiefel manifold.
 
 Points ``w`` are wide batches ``(B, p, n)``. Every function updates the moments in ``state`` in place and returns
-``scale`` times a direction; the length of a step is ``-lr``. Hyperparameters and the keys of the state are those of
-torch.optim. Of complex blocks every transpose is the conjugate one, and the real and the imaginary part of an entry
-are as two entries are, each with its own second moment.
+``scale`` times a direction, where ``scale`` is minus the learning rate. Hyperparameters and the keys of the state are
+those of torch.optim. Of complex blocks every transpose is the conjugate one, and the real and the imaginary part of an
+entry are as two entries are, each with its own second moment.
 
 On square blocks the moments are those of the gradient in the *frame* of W,
 
@@ -35,7 +35,7 @@ SecondMoment = Literal["element", "block"]
 SECOND_MOMENTS: tuple[str, ...] = get_args(SecondMoment)
 Scalar = float | Tensor
 
-_FLOOR = 0.01  # of the mean square of its row: the least that the mean square of an entry counts for
+_FLOOR = 0.01  # lower bound of the mean square of an entry, as a share of the mean of its row
 
 
 @dataclass

@@ -185,7 +185,7 @@ def _polar_(w: Tensor, v: Tensor, ws: Workspace) -> bool:
     shortest = longest if ends is None else float(ends.min)
     if not (shortest > 0 and longest <= LONG):
         return False
-    # W W^T - I, which is in D too, is of rounding if W is on the manifold.
+    # D has the error of W in it too, which is of rounding if W is on the manifold.
     expected = 1.01 * longest**2 + 2 * OFF_MANIFOLD * (1 + longest) * torch.finfo(w.dtype).eps ** 0.5
     return polar_factor_(torch.add(w, v, out=ws.x), out=w, ws=ws, expected=expected)
 

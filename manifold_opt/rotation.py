@@ -40,7 +40,7 @@ from .workspace import Workspace
 # Steps from one measurement of the error of W to the next.
 CORRECTION_INTERVAL = {torch.float32: 4, torch.complex64: 4, torch.float64: 2, torch.complex128: 2}
 OFF_MANIFOLD = 2.0  # roots of eps: an error above it is no rounding, and one correction would not do
-_SMALL = 0.02  # eigenvalues of B up to which (Q - E/2) W takes off what Q (I - E/2) W does: all but a seventh
+_SMALL = 0.02  # eigenvalues of B up to which (Q - E/2) W removes six sevenths of what Q (I - E/2) W removes
 
 
 class Rotation(NamedTuple):

@@ -1,6 +1,6 @@
 """One step: the closure, the unmarked parameters as torch steps them, the marked ones on their manifold.
 
-The blocks of marked parameters walk, a bucket at a time,
+The blocks of marked parameters are stepped, one bucket at a time,
 
     view or gather -> gradient -> direction -> step -> retraction -> back in place
 
@@ -135,7 +135,7 @@ def _step_marked(optimizer: Any, plan: Plan, pool: Pool | None) -> None:
 def _collect(optimizer: Any, plan: Plan) -> Prepared:
     """Return what the unmarked parameters need, where the plan of the marked ones still holds.
 
-    What can be refused or fail before a step is done here and in :func:`_plan_anew`; then nothing has changed.
+    All that can be refused or fail before a step is done here and in :func:`_plan_anew`, so that nothing has changed.
     """
     overwritten = plan.is_overwritten()
     if not (overwritten or plan.needs_care or plan.unmarked):
@@ -183,7 +183,7 @@ def _init_groups(optimizer: Any, plan: Plan) -> Prepared:
 def _restore(optimizer: Any, plan: Plan, seen: Values) -> None:
     """Put parameters that were written to since the last step, by load_state_dict say, back on their manifold.
 
-    An inexact scheme leaves its parameters near the manifold, not on it: what it may have left itself stays.
+    Inexact retractions end near the manifold. An error of the size that they leave is not repaired.
     """
     found: list[Found] = []
     warned: list[str] = []

@@ -1,8 +1,12 @@
 """One step of a bucket of orthogonal blocks.
 
 A step takes one of two paths. On the common one, every block of a batch has a finite gradient, and moves in place.
-Otherwise the blocks with a finite gradient are picked by index, moved, and written back. Which way a batch goes is one
-comparison, before anything of it is written.
+Otherwise the blocks with a finite gradient are picked by index, moved, and written back. One comparison chooses the
+path, before any weight or moment is changed. (Where no value may be read there is one path for all, with masks.)
+
+A batch (buckets.py) has points, moments and a workspace ``ws``, whose buffers a, b, c and so on are overwritten in
+every step. A rule (rules.py) makes a direction of the gradient and updates the moments; ``retract_`` (retractions.py)
+moves the points along it.
 """
 
 from __future__ import annotations
@@ -25,13 +29,13 @@ from .workspace import Workspace
 
 @dataclass
 class Step:
-    """What the blocks of a bucket have in common in a step.
+    """Settings of one step, the same for all blocks of a bucket.
 
     Attributes:
         rule: how a direction is made: its function for square blocks, that for others, and their options.
         group: options.
         scale: minus the learning rate.
-        correct: whether the error of square blocks is measured, and taken off.
+        correct: whether this step also removes the rounding error of square blocks.
         context: counts, and what a GradScaler leaves.
     """
 
@@ -43,7 +47,7 @@ class Step:
 
 
 def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext) -> None:
-    """Gather or view, gradient, direction, retraction, and back in place."""
+    """Take one step with all blocks of a bucket."""
     lr, count = group["lr"], bucket.shared_step
     scale = -group["orthogonal_lr_scale"] / bucket.gain * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
     correct = count is None or count % CORRECTION_INTERVAL[bucket.working] == 0
@@ -118,7 +122,7 @@ def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
 
 
 def _update_scaled(batch: Batch, g: Tensor, gain: float, step: Step) -> None:
-    """Move blocks that are a multiple of a point, or the rounding of one; those that stay keep their bits."""
+    """Move parameters with a gain, or in low precision. Blocks that do not move are not rewritten."""
     points, values = batch.points, batch.values
     if gain == 1 and values is not None and host_can_branch(points) and torch.equal(points.to(values.dtype), values):
         update(points, _gradient(g, points, step), batch.moments, batch.ws, step)
