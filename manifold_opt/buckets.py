@@ -187,9 +187,7 @@ class Bucket:
         master.copy_(torch.where(other, now, master))
 
     def scatter_(self, views: Views) -> None:
-        """Write the points, and what else was gathered, to the members that they came from."""
-        if not self.gathered:
-            return
+        """Write what was gathered to the members that it came from."""
         if not self.carried:
             torch._foreach_copy_(self.parameters, views.pieces)
             return

@@ -14,8 +14,8 @@ and the direction is :math:`V = \Omega W` with :math:`\Omega` skew: these functi
 where a frame would need the other n - p rows, moments are held as the gradient comes, and the functions take W and G
 and return a tangent V in ``ws.y`` or ``ws.z``. The number of products is given in T, one p x n by n x p product.
 
-Where no value may be read, ``finite``, ``(B, 1, 1)``, says which blocks have a finite gradient; the others have a zero
-one and keep their moments.
+Where no value may be read, ``options.finite`` says which blocks have a finite gradient; the others have a zero one and
+keep their moments.
 """
 
 from __future__ import annotations
@@ -55,75 +55,72 @@ class AdamCoefficients:
     eps: float
 
 
-def sgd_square(
-    a: Tensor,
-    state: Moments,
-    ws: Workspace,
-    *,
-    scale: Scalar,
-    metric: Metric,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    finite: Tensor | None = None,
-) -> Tensor:
+@dataclass
+class SgdOptions:
+    """What a step of SGD is made with.
+
+    Attributes:
+        scale: minus the learning rate.
+        metric: whose gradient is followed.
+        momentum, dampening, nesterov: as in torch.optim.SGD.
+        finite: one for a block with a finite gradient, zero for others, ``(B, 1, 1)``; None if all have one.
+    """
+
+    scale: Scalar
+    metric: Metric
+    momentum: float
+    dampening: float
+    nesterov: bool
+    finite: Tensor | None = None
+
+
+@dataclass
+class AdamOptions:
+    """What a step of Adam is made with: as :class:`SgdOptions`, and the coefficients of the averages."""
+
+    scale: Scalar
+    metric: Metric
+    coefficients: AdamCoefficients
+    finite: Tensor | None = None
+
+
+def sgd_square(a: Tensor, state: Moments, ws: Workspace, options: SgdOptions) -> Tensor:
     r"""Return Omega of SGD, with momentum if asked: no product.
 
     :math:`B \leftarrow \mu B + (1-\tau) A`, and :math:`\Omega` is the skew part of B, or of :math:`A + \mu B` for
     Nesterov.
     """
-    step, half = a, (scale if metric == "canonical" else scale / 2)
-    if momentum:
+    step, half = a, (options.scale if options.metric == "canonical" else options.scale / 2)
+    if options.momentum:
         buffer = state["momentum_buffer"]
-        _accumulate_(buffer, a, momentum, 1 - dampening, finite)
-        step = a.add_(buffer, alpha=momentum) if nesterov else buffer
+        _accumulate_(buffer, a, options.momentum, 1 - options.dampening, options.finite)
+        step = a.add_(buffer, alpha=options.momentum) if options.nesterov else buffer
     if step is not a:
         return torch.sub(step, ws.adjoint("m", step), out=a).mul_(half)
     return torch.mul(torch.sub(a, ws.adjoint("omega", a), out=ws.b), half, out=a)
 
 
-def sgd_wide(
-    w: Tensor,
-    g: Tensor,
-    state: Moments,
-    ws: Workspace,
-    *,
-    scale: Scalar,
-    metric: Metric,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    finite: Tensor | None = None,
-) -> Tensor:
+def sgd_wide(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: SgdOptions) -> Tensor:
     r"""Return a tangent of SGD: 2 T, 4 T with Nesterov.
 
     The transport of the buffer and the projection of the gradient are one:
     :math:`B \leftarrow P_W(\mu B + (1-\tau) G)`, and the direction is B, or :math:`P_W(G) + \mu B` for Nesterov.
     """
     size = norm(g, keepdim=True)
-    if momentum:
+    if options.momentum:
         buffer = state["momentum_buffer"]
-        both = torch.mul(g, 1 - dampening, out=ws.x).add_(buffer, alpha=momentum)
+        both = torch.mul(g, 1 - options.dampening, out=ws.x).add_(buffer, alpha=options.momentum)
         size = size + norm(both, keepdim=True)
         v = _project(w, both, ws, out=ws.y)
-        _write_(buffer, v, finite)
-        if nesterov:
-            v = _project(w, g, ws, out=ws.y).add_(buffer, alpha=momentum)
+        _write_(buffer, v, options.finite)
+        if options.nesterov:
+            v = _project(w, g, ws, out=ws.y).add_(buffer, alpha=options.momentum)
     else:
         v = _project(w, g, ws, out=ws.y)
-    return _to_metric(w, _reproject_(w, v.mul_(scale), size * _abs(scale), ws), metric, ws)
+    return _to_metric(w, _reproject_(w, v.mul_(options.scale), size * _abs(options.scale), ws), options.metric, ws)
 
 
-def adam_square(
-    a: Tensor,
-    state: Moments,
-    ws: Workspace,
-    *,
-    scale: Scalar,
-    metric: Metric,
-    coefficients: AdamCoefficients,
-    finite: Tensor | None = None,
-) -> Tensor:
+def adam_square(a: Tensor, state: Moments, ws: Workspace, options: AdamOptions) -> Tensor:
     r"""Return Omega of Adam with a second moment for every entry: no product.
 
     With torch's moments M and V of A, and the derivative by :math:`\Omega_{ij} = -\Omega_{ji}`, which is
@@ -141,27 +138,17 @@ def adam_square(
     imaginary part are divided and clipped each by itself.
     """
     m = state["exp_avg"]
-    v = _moments_(m, a, state, coefficients, finite)
-    root = coefficients.correction2**0.5
+    v, c = _moments_(m, a, state, options), options.coefficients
+    root = c.correction2**0.5
     # (M / c1) / (sqrt(V / c2) + eps) = (M / (sqrt(V) + eps sqrt(c2))) / limit
-    limit = coefficients.correction1 / root
-    size = torch.minimum(v, ws.adjoint("v", v), out=_parts_of(ws.b, ws)).sqrt_().add_(coefficients.eps * root)
+    limit = c.correction1 / root
+    size = torch.minimum(v, ws.adjoint("v", v), out=_parts_of(ws.b, ws)).sqrt_().add_(c.eps * root)
     omega = torch.sub(m, ws.adjoint("m", m), out=a)
     (real_view(omega) if a.dtype.is_complex else omega).div_(size).clamp_(-limit, limit)
-    return omega.mul_((2 * scale if metric == "canonical" else scale) / limit)
+    return omega.mul_((2 * options.scale if options.metric == "canonical" else options.scale) / limit)
 
 
-def adam_wide(
-    w: Tensor,
-    g: Tensor,
-    state: Moments,
-    ws: Workspace,
-    *,
-    scale: Scalar,
-    metric: Metric,
-    coefficients: AdamCoefficients,
-    finite: Tensor | None = None,
-) -> Tensor:
+def adam_wide(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: AdamOptions) -> Tensor:
     r"""Return a tangent of Adam with a second moment for every entry: 4 T.
 
     With torch's moments M and V of G, and r the row means of V, the mean square of an entry of :math:`G W^\top`,
@@ -175,9 +162,9 @@ def adam_wide(
     squares of both parts, for W mixes them.
     """
     m = state["exp_avg"]
-    v = _moments_(m, g, state, coefficients, finite)
-    root = coefficients.correction2**0.5
-    limit, offset = coefficients.correction1 / root, coefficients.eps * root
+    v, c = _moments_(m, g, state, options), options.coefficients
+    root = c.correction2**0.5
+    limit, offset = c.correction1 / root, c.eps * root
     adjoint = ws.adjoint("w", w)
     along = torch.bmm(m, adjoint, out=ws.a)
     normal = matmul_add(m, along, w, out=ws.x, alpha=-1)
@@ -190,41 +177,22 @@ def adam_wide(
     omega = torch.sub(along, ws.adjoint("along", along), out=ws.b)
     real_view(omega).div_(torch.minimum(rows, rows.mT)).clamp_(-limit, limit)
     omega.sub_(torch.bmm(normal, adjoint, out=ws.a))
-    length = scale / limit
-    if isinstance(length, Tensor) or metric == "canonical":
-        return _to_metric(w, matmul_add(normal, omega, w, out=ws.y), metric, ws).mul_(length)
+    length = options.scale / limit
+    if isinstance(length, Tensor) or options.metric == "canonical":
+        return _to_metric(w, matmul_add(normal, omega, w, out=ws.y), options.metric, ws).mul_(length)
     return matmul_add(normal, omega, w, out=ws.y, beta=length, alpha=length)
 
 
-def adam_block_square(
-    a: Tensor,
-    state: Moments,
-    ws: Workspace,
-    *,
-    scale: Scalar,
-    metric: Metric,
-    coefficients: AdamCoefficients,
-    finite: Tensor | None = None,
-) -> Tensor:
+def adam_block_square(a: Tensor, state: Moments, ws: Workspace, options: AdamOptions) -> Tensor:
     """Return Omega of Adam with one second moment per block, as :func:`adam_block_wide` does: no product."""
     skew = torch.sub(a, a.mH, out=ws.b).mul_(0.5)
     # |Omega W| = |Omega|: an orthogonal factor keeps every mean square.
-    d, _ = _block_moments_(skew, state, coefficients, finite, out=ws.c)
+    d, _ = _block_moments_(skew, state, options, out=ws.c)
     # Once more, for M may come from a run with a second moment for every entry.
-    return torch.sub(d, d.mH, out=a).mul_(scale if metric == "canonical" else scale / 2)
+    return torch.sub(d, d.mH, out=a).mul_(options.scale if options.metric == "canonical" else options.scale / 2)
 
 
-def adam_block_wide(
-    w: Tensor,
-    g: Tensor,
-    state: Moments,
-    ws: Workspace,
-    *,
-    scale: Scalar,
-    metric: Metric,
-    coefficients: AdamCoefficients,
-    finite: Tensor | None = None,
-) -> Tensor:
+def adam_block_wide(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: AdamOptions) -> Tensor:
     r"""Return a tangent of Adam with one second moment per block, the mean square of its Riemannian gradient: 4 T.
 
     Equivariant: rotating the problem rotates the steps. ``exp_avg_sq`` is ``(B, 1, 1)`` and real: a mean, not a sum,
@@ -233,41 +201,39 @@ def adam_block_wide(
 
     Reference: Becigneul & Ganea (ICLR 2019), with one block as one manifold.
     """
-    _write_(state["exp_avg"], _project(w, state["exp_avg"], ws, out=ws.x), finite)
-    d, divisor = _block_moments_(_project(w, g, ws, out=ws.x), state, coefficients, finite, out=ws.y)
-    size = norm(g, keepdim=True) * _abs(scale) / (divisor * (w.shape[-2] * w.shape[-1]) ** 0.5)
-    return _to_metric(w, _reproject_(w, d.mul_(scale), size, ws), metric, ws)
+    _write_(state["exp_avg"], _project(w, state["exp_avg"], ws, out=ws.x), options.finite)
+    d, divisor = _block_moments_(_project(w, g, ws, out=ws.x), state, options, out=ws.y)
+    size = norm(g, keepdim=True) * _abs(options.scale) / (divisor * (w.shape[-2] * w.shape[-1]) ** 0.5)
+    return _to_metric(w, _reproject_(w, d.mul_(options.scale), size, ws), options.metric, ws)
 
 
-def _moments_(m: Tensor, new: Tensor, state: Moments, coefficients: AdamCoefficients, finite: Tensor | None) -> Tensor:
+def _moments_(m: Tensor, new: Tensor, state: Moments, options: AdamOptions) -> Tensor:
     """Average ``new`` and its squares, and return the mean square to divide by, of both parts if complex."""
     v, largest = state["exp_avg_sq"], state.get("max_exp_avg_sq")
     if new.dtype.is_complex:
         m, new, v = real_view(m), real_view(new), real_view(v)
         largest = None if largest is None else real_view(largest)
-    weight1, weight2 = 1 - coefficients.beta1, 1 - coefficients.beta2
-    if finite is None and type(weight2) is float:
+    weight1, weight2 = 1 - options.coefficients.beta1, 1 - options.coefficients.beta2
+    if options.finite is None and type(weight2) is float:
         m.lerp_(new, weight1)
-        v.mul_(coefficients.beta2).addcmul_(new, new, value=weight2)
+        v.mul_(options.coefficients.beta2).addcmul_(new, new, value=weight2)
     else:
-        m.lerp_(new, _weight(weight1, finite))
-        v.lerp_(new * new, _weight(weight2, finite))
+        m.lerp_(new, _weight(weight1, options.finite))
+        v.lerp_(new * new, _weight(weight2, options.finite))
     return v if largest is None else largest.clamp_min_(v)
 
 
-def _block_moments_(
-    new: Tensor, state: Moments, coefficients: AdamCoefficients, finite: Tensor | None, *, out: Tensor
-) -> tuple[Tensor, Tensor]:
+def _block_moments_(new: Tensor, state: Moments, options: AdamOptions, *, out: Tensor) -> tuple[Tensor, Tensor]:
     """Average ``new`` and its mean square; return the direction, in ``out``, and what it has been divided by."""
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    real_view(m).lerp_(real_view(new), _weight(1 - coefficients.beta1, finite))
+    real_view(m).lerp_(real_view(new), _weight(1 - options.coefficients.beta1, options.finite))
     count = new.shape[-2] * new.shape[-1] * (2 if new.is_complex() else 1)
     mean_square = norm(new, keepdim=True).square_() / count
-    v.lerp_(mean_square, _weight(1 - coefficients.beta2, finite))
+    v.lerp_(mean_square, _weight(1 - options.coefficients.beta2, options.finite))
     if "max_exp_avg_sq" in state:
         v = state["max_exp_avg_sq"].clamp_min_(v)
-    divisor = (v / coefficients.correction2).sqrt_().add_(coefficients.eps)
-    return torch.div(m, divisor * coefficients.correction1, out=out), divisor
+    divisor = (v / options.coefficients.correction2).sqrt_().add_(options.coefficients.eps)
+    return torch.div(m, divisor * options.coefficients.correction1, out=out), divisor
 
 
 def _weight(weight: Scalar, finite: Tensor | None) -> Scalar:

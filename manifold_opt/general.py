@@ -58,7 +58,8 @@ def move(bucket: Bucket, group: Group, rule: Callable[..., tuple[Tensor, Moments
         x.copy_(_chosen(moved, end, x))
         if values is not None:
             values.copy_(_chosen(moved, end.to(values), values))
-    bucket.scatter_(views)
+    if bucket.gathered:
+        bucket.scatter_(views)
 
 
 def _share(t: Scalar) -> Scalar:

@@ -69,9 +69,9 @@ class Plan:
     ids are stored, so that one which leaves it is freed at once.
 
     Attributes:
-        work: all buckets, each with the first group that has its options.
-        free_rows: groups with rows outside every block, each with these.
-        unmarked: groups with unmarked parameters, each with these; None if it has no others.
+        work: position and bucket: the first group with equal options stands for all such groups.
+        free_rows: position and rows outside every block, of groups that have some.
+        unmarked: position and unmarked parameters, of groups that have some; None where all are.
         pool: memory of workspaces.
         active: marked parameters that have gradients.
         devices: types of the devices of these.
@@ -84,7 +84,7 @@ class Plan:
     def __init__(self, optimizer: Any, old: Plan | None, *, merge: bool) -> None:
         groups = optimizer.param_groups
         everything = [p for group in groups for p in group["params"]]
-        self._typed = [p for p in everything if type(p) is not nn.Parameter]  # they may carry a manifold of geoopt
+        self._typed = [p for p in everything if type(p) is not nn.Parameter]  # they may have a manifold of geoopt's
         self._idle = [p for p in everything if p.grad is None and constraint_of(p) is not None]
         named = [name for name in (*OPTIONS, *_FLAGS) if all(name in group for group in groups)]
         self._checked = itemgetter(*named)
@@ -92,7 +92,7 @@ class Plan:
         self.merges = merge and len(groups) > 1
         self._alike = _alike(optimizer) if self.merges else list(range(len(groups)))
         self.pool = Pool()
-        live = [[p for p in group["params"] if p.grad is not None and constraint_of(p) is not None] for group in groups]
+        live = list(map(_live, groups))
         self.active = list(_flat(live))
         self.unmarked = list(_unmarked(groups))
         self._fill(optimizer, live, old)
@@ -253,8 +253,8 @@ def check_before_step(optimizer: Any) -> None:
     for group in groups:
         if any(constraint_of(p) is not None for p in group["params"]):
             check_options(name, group)
-            live = [p for p in group["params"] if constraint_of(p) is not None and p.grad is not None]
-            check_gradients(name, group, live, [p.grad for p in live])
+            live = _live(group)
+            check_gradients(name, group, live, [p.grad for p in live])  # type: ignore[misc]
             for p in live:
                 check_marked(name, p, group)
                 check_shapes(optimizer, group, p, optimizer.state.get(p, {}), constraint_of(p))
@@ -268,8 +268,8 @@ def check_gradients_finite(optimizer: Any) -> None:
         return  # a GradScaler has seen it, and nothing will move
     for group in optimizer.param_groups:
         if group["on_fault"] == "raise":
-            live = [p for p in group["params"] if constraint_of(p) is not None and p.grad is not None]
-            check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)
+            live = _live(group)
+            check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
 def without_marked(optimizer: Any, group: Group) -> Group:
@@ -309,6 +309,11 @@ def _hashable(option: Any) -> Any:
     return option if type(option) in _PLAIN else id(option)
 
 
+def _live(group: Group) -> list[Tensor]:
+    """Return the marked parameters of a group that have gradients."""
+    return [p for p in group["params"] if p.grad is not None and constraint_of(p) is not None]
+
+
 def _unmarked(groups: list[Group]) -> Iterator[tuple[int, list[Tensor] | None]]:
     for position, group in enumerate(groups):
         free = [p for p in group["params"] if constraint_of(p) is None]
@@ -322,7 +327,7 @@ def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[d
     for bucket in buckets:
         alike.setdefault((*bucket.shown,), []).extend(optimizer.state[p] for p in bucket.parameters)
     for keys, states in alike.items():
-        yield itemgetter(*keys, CONSTRAINED, CONSTRAINED), states  # twice, so that they are two at least
+        yield itemgetter(*keys, CONSTRAINED, CONSTRAINED), states  # of a single key itemgetter returns no tuple
 
 
 def _steps_so_far(optimizer: Any, parameter: Tensor) -> float | None:

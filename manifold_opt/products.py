@@ -29,7 +29,7 @@ def host_can_branch(x: Tensor) -> bool:
 
 def real_view(x: Tensor) -> Tensor:
     """Return a real tensor as it is, of a complex one a view ``(2, ...)`` of the real and the imaginary parts."""
-    return torch.view_as_real(x).movedim(-1, 0) if x.is_complex() else x
+    return torch.view_as_real(x).movedim(-1, 0) if x.dtype.is_complex else x
 
 
 def norm(x: Tensor, *, keepdim: bool = False) -> Tensor:

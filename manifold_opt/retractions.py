@@ -131,27 +131,36 @@ def retract(
         return w.clone()
     if is_tall(w):
         return retract(w.mT, v.mT, method, metric=metric, beta=beta, correction_steps=correction_steps).mT
-    options = {"metric": metric, "beta": beta, "correction_steps": correction_steps}
+    settings = Settings(method, {"metric": metric, "beta": beta, "correction_steps": correction_steps}, Tally())
     if RETRACTIONS[method].rotation is None or w.shape[-2] < w.shape[-1]:
-        return retract_wide(w, v, method, options, Tally())
+        return retract_wide(w, v, settings)
     points = w.reshape(-1, *w.shape[-2:]).clone(memory_format=torch.contiguous_format)
     omega = skew(v.reshape(points.shape) @ points.mH)
     finite = omega.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    retract_(points, omega, method, options, Workspace(None, points), Tally(), correct=True)
+    retract_(points, omega, Workspace(None, points), settings)
     return torch.where(finite, points, torch.nan).view(w.shape)
 
 
-def retract_(
-    w: Tensor,
-    step: Tensor,
-    method: str,
-    options: dict[str, Any],
-    ws: Workspace,
-    tally: Tally,
-    *,
-    correct: bool,
-    finite: Tensor | None = None,
-) -> None:
+@dataclass
+class Settings:
+    """How blocks are retracted in a step.
+
+    Attributes:
+        method: a name in :data:`RETRACTIONS`.
+        options: values for :func:`retract`'s keyword arguments.
+        tally: where blocks that are skipped, and steps that are shortened, are counted.
+        correct: whether the error of square blocks is to be measured, and taken off.
+        finite: which blocks have a finite gradient, ``(B, 1, 1)``, where no value may be read: others stay.
+    """
+
+    method: str
+    options: dict[str, Any]
+    tally: Tally
+    correct: bool = True
+    finite: Tensor | None = None
+
+
+def retract_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None:
     r"""Move wide blocks in place.
 
     A block without a step keeps its bits, and so does one whose result is not finite, which is counted.
@@ -159,23 +168,23 @@ def retract_(
     Args:
         w: points, ``(B, p, n)``.
         step: tangents V; on square blocks the skew :math:`\Omega` of :math:`V = \Omega W`. Overwritten.
-        method: a name in :data:`RETRACTIONS`.
-        options: values for :func:`retract`'s keyword arguments.
         ws: buffers; ``step`` may be ``ws.a`` if square, ``ws.y`` if not.
-        tally: where blocks that are skipped, and steps that are shortened, are counted.
-        correct: whether the error of square blocks is to be measured, and taken off.
-        finite: which blocks have a finite gradient, ``(B, 1, 1)``, where no value may be read: others stay.
+        settings: how.
     """
-    rotation = RETRACTIONS[method].rotation if w.shape[-2] == w.shape[-1] else None
+    scheme, is_square = RETRACTIONS[settings.method], w.shape[-2] == w.shape[-1]
     if not ws.readable:
-        _retract_sync_free_(w, step, method, options, ws, tally, finite)
-    elif rotation is not None:
-        if not rotate_(w, step, rotation, ws, correct=correct):
-            _rotate_by_length_(w, step, method, options, ws, tally, correct=correct)
+        _retract_sync_free_(w, step, ws, settings)
+    elif is_square and scheme.rotation is not None:
+        if not rotate_(w, step, scheme.rotation, ws, correct=settings.correct):
+            _rotate_by_length_(w, step, scheme.rotation, ws, settings)
     else:
-        v = matmul(step, w, out=ws.y) if w.shape[-2] == w.shape[-1] else step
-        if not (RETRACTIONS[method].polar and _polar_(w, v, ws)):
-            _retract_any_length_(w, v, method, options, tally)
+        _retract_with_care_(w, matmul(step, w, out=ws.y) if is_square else step, ws, settings)
+
+
+def _retract_with_care_(w: Tensor, v: Tensor, ws: Workspace, settings: Settings) -> None:
+    """Move blocks along tangents, in place by the polar retraction if that is what is asked for and it can be."""
+    if not (RETRACTIONS[settings.method].polar and _polar_(w, v, ws)):
+        _retract_any_length_(w, v, settings)
 
 
 def _polar_(w: Tensor, v: Tensor, ws: Workspace) -> bool:
@@ -190,14 +199,11 @@ def _polar_(w: Tensor, v: Tensor, ws: Workspace) -> bool:
     return polar_factor_(torch.add(w, v, out=ws.x), out=w, ws=ws, expected=expected)
 
 
-def _rotate_by_length_(
-    w: Tensor, omega: Tensor, method: str, options: dict[str, Any], ws: Workspace, tally: Tally, *, correct: bool
-) -> None:
+def _rotate_by_length_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, settings: Settings) -> None:
     """Rotate the blocks whose step is short enough, and move the others as their retraction does beyond that."""
-    rotation = ROTATIONS[method]
     largest = omega.abs().amax((-2, -1), keepdim=True)
     finite = (largest < torch.inf)[:, 0, 0]
-    tally.add("skipped_blocks", ~finite)
+    settings.tally.add("skipped_blocks", ~finite)
     omega.mul_((_LONGEST / largest / omega.shape[-1]).clamp_max_(1))
     size = bounds(omega, ws)
     short = size <= rotation.fits[w.dtype][-1].reach
@@ -208,27 +214,26 @@ def _rotate_by_length_(
         whole = len(index) == len(w)  # then nothing has to be copied
         point, turn = (w, omega) if whole else (w[index], omega[index])
         space = ws if whole else Workspace(None, point)
-        if near and rotate_(point, turn, rotation, space, correct=correct):
+        if near and rotate_(point, turn, rotation, space, correct=settings.correct):
             pass
-        elif rotation.beyond != method:
-            retract_(point, turn, rotation.beyond, options, space, tally, correct=correct)
+        elif rotation.beyond != settings.method:
+            beyond = Settings(rotation.beyond, settings.options, settings.tally, settings.correct)
+            retract_(point, turn, space, beyond)
         else:
-            v = matmul(turn, point, out=space.y)
-            if not (RETRACTIONS[method].polar and _polar_(point, v, space)):
-                _retract_any_length_(point, v, method, options, tally)
+            _retract_with_care_(point, matmul(turn, point, out=space.y), space, settings)
         if not whole:
             w[index] = point
 
 
-def _retract_any_length_(w: Tensor, v: Tensor, method: str, options: dict[str, Any], tally: Tally) -> None:
+def _retract_any_length_(w: Tensor, v: Tensor, settings: Settings) -> None:
     """Move blocks by the function of their retraction; restore those that something has moved off the manifold."""
-    if RETRACTIONS[method].exact:
+    if RETRACTIONS[settings.method].exact:
         far = _restore_far_(w)
         v = torch.where(far, transport(w, v), v) if bool(far.any()) else v
-    new = retract_wide(w, v, method, options, tally)
+    new = retract_wide(w, v, settings)
     possible = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)  # no entry of a point exceeds one
     moving = norm(v, keepdim=True) != 0
-    tally.add("skipped_blocks", moving & ~possible)
+    settings.tally.add("skipped_blocks", moving & ~possible)
     w.copy_(torch.where(moving & possible, new, w))
 
 
@@ -242,17 +247,9 @@ def _restore_far_(w: Tensor) -> Tensor:
     return far
 
 
-def _retract_sync_free_(
-    w: Tensor,
-    step: Tensor,
-    method: str,
-    options: dict[str, Any],
-    ws: Workspace,
-    tally: Tally,
-    finite: Tensor | None,
-) -> None:
+def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None:
     """As :func:`retract_`, where no value may be read."""
-    scheme, is_square = RETRACTIONS[method], w.shape[-2] == w.shape[-1]
+    scheme, is_square, tally = RETRACTIONS[settings.method], w.shape[-2] == w.shape[-1], settings.tally
     v = matmul(step, w, out=ws.y) if is_square and scheme.rotation is None else step
     length = norm(v, keepdim=True)
     possible = length < torch.inf  # a NaN is not
@@ -265,9 +262,9 @@ def _retract_sync_free_(
             new, shortened = polar_sync_free(w, v, ws)
         tally.add("clamped_steps", shortened)
     else:
-        new = retract_wide(w, v, method, options, tally)
+        new = retract_wide(w, v, settings)
         possible = possible & (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
-    possible = possible if finite is None else possible & finite
+    possible = possible if settings.finite is None else possible & settings.finite
     tally.add("skipped_blocks", ~possible)
     moving = possible & (length > 0)
     if torch.compiler.is_compiling():
@@ -276,17 +273,17 @@ def _retract_sync_free_(
         torch.where(moving, new, w, out=w)
 
 
-def retract_wide(w: Tensor, v: Tensor, method: str, options: dict[str, Any], tally: Tally) -> Tensor:
+def retract_wide(w: Tensor, v: Tensor, settings: Settings) -> Tensor:
     """Return the points that steps of any length lead to; those that are shortened are counted."""
-    scheme = RETRACTIONS[method]
+    scheme, options = RETRACTIONS[settings.method], settings.options
     if host_can_branch(w) or not scheme.exact:
-        shorter = _shorten(v, longest_step(method, options["beta"]))
+        shorter = _shorten(v, longest_step(settings.method, options["beta"]))
         shortened = None if shorter is v else (shorter != v).any(-1).any(-1)
         v = shorter
     else:  # the function shortens it, to a length that needs no care
         shortened = norm(v) > LONG
     if shortened is not None:
-        tally.add("clamped_steps", shortened)
+        settings.tally.add("clamped_steps", shortened)
     moved = scheme.function(w, v, **{name: options[name] for name in scheme.options})
     return orthogonalizer(moved) if scheme.polished else moved
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from . import direction, riemannian
 from .buckets import Bucket
-from .direction import AdamCoefficients, Scalar
+from .direction import AdamCoefficients, AdamOptions, Scalar, SgdOptions
 from .options import Group
 from .products import host_can_branch
 
 # A function of the gradient in the frame for square blocks, one of point and gradient for others, and their options.
-Rule = tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any]]
+Rule = tuple[Callable[..., Tensor], Callable[..., Tensor], Any]
 
 
 def sgd_moments(group: Group) -> tuple[list[str], list[str]]:
@@ -31,15 +31,14 @@ def adam_moments(group: Group) -> tuple[list[str], list[str]]:
 
 def rule_of_sgd(group: Group, bucket: Bucket) -> Any:
     """Return the direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
-    options = {
-        "momentum": group["momentum"],
-        "nesterov": group["nesterov"],
-        "dampening": 0.0 if bucket.fresh else group["dampening"],
-    }
+    momentum, nesterov = group["momentum"], group["nesterov"]
+    dampening = 0.0 if bucket.fresh else group["dampening"]
     bucket.fresh = False
     if not bucket.stiefel:
+        options = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
         return functools.partial(riemannian.sgd, bucket.constraint, **options)
-    return direction.sgd_square, direction.sgd_wide, options
+    scale = _scale(group, bucket)
+    return direction.sgd_square, direction.sgd_wide, SgdOptions(scale, group["metric"], momentum, dampening, nesterov)
 
 
 def rule_of_adam(group: Group, bucket: Bucket) -> Any:
@@ -52,9 +51,18 @@ def rule_of_adam(group: Group, bucket: Bucket) -> Any:
     coefficients = AdamCoefficients(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps, group["eps"])
     if not bucket.stiefel:
         return functools.partial(riemannian.adam, bucket.constraint, dims=bucket.part.dims, coefficients=coefficients)
+    options = AdamOptions(_scale(group, bucket), group["metric"], coefficients)
     if group["second_moment"] == "block":
-        return direction.adam_block_square, direction.adam_block_wide, {"coefficients": coefficients}
-    return direction.adam_square, direction.adam_wide, {"coefficients": coefficients}
+        return direction.adam_block_square, direction.adam_block_wide, options
+    return direction.adam_square, direction.adam_wide, options
+
+
+def _scale(group: Group, bucket: Bucket) -> Scalar:
+    """Return minus the learning rate of points, of which the blocks are a multiple."""
+    lr = group["lr"]
+    if type(lr) is not float and isinstance(lr, Tensor):
+        lr = lr.reshape(())
+    return -group["orthogonal_lr_scale"] / bucket.gain * lr
 
 
 def _number(beta: Scalar) -> Scalar:

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .buckets import Batch, Bucket
 from .context import StepContext, finite_points
-from .direction import Scalar
 from .options import LARGEST_GRADIENT, Group
 from .products import host_can_branch, largest_norm, norm
-from .retractions import retract_
+from .retractions import Settings, retract_
 from .rotation import CORRECTION_INTERVAL
 from .rules import Rule
 from .workspace import Workspace
@@ -33,30 +32,28 @@ class Step:
 
     Attributes:
         rule: how a direction is made: its function for square blocks, that for others, and their options.
-        group: options.
-        scale: minus the learning rate.
-        correct: whether this step also removes the rounding error of square blocks.
+        retraction: how the blocks move along it.
+        maximize: whether the objective is maximized.
         context: counts, and what a GradScaler leaves.
     """
 
     rule: Rule
-    group: Group
-    scale: Scalar
-    correct: bool
+    retraction: Settings
+    maximize: bool
     context: StepContext
 
 
 def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext) -> None:
     """Take one step with all blocks of a bucket."""
-    lr, count = group["lr"], bucket.shared_step
-    scale = -group["orthogonal_lr_scale"] / bucket.gain * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
+    count = bucket.shared_step
     correct = count is None or count % CORRECTION_INTERVAL[bucket.working] == 0
-    step = Step(rule, group, scale, correct, context)
+    retraction = Settings(group["retraction"], group, context.tally, correct)
+    step = Step(rule, retraction, group["maximize"], context)
     views = bucket.gather(context.pool)
     gradients = bucket.gradients(context.pool)
     for batch in views.batches:
         g = gradients if len(views.batches) == 1 else gradients[batch.rows]
-        if bucket.plain and context.grad_scale is None and not group["maximize"]:
+        if bucket.plain and context.grad_scale is None and not step.maximize:
             update(batch.points, g, batch.moments, batch.ws, step)
         else:
             _update_scaled(batch, g, bucket.gain, step)
@@ -86,18 +83,14 @@ def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
 
 def _move(w: Tensor, g: Tensor, a: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
     """Move blocks whose gradient is finite: direction, and retraction."""
-    (square, wide, options), group = step.rule, step.group
-    if a is g:
-        v = wide(w, g, moments, ws, scale=step.scale, metric=group["metric"], **options)
-    else:
-        v = square(a, moments, ws, scale=step.scale, metric=group["metric"], **options)
-    retract_(w, v, group["retraction"], group, ws, step.context.tally, correct=step.correct)
+    square, wide, options = step.rule
+    v = wide(w, g, moments, ws, options) if a is g else square(a, moments, ws, options)
+    retract_(w, v, ws, step.retraction)
 
 
 def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
     """As :func:`update`, where no value may be read: blocks that are not to move have a zero gradient, and step."""
-    square, wide, options = step.rule
-    group, is_square = step.group, w.shape[-2] == w.shape[-1]
+    (square, wide, options), is_square = step.rule, w.shape[-2] == w.shape[-1]
     a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
     finite = norm(a, keepdim=True) <= LARGEST_GRADIENT[w.dtype]  # a NaN is not
     overflow = step.context.found_inf
@@ -106,11 +99,11 @@ def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Work
     if going is not None:
         mask = mask * going
     a = a.masked_fill_(~finite, 0) if is_square else a.masked_fill(~finite, 0)  # gradients are not written to
-    options = {"scale": step.scale, "metric": group["metric"], "finite": mask, **options}
-    v = square(a, moments, ws, **options) if is_square else wide(w, a, moments, ws, **options)
+    options.finite, step.retraction.finite = mask, finite
+    v = square(a, moments, ws, options) if is_square else wide(w, a, moments, ws, options)
     if going is not None:
         v.mul_(going)
-    retract_(w, v, group["retraction"], group, ws, step.context.tally, correct=True, finite=finite)
+    retract_(w, v, ws, step.retraction)
 
 
 def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
@@ -118,7 +111,7 @@ def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
     g = g.to(points.dtype).resolve_conj()
     if step.context.grad_scale is not None:
         g = g / step.context.grad_scale.to(g)
-    return -g if step.group["maximize"] else g
+    return -g if step.maximize else g
 
 
 def _update_scaled(batch: Batch, g: Tensor, gain: float, step: Step) -> None:

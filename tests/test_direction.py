@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import direction, retract, stiefel
 from manifold_opt.direction import AdamCoefficients
-from manifold_opt.retractions import retract_
+from manifold_opt.retractions import Settings, retract_
 from manifold_opt.tally import Tally
 from manifold_opt.workspace import Workspace
 
@@ -28,10 +28,11 @@ def is_square(w):
 
 def returned(rule, w, g, state, ws, *, scale=1.0, metric="euclidean", finite=None, **options):
     """What a rule returns, called as a step does it: Omega from A = G W^H in a buffer, or a tangent from W and G."""
-    options = {"scale": scale, "metric": metric, "finite": finite, **options}
+    kind = direction.SgdOptions if rule == "sgd" else direction.AdamOptions
+    options = kind(scale=scale, metric=metric, finite=finite, **options)
     if is_square(w):
-        return RULES[rule][0](torch.matmul(g, w.mH, out=ws.a), state, ws, **options)
-    return RULES[rule][1](w, g, state, ws, **options)
+        return RULES[rule][0](torch.matmul(g, w.mH, out=ws.a), state, ws, options)
+    return RULES[rule][1](w, g, state, ws, options)
 
 
 def direction_of(rule, w, g, state, **options):
@@ -152,7 +153,7 @@ def test_a_retraction_can_take_what_a_rule_returns(retraction, reading, metric, 
     if is_square(w):
         assert v.data_ptr() == ws.a.data_ptr()
     group = {"metric": metric, "beta": 0.5, "correction_steps": 1}
-    retract_(moved, v, retraction, group, ws, tally, correct=True)
+    retract_(moved, v, ws, Settings(retraction, group, tally))
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-14)
 
 

@@ -10,7 +10,7 @@ from manifold_opt import retract, stiefel
 from manifold_opt.orthogonalizer import spectral_bound
 from manifold_opt.polar_factor import polar_factor, polar_factor_, polar_sync_free
 from manifold_opt.polynomials import INVERSE_SQRT
-from manifold_opt.retractions import retract_
+from manifold_opt.retractions import Settings, retract_
 from manifold_opt.tally import Tally
 from manifold_opt.workspace import Workspace
 
@@ -290,7 +290,7 @@ def test_a_step_that_is_no_number_stays_in_its_block(reading, length, method, mo
     tally, moved = Tally(), w.clone()
     tally.prepare(w.device)
     options = {"metric": "euclidean", "beta": 0.5, "correction_steps": 1}
-    retract_(moved, v, method, options, Workspace(None, w), tally, correct=True)
+    retract_(moved, v, Workspace(None, w), Settings(method, options, tally))
     torch.testing.assert_close(moved[[0, 3]], right[[0, 3]], rtol=0, atol=1e-14)
     assert torch.equal(moved[1:3], w[1:3])
     assert tally.total("skipped_blocks") == 2

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retract, stiefel
-from manifold_opt.retractions import retract_
+from manifold_opt.retractions import Settings, retract_
 from manifold_opt.rotation import (
     _SMALL,
     CORRECTION_INTERVAL,
@@ -83,7 +83,7 @@ def stepped(w, omega, name):
     new, tally = w.clone(), Tally()
     tally.prepare(w.device)
     options = {"metric": "euclidean", "beta": 0.5, "correction_steps": 1}
-    retract_(new, omega.clone(), name, options, Workspace(None, w), tally, correct=True)
+    retract_(new, omega.clone(), Workspace(None, w), Settings(name, options, tally))
     return new, {kind: tally.total(kind) for kind in ("skipped_blocks", "clamped_steps")}
 
 

@@ -72,6 +72,12 @@ def calls(opt):
     return count
 
 
+def more_calls_of_torch():
+    """By how many torch.optim.Adam makes more here than with the versions of Python and torch that bounds are for."""
+    opt, _ = warm((16, 16), optimizer=torch.optim.Adam, marked=False)
+    return max(0, calls(opt) - 111)
+
+
 def momentum(params, **options):
     return SGD(params, momentum=0.9, **options)
 
@@ -98,7 +104,7 @@ def test_a_common_step_takes_few_operations_and_calls(case):
     opt, give = warm(*arguments, **options)
     assert operations(opt).count <= most_operations
     give(101)
-    assert calls(opt) <= most_calls
+    assert calls(opt) <= most_calls + more_calls_of_torch()
 
 
 def test_the_error_of_square_blocks_is_measured_in_every_fourth_step():
