@@ -37,7 +37,8 @@ Values = dict[int, tuple[Any, ...]]  # of parameters by id: version, address and
 _members, _version, _attributes = itemgetter("params"), attrgetter("_version"), attrgetter("__dict__")
 _flat = itertools.chain.from_iterable
 _IDLE = attrgetter(TAG, "grad")  # of a marked parameter without a gradient
-_ACTIVE = attrgetter(TAG, *(f"{x}{name}" for x in ("", "grad.") for name in ("shape", "dtype", "device", "layout")))
+_tag, _gradient = attrgetter(TAG), attrgetter("grad")
+_dtype, _device, _layout = map(attrgetter, ("dtype", "device", "layout"))
 _FLAGS = ("amsgrad", "capturable", "differentiable", "fused")  # they decide about moments, or are refused
 
 
@@ -171,8 +172,13 @@ class Plan:
         return dict(zip(map(id, self.active), values, strict=True))
 
     def _look(self, optimizer: Any) -> tuple[Any, ...]:
-        """Return what decides whether the plan holds, by a few passes in C: there may be ten thousand parameters."""
+        """Return what decides whether the plan holds.
+
+        By passes in C that make few tuples, which Python's garbage collector would have to visit: there may be ten
+        thousand parameters.
+        """
         groups, active = optimizer.param_groups, self.active
+        gradients = list(map(_gradient, active))
         return (
             constraint.marks_made,
             products.READ_ON_CPU,
@@ -183,9 +189,15 @@ class Plan:
             list(map(len, map(_attributes, _flat(map(_members, groups))))),  # a mark is one of them
             self._typed and list(map(constraint_of, self._typed)),
             self._idle and list(map(_IDLE, self._idle)),
-            list(map(_ACTIVE, active)),
+            list(map(_tag, active)),
+            list(map(Tensor.numel, active)),
+            list(map(_dtype, active)),
+            list(map(Tensor.numel, gradients)),
+            list(map(_dtype, gradients)),
+            list(map(_device, gradients)),
+            list(map(_layout, gradients)),
             list(map(id, optimizer.state.values())),
-            list(map(id, _flat(_flat(itertools.starmap(map, self._states))))),
+            list(map(id, _flat(itertools.starmap(map, self._states)))),
             list(map(Tensor.data_ptr, self._shown)),
             list(map(Tensor.stride, active)),
             list(map(Tensor.data_ptr, active)),
@@ -322,12 +334,13 @@ def _unmarked(groups: list[Group]) -> Iterator[tuple[int, list[Tensor] | None]]:
 
 
 def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    """Yield what takes the entries that a plan shows out of a state, and all states that have these entries."""
-    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """Yield what takes an entry that a plan shows out of a state, and all states that have this entry."""
+    having: dict[str, list[dict[str, Any]]] = {}
     for bucket in buckets:
-        alike.setdefault((*bucket.shown,), []).extend(optimizer.state[p] for p in bucket.parameters)
-    for keys, states in alike.items():
-        yield itemgetter(*keys, CONSTRAINED, CONSTRAINED), states  # of a single key itemgetter returns no tuple
+        for key in (*bucket.shown, CONSTRAINED):
+            having.setdefault(key, []).extend(optimizer.state[p] for p in bucket.parameters)
+    for key, states in having.items():
+        yield itemgetter(key), states
 
 
 def _steps_so_far(optimizer: Any, parameter: Tensor) -> float | None:
