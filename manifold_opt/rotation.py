@@ -68,8 +68,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
         omega: skew steps in ``ws.a``, overwritten.
         rotation: a value of :data:`ROTATIONS`.
         ws: buffers. Afterwards ``ws.b`` is B if False is returned.
-        correct: whether to measure the error of W, 1 T, and to take half of it off. A block without a step keeps its
-            bits.
+        correct: whether to take off half of the error of W, 1 T. A block without a step keeps its bits.
     """
     # The eigenvalues of a real skew matrix come in pairs, +-i t: those of B, t^2, are double, and those of B^2.
     share = 1.0 if w.dtype.is_complex else 0.5**0.5
