@@ -102,8 +102,9 @@ def polar_sync_free(w: Tensor, v: Tensor, ws: Workspace) -> tuple[Tensor, Tensor
     x = torch.add(w, v, out=ws.x)
     d = gram_minus_identity(x, out=ws.a)
     c = matmul(d, d, out=ws.b)
-    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2).sqrt_()  # of the size of D over the reach
-    factor = excess.clamp_min(1)
+    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2)  # of the size of D over the reach, squared
+    square = excess.clamp_min(1)
+    factor = square.sqrt()
     x = torch.addcdiv(w, v, factor.sqrt().to(w.dtype), out=x)
-    s = polynomial(fit.coefficients, d.div_(factor), c.div_(factor * factor), ws, out=ws.d)
+    s = polynomial(fit.coefficients, d.div_(factor), c.div_(square), ws, out=ws.d)
     return matmul_add(x, s, x, out=ws.z), excess > 1

@@ -150,7 +150,7 @@ class Settings:
         options: values for :func:`retract`'s keyword arguments.
         tally: where blocks that are skipped, and steps that are shortened, are counted.
         correct: whether the error of square blocks is to be measured, and taken off.
-        finite: which blocks have a finite gradient, ``(B, 1, 1)``, where no value may be read: others stay.
+        finite: one for a block with a finite gradient, zero for others, which stay; None if all have one.
     """
 
     method: str
@@ -264,7 +264,7 @@ def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settin
     else:
         new = retract_wide(w, v, settings)
         possible = possible & (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
-    possible = possible if settings.finite is None else possible & settings.finite
+    possible = possible if settings.finite is None else possible.logical_and_(settings.finite)
     tally.add("skipped_blocks", ~possible)
     moving = possible & (length > 0)
     if torch.compiler.is_compiling():

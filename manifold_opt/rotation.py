@@ -115,9 +115,10 @@ def rotate_sync_free(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace
     reach = rotation.fits[w.dtype][-1].reach
     b = gram(omega, out=ws.b)
     c = gram(b, out=ws.c)
-    excess = norm(c, keepdim=True).mul_(share / reach**2).sqrt_()  # of the size of B over the reach
-    factor = excess.clamp_min(1)
-    turn = rotation.turn(omega.div_(factor.sqrt()), b.div_(factor), c.div_(factor * factor), -1, ws)
+    excess = norm(c, keepdim=True).mul_(share / reach**2)  # of the size of B over the reach, squared
+    square = excess.clamp_min(1)
+    factor = square.sqrt()
+    turn = rotation.turn(omega.div_(factor.sqrt()), b.div_(factor), c.div_(square), -1, ws)
     spare = ws.b if turn is omega else omega
     error = gram_minus_identity(w, out=spare)
     near = norm(error, keepdim=True) < w.shape[-1] ** 0.5  # beyond, the correction would lead farther away

@@ -92,14 +92,11 @@ def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Work
     """As :func:`update`, where no value may be read: blocks that are not to move have a zero gradient, and step."""
     (square, wide, options), is_square = step.rule, w.shape[-2] == w.shape[-1]
     a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
-    finite = norm(a, keepdim=True) <= LARGEST_GRADIENT[w.dtype]  # a NaN is not
+    finite = norm(a, keepdim=True).le_(LARGEST_GRADIENT[w.dtype])  # one or zero: zero where it is NaN
     overflow = step.context.found_inf
-    mask = finite.to(w.real.dtype if w.is_complex() else w.dtype)
     going = None if overflow is None else overflow.to(w.device) == 0
-    if going is not None:
-        mask = mask * going
-    a = a.masked_fill_(~finite, 0) if is_square else a.masked_fill(~finite, 0)  # gradients are not written to
-    options.finite, step.retraction.finite = mask, finite
+    a = a.masked_fill_(finite == 0, 0) if is_square else a.masked_fill(finite == 0, 0)  # gradients are not written to
+    options.finite, step.retraction.finite = finite if going is None else finite * going, finite
     v = square(a, moments, ws, options) if is_square else wide(w, a, moments, ws, options)
     if going is not None:
         v.mul_(going)
