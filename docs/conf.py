@@ -1,15 +1,12 @@
 """How Sphinx builds these pages: sphinx-build -W --keep-going -b html docs docs/_build."""
 
+import importlib.resources
 import logging
 import re
-import sys
-from pathlib import Path
 
 from sphinx.application import Sphinx
 
 import manifold_opt
-
-sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "manifold_opt"
 author = "The manifold_opt authors"
@@ -19,11 +16,11 @@ version = release = manifold_opt.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinxarg.ext",
-    "formulas",
 ]
 exclude_patterns = ["_build"]
 smartquotes_action = "D"  # dashes only
@@ -50,11 +47,14 @@ napoleon_numpy_docstring = False
 napoleon_use_param = False  # one line for "params, lr, betas: as in torch"
 napoleon_use_ivar = True
 
+# Formulas: one file of MathJax, fonts included, is copied beside the pages, so that they render offline.
+_mathjax = importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js"
+mathjax_path = "tex-svg.js"
+
 # Pages
 html_theme = "furo"
 html_title = "manifold_opt"
-html_math_renderer = "svg"
-html_static_path = ["_static"]
+html_static_path = ["_static", str(_mathjax)]
 html_css_files = ["pages.css"]
 html_show_sphinx = False
 html_copy_source = False
