@@ -76,7 +76,7 @@ COMPARE = {
     "session": {"contenders", "cost", "results", "runner", "tasks"},
     "words": {"results"},
     "plots": {"results"},
-    "table": {"results", "words"},
+    "table": {"results"},
     "page": {"plots", "results", "words"},
     "api": {"contenders", "page", "plots", "results", "runner", "session", "table", "tasks"},
     "cli": {

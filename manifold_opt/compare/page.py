@@ -10,8 +10,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from . import plots
-from .results import About, Results, Summary
-from .words import cost_words, details, ended_well, final, kept, number, verdict, winners
+from .results import About, Results, Summary, winners
+from .words import cost_problems, final, number, problems, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def html(results: Results) -> str:
         title="Retraction schemes compared",
         interrupted=results.interrupted,
         tasks=[_task(results, name, figures) for name in results.tasks],
-        cost=_unbroken(cost_words(results)),
+        cost=_unbroken(cost_problems(results)),
         cost_figures=[figures[name] for name in ("cost", "cost-error") if name in figures],
         command=_text(results.arguments.get("command", "")),
         arguments=_pairs({key: value for key, value in results.arguments.items() if key != "command"}),
@@ -70,7 +70,7 @@ def _task(results: Results, name: str, figures: dict[str, Any]) -> dict[str, Any
         "id": re.sub(r"[^-a-zA-Z0-9_]", "_", f"task-{name}"),
         "title": about.title or name,
         "verdict": _unbroken(verdict(results, name)),
-        "details": _unbroken(details(results, name)),
+        "problems": _unbroken(problems(results, name)),
         "columns": columns,
         "rows": [(line, [_cell(line, column.name, tied) for column in columns]) for line in lines],
         "explained": _explained(about, max((line.seeds for line in lines), default=0)),
@@ -102,7 +102,7 @@ def _cell(line: Summary, column: str, tied: dict[str, str]) -> Cell:
         note = _note(line)
         return Cell(note, note.lower() or None)
     value: float | None = getattr(line, column)
-    if column == "lr" and not ended_well(line):
+    if column == "lr" and not line.finished:
         value = None  # the best of failures is none
     if value is None or not math.isfinite(value):
         missing = "not reached" if column == "seconds_to_target" and not line.failure else "—"
@@ -120,9 +120,9 @@ def _cell(line: Summary, column: str, tied: dict[str, str]) -> Cell:
 def _note(line: Summary) -> str:
     if line.failure:
         return line.failure
-    if not ended_well(line):
+    if not line.finished:
         return "did not end with a finite measure"
-    if line.orthogonality_error is not None and not kept(line):
+    if line.orthogonality_error is not None and not line.stayed_orthogonal:
         return "left the manifold"
     return ""
 

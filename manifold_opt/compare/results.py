@@ -147,8 +147,8 @@ class Summary:
         clamped: sum over the seeds.
         skipped: sum over the seeds.
         failure: of the first run that failed.
-        best: names of the columns of times and errors in which it is the best of those that kept their weights
-            orthogonal and ended well. (Which final measure is best is for words.py to say: it may be undecided.)
+        best: names of the columns of times and errors in which it is the best of those that finished and stayed
+            orthogonal. (Which final measure is best may be undecided: see :func:`winners`.)
     """
 
     task: str
@@ -169,6 +169,16 @@ class Summary:
     failure: str | None
     different: int = 0
     best: set[str] = field(default_factory=set)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no seed failed, and the final measure is finite."""
+        return self.failure is None and self.mean is not None and math.isfinite(self.mean)
+
+    @property
+    def stayed_orthogonal(self) -> bool:
+        """Whether the weights were orthogonal after every step."""
+        return self.orthogonality_error is not None and self.orthogonality_error <= ORTHOGONAL
 
 
 @dataclass
@@ -261,6 +271,31 @@ class Results:
         return -mean if self.tasks[task].higher_is_better else mean
 
 
+def leaders(lines: Iterable[Summary], about: About) -> list[Summary]:
+    """Return the scheme with the best final measure, then those that do not differ from it; best first."""
+    sign = -1 if about.higher_is_better else 1
+    ranked = sorted((line for line in lines if line.finished), key=lambda line: sign * (line.mean or 0.0))
+    return ranked[:1] + [line for line in ranked[1:] if not _differ(ranked[0], line, about)]
+
+
+def winners(lines: Iterable[Summary], about: About) -> list[Summary]:
+    """Return the leaders of the schemes that stayed orthogonal; none if there are too few seeds to rank them."""
+    first = leaders((line for line in lines if line.stayed_orthogonal), about)
+    return first if enough_seeds(first) else []
+
+
+def enough_seeds(first: list[Summary]) -> bool:
+    """Whether leaders are ranked: there is one, or each has a spread, of seeds with different results."""
+    return len(first) == 1 or (bool(first) and min(line.different for line in first) > 1)
+
+
+def _differ(one: Summary, other: Summary, about: About) -> bool:
+    """Whether mean ± spread do not overlap, by more than rounding. One seed has no spread to judge by."""
+    if min(one.different, other.different) < 2 or one.mean is None or other.mean is None:
+        return False
+    return abs(one.mean - other.mean) > max((one.spread or 0.0) + (other.spread or 0.0), about.resolution)
+
+
 def in_one_line(error: Exception) -> str:
     """What a row says of what went wrong."""
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -279,12 +314,8 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _mark_best(lines: list[Summary], column: str, value: Any) -> None:
-    """Name the best of a column: of the schemes that stayed near the manifold, for others leave out what it costs."""
-    kept = [
-        line
-        for line in lines
-        if not line.failure and line.orthogonality_error is not None and line.orthogonality_error <= ORTHOGONAL
-    ]
+    """Name the best of a column, of the schemes that finished and stayed orthogonal."""
+    kept = [line for line in lines if line.finished and line.stayed_orthogonal]
     known = [v for line in kept if (v := value(line)) is not None and math.isfinite(v)]
     for line in kept:
         if known and value(line) == min(known):

@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .results import About, Results, Summary
-from .words import winners
+from .results import About, Results, Summary, winners
 
 
 def tables(results: Results) -> Iterator[Any]:
