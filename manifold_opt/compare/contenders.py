@@ -86,11 +86,8 @@ class Contender:
 
     def counts(self) -> tuple[float, float]:
         """How often the step of a block was shortened, and how often not made."""
-        tallies = [tally for opt in self.optimizers if (tally := getattr(opt, "_tally", None)) is not None]
-        return (
-            sum(tally.total("clamped_steps") for tally in tallies),
-            sum(tally.total("skipped_blocks") for tally in tallies),
-        )
+        metrics = [opt.metrics() for opt in self.optimizers if isinstance(opt, (SGD, Adam))]
+        return sum(m["clamped_steps"] for m in metrics), sum(m["skipped_blocks"] for m in metrics)
 
 
 @dataclass
@@ -102,9 +99,11 @@ class Place:
     constraint: Orthogonal
 
     def blocks(self) -> Tensor:
-        """Its blocks on the manifold, ``(B, p, n)``, wide."""
-        (part,) = self.constraint.parts(self.parameter.shape)
-        return part.points(part.rows(self.parameter, copy=True)) / self.constraint.gain
+        """Return its blocks divided by their gain, ``(B, p, n)``, wide."""
+        count, dim = self.constraint.blocks, self.constraint.dim
+        matrix = self.parameter.flatten(1) if self.parameter.ndim > 2 else self.parameter
+        blocks = torch.stack(matrix.chunk(count, dim)) / self.constraint.gain  # type: ignore[arg-type]
+        return blocks if blocks.shape[-2] <= blocks.shape[-1] else blocks.mT
 
     def is_square(self) -> bool:
         """Whether they are."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import mark_orthogonal, stiefel
+from .. import init, mark_orthogonal, orthogonality_error
 from .contenders import PEERS, Contender, Settings, build
 from .results import Cost, in_one_line
 
@@ -44,7 +44,7 @@ def measure(
     with torch.random.fork_rng(), torch.enable_grad():
         for scheme in schemes:
             torch.manual_seed(0)
-            matrices = nn.ModuleList(_Matrix(stiefel.random(n, n)) for _ in range(count)).to(device)
+            matrices = nn.ModuleList(_Matrix(init.orthogonal_(torch.empty(n, n))) for _ in range(count)).to(device)
             gradients = torch.randn(SETS, count, n, n, device=device)
             made = _guarded(costs[scheme], functools.partial(_ready, scheme, matrices, gradients, settings))
             if made is not None:
@@ -81,7 +81,7 @@ def _ready(
     for _ in range(WARM):
         step()
     with torch.no_grad():
-        error = max(float(stiefel.error(blocks).max()) for blocks in contender.matrices())
+        error = max(map(orthogonality_error, contender.matrices()))
 
     def turn() -> float:
         count, began = 0, time.perf_counter()

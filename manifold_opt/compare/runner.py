@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
-from .. import stiefel
+from .. import orthogonality_error
 from .contenders import PEERS, Contender, Settings, build
 from .results import Row, in_one_line
 from .tasks import Batch, Task
@@ -142,7 +142,7 @@ class Run:
         self.seconds.append(ended - began)
         self.optimizing.append(ended - between)
         with torch.no_grad():
-            errors = [float(stiefel.error(blocks).max()) for blocks in contender.matrices()]
+            errors = [orthogonality_error(blocks) for blocks in contender.matrices()]
         self.error = max([self.error, *(math.inf if math.isnan(error) else error for error in errors)])
         if self.error == math.inf:
             raise FloatingPointError(f"diverged: the weights after step {self.made} are not finite")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-from .. import init, mark_orthogonal, mark_recurrent, stiefel
+from .. import init, mark_orthogonal, mark_recurrent
 from .data import Images, digits, fashion
 
 Batch = Any
@@ -70,20 +70,17 @@ def procrustes(size: int | None) -> Task:
     n = size or 32
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(n, 2 * n, dtype=torch.float64, generator=generator)
-    truth = stiefel.random(n, n, dtype=torch.float64, generator=generator)
+    truth = init.orthogonal_(torch.empty(n, n, dtype=torch.float64), generator=generator)
     b = truth @ a + 0.5 * torch.randn(n, 2 * n, dtype=torch.float64, generator=generator)
     u, _, vh = torch.linalg.svd(b @ a.mT)
-    best = float((u @ vh @ a - b).square().mean())
+    best, det = float((u @ vh @ a - b).square().mean()), round(float(torch.linalg.det(u @ vh)))
 
     def loss(model: nn.Module, _: Batch) -> Tensor:
         w = _weight(model)
         return (w @ a.to(w) - b.to(w)).square().mean()
 
     def start() -> nn.Module:
-        w = stiefel.random(n, n, dtype=torch.float64)
-        if torch.linalg.det(w) * torch.linalg.det(u @ vh) < 0:  # in the component of the optimum
-            w[0] *= -1
-        return Matrix(w.to(torch.get_default_dtype()))
+        return Matrix(init.orthogonal_(torch.empty(n, n), det=det))  # in the component of the optimum
 
     title = f"Procrustes: the {n} x {n} orthogonal W nearest to taking A to B"
     return Task(
@@ -97,7 +94,7 @@ def pca(size: int | None) -> Task:
     p = size or 16
     n = 4 * p
     generator = torch.Generator().manual_seed(0)
-    basis = stiefel.random(n, n, dtype=torch.float64, generator=generator)
+    basis = init.orthogonal_(torch.empty(n, n, dtype=torch.float64), generator=generator)
     spectrum = torch.linspace(1, 0, n, dtype=torch.float64).square()
     covariance = basis * spectrum @ basis.mT
     best = float(spectrum[:p].sum())
@@ -108,11 +105,11 @@ def pca(size: int | None) -> Task:
 
     def gap(model: nn.Module) -> float:
         with torch.no_grad():
-            w = stiefel.float64(_weight(model))
+            w = _weight(model).cpu().double()
             return float(1 - (w @ covariance.to(w) * w).sum() / best)
 
     def start() -> nn.Module:
-        return Matrix(stiefel.random(p, n))
+        return Matrix(init.orthogonal_(torch.empty(p, n)))
 
     title = f"PCA: the {p} directions of most variance among {n}"
     return Task(
@@ -222,4 +219,4 @@ def _weight(model: nn.Module) -> Tensor:
 
 def _gap(a: Tensor, b: Tensor, best: float, model: nn.Module) -> float:
     with torch.no_grad():
-        return float((stiefel.float64(_weight(model)).cpu() @ a - b).square().mean()) - best
+        return float((_weight(model).cpu().double() @ a - b).square().mean()) - best
