@@ -9,19 +9,20 @@ Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam
 """
 
 from . import init
-from .average import orthogonal_average, project_
-from .constraint import constraint_of, orthogonalize_
-from .diagnostics import orthogonality_error
-from .door import unmark
-from .health import check
+from .constraints.average import orthogonal_average, project_
+from .constraints.diagnostics import orthogonality_error
+from .constraints.from_parametrized import from_parametrized
+from .constraints.mark import mark_manifold, mark_positive, mark_spectral, mark_unit_norm
+from .constraints.modules import mark_attention, mark_orthogonal, mark_recurrent
+from .constraints.orthogonalize import orthogonalize_
+from .constraints.tag import constraint_of
+from .constraints.validation import unmark
+from .linalg.newton_schulz import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
-from .marking import mark_attention, mark_orthogonal, mark_recurrent
-from .marks import mark_manifold, mark_positive, mark_spectral, mark_unit_norm
-from .migration import from_parametrized
+from .optim.check import check
 from .optim import SGD, Adam, AdamW
-from .orthogonalizer import nearest_orthogonal
-from .retractions import RETRACTIONS, Retraction, retract
-from .stiefel import project
+from .stiefel.geometry import project
+from .stiefel.retractions import RETRACTIONS, Retraction, retract
 
 __version__ = "0.1.0.dev0"
 

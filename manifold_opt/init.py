@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from .blocks import overlap_problem, points_of, put_
-from .constraint import constraint_of
+from .constraints.tag import constraint_of
+from .linalg.matrices import check_whole, in_double
+from .linalg.newton_schulz import check_determinant, determinant
 from .manifolds import Orthogonal
-from .orthogonalizer import check_determinant, determinant
-from .stiefel import check_whole, in_double, random
+from .manifolds.layout import overlap_problem, points_of, put_
+from .stiefel.geometry import random
 
 T = TypeVar("T", bound=Tensor)
 

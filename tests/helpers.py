@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import manifold_opt
-from manifold_opt import RETRACTIONS, products, stiefel
-from manifold_opt.constraint import CONSTRAINED
-from manifold_opt.records import record_in
+from manifold_opt import RETRACTIONS
+from manifold_opt.constraints.tag import CONSTRAINED
+from manifold_opt.linalg import matrices, products
+from manifold_opt.manifolds.records import record_in
+from manifold_opt.stiefel import geometry
 
 EXACT = [name for name, scheme in RETRACTIONS.items() if scheme.exact]
 SQUARE = [(1, 1), (2, 2), (5, 5), (16, 16)]
@@ -33,16 +35,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def point(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return stiefel.random(*shape, dtype=dtype, generator=seeded(seed))
+    return geometry.random(*shape, dtype=dtype, generator=seeded(seed))
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    return torch.randn(shape, dtype=stiefel.in_double(dtype), generator=seeded(seed)).to(dtype)
+    return torch.randn(shape, dtype=matrices.in_double(dtype), generator=seeded(seed)).to(dtype)
 
 
 def tangent(w: Tensor, length: float, seed: int = 1) -> Tensor:
     """A random tangent of spectral norm ``length`` for every matrix of ``w``; zero where there is none."""
-    v = stiefel.project(w, gaussian(*w.shape, dtype=w.dtype, seed=seed))
+    v = geometry.project(w, gaussian(*w.shape, dtype=w.dtype, seed=seed))
     size = torch.linalg.matrix_norm(v, 2, keepdim=True)
     return torch.where(size > 1e-3, length * v / size, 0)
 

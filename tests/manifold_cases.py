@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_opt import Manifold, Orthogonal, mark_manifold
-from manifold_opt.blocks import points_of
 from manifold_opt.manifolds import Geoopt, Positive, Spectral, UnitNorm
+from manifold_opt.manifolds.layout import points_of
 
 from .helpers import gaussian
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import manifold_opt
 from manifold_opt import constraint_of, mark_attention, orthogonality_error
-from manifold_opt.stiefel import error
+from manifold_opt.stiefel.geometry import error
 
 from .helpers import gaussian
 

@@ -17,7 +17,8 @@ from manifold_opt import (
     project_,
     unmark,
 )
-from manifold_opt.stiefel import error, float64
+from manifold_opt.linalg.matrices import float64
+from manifold_opt.stiefel.geometry import error
 
 from . import reference
 from .helpers import DTYPES, gaussian, rounding

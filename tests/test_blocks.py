@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manifold_opt.blocks import Blocks, Slices, block_view
+from manifold_opt.manifolds.layout import Blocks, Slices, block_view
 
 
 def test_gates_by_hand():

@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import (
-    SGD,
-    Adam,
-    mark_orthogonal,
-    mark_spectral,
-    mark_unit_norm,
-    orthogonality_error,
-    stiefel,
-    unmark,
-)
+from manifold_opt import SGD, Adam, mark_orthogonal, mark_spectral, mark_unit_norm, orthogonality_error, unmark
+from manifold_opt.linalg import matrices
+from manifold_opt.stiefel import geometry
 
 from .helpers import gaussian, never_read, point
 
@@ -185,7 +178,7 @@ def test_a_compiled_step_follows_marks_that_are_changed_later(rule, change):
     for p, q in zip(now, expected, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-5)
     assert (orthogonality_error(now[1]) < 1e-5) == (change is mark_another)
-    assert (float(stiefel.error(now[0].detach())) < 1e-5) == (change is not unmark_one)
+    assert (float(geometry.error(now[0].detach())) < 1e-5) == (change is not unmark_one)
     assert (float(torch.linalg.matrix_norm(now[2], 2)) < 0.2501) == (change is set_another_bound)
 
 
@@ -204,7 +197,7 @@ def test_a_value_that_is_scaled_through_data_is_back_within_ten_steps(rule, shap
             weight.data *= factor
         give([weight], step)
         opt.step()
-    assert orthogonality_error(weight) <= stiefel.error_at_rounding(*shape, torch.float32)
+    assert orthogonality_error(weight) <= matrices.error_at_rounding(*shape, torch.float32)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -222,7 +215,7 @@ def test_where_nothing_can_be_read_such_a_value_stays_finite(rule, retraction, m
         opt.step()
     assert torch.equal(weight[:6], before[:6])
     assert not torch.equal(weight[6:], before[6:])
-    assert float(stiefel.error(weight.detach()[6:])) <= stiefel.error_at_rounding(6, 6, torch.float32)
+    assert float(geometry.error(weight.detach()[6:])) <= matrices.error_at_rounding(6, 6, torch.float32)
     assert opt.metrics()["skipped_blocks"] == 10
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from manifold_opt import SGD, Adam, check, mark_orthogonal, mark_recurrent, mark_unit_norm, orthogonality_error
-from manifold_opt.records import record_as_tensor, record_in
+from manifold_opt.manifolds.records import record_as_tensor, record_in
 
 from .helpers import gaussian, held_under
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import RETRACTIONS, mark_orthogonal, orthogonality_error, stiefel
+from manifold_opt import RETRACTIONS, mark_orthogonal, orthogonality_error
 from manifold_opt.compare import Comparison, cli, compare, contenders, cost, data, runner, tasks
 from manifold_opt.compare.contenders import PEERS, Held, Settings, build, places
 from manifold_opt.compare.results import Results, winners
 from manifold_opt.compare.session import Silent
+from manifold_opt.stiefel import geometry
 
 from .helpers import gaussian
 
@@ -44,7 +45,7 @@ class One(nn.Module):
 
 def moved(scheme, shape, settings, gain=1.0):
     """How far the first step goes, per learning rate."""
-    start = stiefel.random(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = geometry.random(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = One(gain * start, gain=gain)
     contender = build(scheme, model, settings)
     (before,) = (blocks.clone() for blocks in contender.matrices())
@@ -117,7 +118,7 @@ def test_every_scheme_learns_through_an_nn_gru(scheme):
         if name in before and "weight_hh" not in name:
             assert not torch.equal(p, before[name])
     if scheme not in ("unconstrained", "penalty"):
-        assert all(float(stiefel.error(blocks).max()) < 1e-3 for blocks in contender.matrices())
+        assert all(float(geometry.error(blocks).max()) < 1e-3 for blocks in contender.matrices())
 
 
 @pytest.mark.parametrize("scheme", ["geoopt", "pogo", "torch", "geotorch"])

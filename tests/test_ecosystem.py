@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, check, constraint_of, mark_orthogonal, orthogonality_error, unmark
-from manifold_opt.precision import FullPrecision
+from manifold_opt.linalg.precision import FullPrecision
 
 from .helpers import DTYPES, UNMOVED, gaussian, point
 

@@ -9,21 +9,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_opt import (
-    RETRACTIONS,
-    SGD,
-    Adam,
-    AdamW,
-    Orthogonal,
-    buckets,
-    mark_orthogonal,
-    orthogonality_error,
-    unmark,
-)
-from manifold_opt import step as step_module
-from manifold_opt.buckets import Bucket
-from manifold_opt.constraint import attach, constraint_of
-from manifold_opt.rotation import CORRECTION_INTERVAL
+from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, Orthogonal, mark_orthogonal, orthogonality_error, unmark
+from manifold_opt.constraints.tag import attach, constraint_of
+from manifold_opt.optim.engine import bucket as buckets
+from manifold_opt.optim.engine import step as step_module
+from manifold_opt.optim.engine.bucket import Bucket
+from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
 
 from .helpers import UNMOVED, Memory, blocks_of, buckets_of, gaussian, held_under, never_read, point
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import manifold_opt
-from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, plan, tally, unmark
-from manifold_opt.options import LARGEST_GRADIENT
+from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, unmark
+from manifold_opt.optim.engine import counters as tally
+from manifold_opt.optim.engine import plan
+from manifold_opt.optim.options import LARGEST_GRADIENT
 
 from .helpers import gaussian, never_read, point
 from .test_faults import RULES, assert_unchanged, everything, give, net
@@ -167,12 +169,12 @@ def test_counts_outlive_checkpoints_and_errors():
 
 def test_counts_of_a_device_are_kept_apart_and_kept(monkeypatch):
     never_read(monkeypatch)
-    counts = tally.Tally()
+    counts = tally.Counters()
     device = torch.device("cpu")
     counts.prepare(device)
-    counts.add("skipped_blocks", torch.tensor([True, False, True]))
+    counts.count("skipped_blocks", torch.tensor([True, False, True]))
     counts.prepare(device)  # another plan
-    counts.add("clamped_steps", torch.tensor([True]))
+    counts.count("clamped_steps", torch.tensor([True]))
     assert (counts.total("skipped_blocks"), counts.total("clamped_steps")) == (2, 1)
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import manifold_opt
-from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error, stiefel, workspace
-from manifold_opt.retractions import longest_step
+from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error
+from manifold_opt.linalg import matrices, workspace
+from manifold_opt.stiefel import geometry
+from manifold_opt.stiefel.retractions import longest_step
 
 from . import reference
 from .helpers import DTYPES, EXACT, Memory, gaussian, never_read, point
@@ -211,7 +213,7 @@ def test_running_out_of_memory_changes_nothing(rule, where, monkeypatch):
     before = everything(opt)
     with monkeypatch.context() as patch:
         if where == "moments":
-            patch.setattr(manifold_opt.moments.torch, "zeros_like", no_memory)
+            patch.setattr(manifold_opt.optim.engine.state.torch, "zeros_like", no_memory)
         else:
             patch.setattr(workspace.torch, "empty", no_memory)
         if where == "moments" and rule == "SGD":
@@ -280,7 +282,7 @@ def test_any_learning_rate_is_survived(retraction, rule, dtype, exponent):
     assert metrics["skipped_blocks"] == 0
     if RETRACTIONS[retraction].exact:
         for p, shape in zip(marked, [(5, 5), (3, 7)], strict=True):
-            assert orthogonality_error(p) <= stiefel.error_at_rounding(*shape, dtype)
+            assert orthogonality_error(p) <= matrices.error_at_rounding(*shape, dtype)
         assert (metrics["clamped_steps"] > 0) == (exponent == 6)
     else:
         # Inside of the basin, where singular values stay in (0, sqrt 2), and every long step counted.
@@ -319,7 +321,7 @@ def test_a_point_far_off_its_manifold_is_back_within_ten_steps(retraction, rule,
             assert orthogonality_error(weight) > 0.1
         weight.grad = gaussian(*shape, dtype=torch.float32, seed=step)
         opt.step()
-    assert orthogonality_error(weight) <= stiefel.error_at_rounding(*shape, torch.float32)
+    assert orthogonality_error(weight) <= matrices.error_at_rounding(*shape, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -333,10 +335,10 @@ def test_the_batched_lu_of_the_cpu_cannot_reach_anybody(method):
     torch.set_num_threads(2)
     try:
         w = point(4, 512, 512, dtype=torch.float32)
-        v = stiefel.project(w, gaussian(4, 512, 512, dtype=torch.float32))
+        v = geometry.project(w, gaussian(4, 512, 512, dtype=torch.float32))
         v = 0.3 * v / torch.linalg.matrix_norm(v, 2, keepdim=True)
         moved = manifold_opt.retract(w, v, method)
-        assert float(stiefel.error(moved).max()) < (1e-4 if method in EXACT else 0.2)
+        assert float(geometry.error(moved).max()) < (1e-4 if method in EXACT else 0.2)
         expected = reference.retract(w[0].double(), v[0].double(), method)
         torch.testing.assert_close(moved[0].double(), expected, rtol=0, atol=1e-5 if method in EXACT else 1e-3)
     finally:

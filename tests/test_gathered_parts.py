@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import manifold_opt
 from manifold_opt import constraint_of, mark_orthogonal, orthogonality_error
-from manifold_opt.blocks import points_of
+from manifold_opt.manifolds.layout import points_of
 
 from .helpers import UNMOVED, buckets_of, gaussian, never_read
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from manifold_opt import constraint_of, init, mark_orthogonal, orthogonality_error
-from manifold_opt.stiefel import error
+from manifold_opt.stiefel.geometry import error
 
 from .helpers import DTYPES, SQUARE, TALL, UNITARY, WIDE, rounding, seeded
 

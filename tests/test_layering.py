@@ -1,6 +1,8 @@
-"""Who may import whom: the mathematics knows no optimizer, and nothing knows the face."""
+"""Which folder may import which: none imports from one to its right, and no modules import one another in a circle."""
 
 import ast
+import graphlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,133 +10,60 @@ import pytest
 import manifold_opt
 
 PACKAGE = Path(manifold_opt.__file__).parent
-
-ALLOWED = {
-    "stiefel": set(),
-    "products": {"stiefel"},
-    "precision": set(),
-    "tally": {"products"},
-    "workspace": {"products"},
-    "orthogonalizer": {"products", "stiefel"},
-    "polynomials": set(),
-    "rotation": {"polynomials", "products", "stiefel", "workspace"},
-    "polar_factor": {"polynomials", "products", "rotation", "stiefel", "workspace"},
-    "schemes": {"orthogonalizer", "polar_factor", "products", "stiefel", "workspace"},
-    "retractions": {
-        *("orthogonalizer", "polar_factor", "products", "rotation", "schemes", "stiefel", "tally", "workspace"),
-    },
-    "direction": {"products", "stiefel", "workspace"},
-    "spectral": {"products", "stiefel"},
-    "blocks": set(),
-    "manifolds": {"blocks", "orthogonalizer", "precision", "schemes", "spectral", "stiefel"},
-    "records": {"manifolds"},
-    "constraint": {"blocks", "manifolds", "orthogonalizer", "precision", "records", "stiefel"},
-    "survival": {"constraint", "manifolds"},
-    "door": {"blocks", "constraint", "manifolds", "survival"},
-    "marking": {"door", "manifolds"},
-    "marks": {"door", "manifolds"},
-    "migration": {"constraint", "marking", "stiefel"},
-    "init": {"blocks", "constraint", "manifolds", "orthogonalizer", "stiefel"},
-    "diagnostics": {"blocks", "constraint", "manifolds", "stiefel", "survival"},
-    "options": {"blocks", "constraint", "direction", "manifolds", "precision", "retractions", "survival"},
-    "average": {"constraint", "survival"},
-    "health": {"constraint", "manifolds", "moments", "options", "precision", "retractions", "survival"},
-    "riemannian": {"direction", "manifolds"},
-    "buckets": {"blocks", "constraint", "manifolds", "precision", "products", "workspace"},
-    "moments": {"blocks", "buckets", "constraint", "direction", "manifolds", "options", "precision", "records"},
-    "plan": {
-        *("buckets", "constraint", "moments", "options", "products", "retractions", "survival", "tally", "workspace"),
-    },
-    "rules": {"buckets", "direction", "options", "products", "riemannian"},
-    "unmarked": {"moments", "options", "plan", "precision"},
-    "context": {"blocks", "options", "products", "tally", "workspace"},
-    "update": {
-        *("buckets", "context", "direction", "manifolds", "options", "products", "retractions", "rotation", "rules"),
-        "workspace",
-    },
-    "general": {"buckets", "context", "direction", "options", "precision", "products", "riemannian"},
-    "step": {
-        *("blocks", "buckets", "constraint", "context", "general", "options", "plan", "precision"),
-        *("products", "retractions", "unmarked", "update", "workspace"),
-    },
-    "metrics": {"blocks", "constraint", "diagnostics", "manifolds", "precision", "tally"},
-    "loading": {"constraint", "moments", "options", "precision", "records"},
-    "optim": {
-        *("direction", "loading", "metrics", "moments", "options", "plan", "rules", "step", "stiefel", "unmarked"),
-    },
-}
+LAYERS = ("linalg", "stiefel", "manifolds", "constraints", "optim", "compare")
+MODULES = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
 
 
-COMPARE = {
-    "results": set(),
-    "contenders": set(),
-    "data": set(),
-    "progress": set(),
-    "tasks": {"data"},
-    "runner": {"contenders", "results", "tasks"},
-    "cost": {"contenders", "results"},
-    "session": {"contenders", "cost", "results", "runner", "tasks"},
-    "words": {"results"},
-    "plots": {"results"},
-    "table": {"results"},
-    "page": {"plots", "results", "words"},
-    "api": {"contenders", "page", "plots", "results", "runner", "session", "table", "tasks"},
-    "cli": {
-        *("api", "contenders", "cost", "data", "page", "plots", "progress"),
-        *("results", "runner", "session", "tasks"),
-    },
-}
+def imports_of(module: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The modules of the package that one imports, and ``("torch",)`` and the like for others."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name.split(".")[0],) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(((node.module or "").split(".")[0],))
+        elif isinstance(node, ast.ImportFrom):
+            base = (*module[: len(module) - node.level], *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                inside = ((*base, alias.name), base, (*base, "__init__"))
+                found.add(next(place for place in inside if place in MODULES))
+    return found
 
 
-def imports_of(module: str, level: int = 1) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    return {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level == level
-        for name in ([node.module] if node.module else [alias.name for alias in node.names])
+def test_the_folders_are_those_of_the_layers():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(LAYERS)
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
+        *("__init__.py", "__main__.py", "init.py", "py.typed")
     }
 
 
-def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == set(ALLOWED) - {"manifolds"}
-    assert {path.stem for path in (PACKAGE / "compare").glob("*.py")} - {"__init__"} == set(COMPARE)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_import_runs_up(layer):
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    for module in MODULES:
+        if module[0] == layer:
+            assert not [place for place in imports_of(module) if place[0] in above]
 
 
-@pytest.mark.parametrize("module", sorted(set(ALLOWED) - {"manifolds"}))
-def test_imports_go_down_only(module):
-    assert imports_of(module) <= ALLOWED[module]
+def test_no_import_runs_in_a_circle():
+    inside = {module for module in MODULES if module != ("__init__",)}
+    list(graphlib.TopologicalSorter({m: imports_of(m) & inside for m in inside}).static_order())
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in (PACKAGE / "manifolds").glob("*.py")))
-def test_a_manifold_knows_the_mathematics_only(module):
-    assert imports_of(f"manifolds/{module}", level=2) <= ALLOWED["manifolds"]
+def test_the_comparison_uses_public_names_only():
+    for module in MODULES:
+        if module[0] == "compare":
+            below = {place for place in imports_of(module) if place in MODULES and place[0] != "compare"}
+            assert below <= {("__init__",), ("init",)}
 
 
-@pytest.mark.parametrize("module", sorted(COMPARE))
-def test_the_comparison_stands_on_the_face(module):
-    assert imports_of(f"compare/{module}") <= COMPARE[module]
-    assert imports_of(f"compare/{module}", level=2) <= {*manifold_opt.__all__, "__version__"}
+@pytest.mark.parametrize("layer", ["linalg", "stiefel"])
+def test_the_mathematics_needs_torch_only(layer):
+    others = {place for m in MODULES if m[0] == layer for place in imports_of(m) if place not in MODULES}
+    assert {name for (name,) in others} - {"torch"} <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("stiefel", "tally", "workspace", "products", "orthogonalizer", "polynomials", "rotation", "polar_factor"),
-        *("spectral", "schemes", "retractions", "direction"),
-    ],
-)
-def test_the_mathematics_needs_torch_only(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    roots = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom) and not node.level
-            else []
-        )
-    }
-    assert roots <= {"torch", "functools", "collections", "dataclasses", "typing", "__future__", "math", "itertools"}
+def test_modules_and_functions_can_be_read_in_one_go():
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, module

@@ -17,7 +17,7 @@ from manifold_opt import (
     nearest_orthogonal,
     orthogonality_error,
 )
-from manifold_opt.buckets import SMALL
+from manifold_opt.optim.engine.bucket import SMALL
 
 from .helpers import EXACT, buckets_of, gaussian, never_read
 
@@ -197,7 +197,7 @@ def test_gathered_or_alone_it_moves_the_same(rule, dtype, monkeypatch):
     opt = RULES[rule](together)
     run(together, opt)
     singles = [RULES[rule]([weight]) for weight in alone]
-    monkeypatch.setattr(manifold_opt.buckets, "SMALL", 0)
+    monkeypatch.setattr(manifold_opt.optim.engine.bucket, "SMALL", 0)
     for step in range(4):
         give(alone, step)
         for single in singles:

@@ -19,8 +19,8 @@ from manifold_opt import (
     mark_unit_norm,
 )
 from manifold_opt import project_ as project_model
-from manifold_opt.blocks import points_of
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
+from manifold_opt.manifolds.layout import points_of
 
 from .helpers import UNMOVED, gaussian, never_read
 from .manifold_cases import CASES, parameter

@@ -24,8 +24,8 @@ from manifold_opt import (
     unmark,
 )
 from manifold_opt import project_ as project_model
-from manifold_opt.blocks import points_of
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
+from manifold_opt.manifolds.layout import points_of
 
 from .helpers import gaussian
 from .test_lifecycle import REPLACES, saved, sent

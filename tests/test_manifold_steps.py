@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from manifold_opt import SGD, Adam, AdamW, constraint_of, mark_positive, mark_spectral, mark_unit_norm
-from manifold_opt import buckets as buckets_module
-from manifold_opt.blocks import points_of
 from manifold_opt.manifolds import Orthogonal, Positive, Spectral, UnitNorm
+from manifold_opt.manifolds.layout import points_of
+from manifold_opt.optim.engine import bucket as buckets_module
 
 from .helpers import Memory, buckets_of, gaussian, never_read
 from .manifold_cases import CASES, parameter

@@ -22,7 +22,7 @@ from manifold_opt import (
     orthogonalize_,
     unmark,
 )
-from manifold_opt.stiefel import error
+from manifold_opt.stiefel.geometry import error
 
 from .helpers import DTYPES, gaussian, point, rounding
 

@@ -21,8 +21,8 @@ from manifold_opt import (
     mark_unit_norm,
     unmark,
 )
-from manifold_opt.blocks import Slices
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
+from manifold_opt.manifolds.layout import Slices
 
 from .helpers import gaussian, held_under
 

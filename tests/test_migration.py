@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from manifold_opt import Adam, Orthogonal, check, constraint_of, orthogonality_error, stiefel
-from manifold_opt.migration import from_parametrized
+from manifold_opt import Adam, Orthogonal, check, constraint_of, orthogonality_error
+from manifold_opt.constraints.from_parametrized import from_parametrized
+from manifold_opt.linalg import matrices
+from manifold_opt.stiefel import geometry
 
 MAPS = [(name, trivial) for name in ("matrix_exp", "cayley", "householder") for trivial in (True, False)]
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 3)]
@@ -36,7 +38,7 @@ def linear(shape=(6, 4), orthogonal_map=None, trivial=True, seed=0) -> nn.Module
 
 def orthogonal_to_rounding(value: torch.Tensor) -> bool:
     p, n = sorted(value.shape[-2:])
-    return float(stiefel.error(value).max()) <= stiefel.error_at_rounding(p, n, value.dtype)
+    return float(geometry.error(value).max()) <= matrices.error_at_rounding(p, n, value.dtype)
 
 
 class Model(nn.Module):
@@ -128,7 +130,7 @@ def test_more_than_two_dimensions_are_a_batch_of_matrices(orthogonal_map):
     layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
     opt.step()
     assert not torch.equal(weight, before)
-    assert float(stiefel.error(weight.detach()).max()) < 1e-5
+    assert float(geometry.error(weight.detach()).max()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
@@ -235,7 +237,7 @@ def test_more_that_is_refused():
 
 
 def test_geotorch_is_not_needed():
-    import manifold_opt.migration as module
+    import manifold_opt.constraints.from_parametrized as module
 
     assert "geotorch" not in {line.split()[1] for line in inspect.getsource(module).splitlines() if "import " in line}
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from manifold_opt import Orthogonal, constraint_of
-from manifold_opt.migration import from_parametrized
+from manifold_opt.constraints.from_parametrized import from_parametrized
 
 from .test_migration import MAPS, SHAPES, Model, linear, parametrized
 

@@ -7,16 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import (
-    SGD,
-    Adam,
-    AdamW,
-    check,
-    constraint_of,
-    mark_unit_norm,
-    project_,
-    unmark,
-)
+from manifold_opt import SGD, Adam, AdamW, check, constraint_of, mark_unit_norm, project_, unmark
 from manifold_opt.manifolds import UnitNorm
 
 from .helpers import gaussian, held_under

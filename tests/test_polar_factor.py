@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_opt import retract, stiefel
-from manifold_opt.orthogonalizer import spectral_bound
-from manifold_opt.polar_factor import polar_factor, polar_factor_, polar_sync_free
-from manifold_opt.polynomials import INVERSE_SQRT
-from manifold_opt.retractions import Settings, retract_
-from manifold_opt.tally import Tally
-from manifold_opt.workspace import Workspace
+from manifold_opt import retract
+from manifold_opt.linalg import matrices
+from manifold_opt.linalg.newton_schulz import spectral_bound
+from manifold_opt.linalg.polar_factor import polar_factor, polar_factor_, polar_sync_free
+from manifold_opt.linalg.polynomials import INVERSE_SQRT
+from manifold_opt.linalg.workspace import Workspace
+from manifold_opt.optim.engine.counters import Counters
+from manifold_opt.stiefel import geometry
+from manifold_opt.stiefel.retractions import Settings, retract_
 
 from .helpers import DTYPES, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, never_read, point, rounding, tangent
 
@@ -21,7 +23,7 @@ ALL = DTYPES + UNITARY
 
 def svd_factor(x):
     """The oracle."""
-    u, _, vh = torch.linalg.svd(stiefel.float64(x), full_matrices=False)
+    u, _, vh = torch.linalg.svd(matrices.float64(x), full_matrices=False)
     return u @ vh
 
 
@@ -38,7 +40,7 @@ def written(x, **options):
 
 def with_norm_of_d(size, p, n, dtype, *, rank=None, count=2):
     """Matrices X with a Frobenius norm of D = X X^H - I of ``size``, spread evenly over some singular values."""
-    double = stiefel.in_double(dtype)
+    double = matrices.in_double(dtype)
     rank = rank or p
     s = torch.ones(p, dtype=torch.float64)
     s[:rank] = (1 + size / rank**0.5) ** 0.5
@@ -53,13 +55,13 @@ def test_polar_factor_converges(shape, dtype, largest):
     """Singular values spread from one to ``largest``, no factorization."""
     p, n = min(shape), max(shape)
     s = torch.logspace(0, 1, p, base=largest, dtype=torch.float64)
-    double = stiefel.in_double(dtype)
+    double = matrices.in_double(dtype)
     u, vt = point(p, p, dtype=double), point(p, n, seed=4, dtype=double)
     x = (u * s) @ vt
     expected = u @ vt
     x, expected = (x, expected) if shape[0] <= shape[1] else (x.mT, expected.mT)
     q = polar_factor(x.to(dtype))
-    assert stiefel.error(q) < rounding(q)
+    assert geometry.error(q) < rounding(q)
     # X is rounded, in proportion to its largest singular value.
     torch.testing.assert_close(q.to(double), expected, rtol=0, atol=20 * torch.finfo(dtype).eps * largest)
 
@@ -68,13 +70,13 @@ def test_polar_factor_converges(shape, dtype, largest):
 @pytest.mark.parametrize(("p", "n"), [(6, 6), (4, 9)])
 def test_each_matrix_of_a_batch_gets_its_own_factor(p, n, dtype):
     """However long the steps of the others are: what the longest one needs does the others no harm."""
-    lengths = torch.tensor([0.0, 1e-4, 0.3, 5.0, 100.0]).to(stiefel.in_double(dtype))[:, None, None]
-    w = point(5, p, n, dtype=stiefel.in_double(dtype))
+    lengths = torch.tensor([0.0, 1e-4, 0.3, 5.0, 100.0]).to(matrices.in_double(dtype))[:, None, None]
+    w = point(5, p, n, dtype=matrices.in_double(dtype))
     x = (w + lengths * tangent(w, 1.0)).to(dtype)
     q = polar_factor(x)
-    assert float(stiefel.error(q).max()) < rounding(q)
+    assert float(geometry.error(q).max()) < rounding(q)
     for k, factor in enumerate((1, 1, 1, 5, 100)):  # rounding in D is in proportion to the length of X
-        torch.testing.assert_close(stiefel.float64(q[k]), svd_factor(x[k]), rtol=0, atol=factor * rounded(dtype))
+        torch.testing.assert_close(matrices.float64(q[k]), svd_factor(x[k]), rtol=0, atol=factor * rounded(dtype))
 
 
 # The price, in T: one p x n by n x p product. Of a p x p product it is a share of p / n.
@@ -162,12 +164,12 @@ def test_steps_of_low_rank_are_exact(shape, rank, length, dtype):
     p, n = shape
     w = point(3, p, n, dtype=dtype)
     left, right = gaussian(3, p, rank, dtype=dtype, seed=2), gaussian(3, rank, n, dtype=dtype, seed=3)
-    v = stiefel.project(w, left @ right)
+    v = geometry.project(w, left @ right)
     v = length * v / torch.linalg.matrix_norm(v, 2, keepdim=True)
     moved = retract(w, v, "polar")
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     atol = 40 * torch.finfo(dtype).eps * (1 + length)
-    torch.testing.assert_close(stiefel.float64(moved), svd_factor(w + v), rtol=0, atol=atol)
+    torch.testing.assert_close(matrices.float64(moved), svd_factor(w + v), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -175,7 +177,7 @@ def test_steps_of_low_rank_are_exact(shape, rank, length, dtype):
 @pytest.mark.parametrize("length", [0.0, 1e-6, 0.01, 0.3, 0.999])
 def test_where_nothing_can_be_read_short_steps_are_the_same(length, shape, dtype):
     """By the polynomial of the highest degree for all of them, up to the norm of D that it is for."""
-    w = point(3, *shape, dtype=stiefel.in_double(dtype))
+    w = point(3, *shape, dtype=matrices.in_double(dtype))
     v = tangent(w, 1.0)
     v *= (
         length
@@ -189,8 +191,8 @@ def test_where_nothing_can_be_read_short_steps_are_the_same(length, shape, dtype
     assert torch.equal(v, before[1])
     assert short.shape == (3, 1, 1)
     assert not short.any()
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
-    torch.testing.assert_close(stiefel.float64(moved), svd_factor(w + v), rtol=0, atol=rounded(dtype))
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
+    torch.testing.assert_close(matrices.float64(moved), svd_factor(w + v), rtol=0, atol=rounded(dtype))
     torch.testing.assert_close(moved, polar_factor(w + v), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
@@ -199,7 +201,7 @@ def test_where_nothing_can_be_read_short_steps_are_the_same(length, shape, dtype
 @pytest.mark.parametrize("length", [1.001, 3.0, 30.0])
 def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, shape, dtype):
     """Each to the norm that the polynomial is for, and the short ones beside them not at all."""
-    w = point(3, *shape, dtype=stiefel.in_double(dtype))
+    w = point(3, *shape, dtype=matrices.in_double(dtype))
     unit = tangent(w, 1.0)
     unit *= INVERSE_SQRT[dtype][-1].reach ** 0.5 / (
         torch.linalg.matrix_norm(unit @ unit.mH @ unit @ unit.mH, keepdim=True) ** 0.25
@@ -208,9 +210,9 @@ def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, 
     w, v = w.to(dtype), (unit * lengths).to(dtype)
     moved, short = polar_sync_free(w, v, Workspace(None, w))
     assert short[:, 0, 0].tolist() == [False, True, True]
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
-    expected = svd_factor(stiefel.float64(w) + unit * lengths.clamp_max(1))
-    torch.testing.assert_close(stiefel.float64(moved), expected, rtol=0, atol=rounded(dtype))
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
+    expected = svd_factor(matrices.float64(w) + unit * lengths.clamp_max(1))
+    torch.testing.assert_close(matrices.float64(moved), expected, rtol=0, atol=rounded(dtype))
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -223,7 +225,7 @@ def test_where_nothing_can_be_read_retractions_are_exact_too(shape, length, dtyp
     read = retract(w, v, "polar")
     never_read(monkeypatch)
     moved = retract(w, v, "polar")
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     if length < 0.7:
         torch.testing.assert_close(moved, read, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
@@ -244,7 +246,7 @@ def test_more_than_expected_is_refused(shape, dtype):
     assert bool((out == 7).all())
     ok, q = written(x, expected=1.01 * size)
     assert ok
-    assert float(stiefel.error(q).max()) < rounding(q)
+    assert float(geometry.error(q).max()) < rounding(q)
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -270,7 +272,7 @@ def test_what_is_no_number_stays_in_its_matrix(bad, shape, dtype):
     x[1, 2, 0] = bad
     q = polar_factor(x)
     assert bool(q[1].isnan().all())
-    torch.testing.assert_close(stiefel.float64(q[[0, 2]]), svd_factor(x[[0, 2]]), rtol=0, atol=rounded(dtype))
+    torch.testing.assert_close(matrices.float64(q[[0, 2]]), svd_factor(x[[0, 2]]), rtol=0, atol=rounded(dtype))
     assert bool(polar_factor(x[1]).isnan().all())
 
 
@@ -287,10 +289,10 @@ def test_a_step_that_is_no_number_stays_in_its_block(reading, length, method, mo
     v[1, 0, 0], v[2, 0, 0] = float("nan"), float("inf")
     torch.testing.assert_close(retract(w, v, method)[[0, 3]], right[[0, 3]], rtol=0, atol=1e-14)
     assert not retract(w, v, method)[1].isfinite().all()
-    tally, moved = Tally(), w.clone()
+    tally, moved = Counters(), w.clone()
     tally.prepare(w.device)
     options = {"metric": "euclidean", "beta": 0.5, "correction_steps": 1}
-    retract_(moved, v, Workspace(None, w), Settings(method, options, tally))
+    retract_(moved, v, Workspace(None, w), Settings(method, options, tally.count))
     torch.testing.assert_close(moved[[0, 3]], right[[0, 3]], rtol=0, atol=1e-14)
     assert torch.equal(moved[1:3], w[1:3])
     assert tally.total("skipped_blocks") == 2

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from manifold_opt.polynomials import COS, INVERSE, INVERSE_SQRT, SINC, SQRT, interpolate
+from manifold_opt.linalg.polynomials import COS, INVERSE, INVERSE_SQRT, SINC, SQRT, interpolate
 
 from .helpers import DTYPES, UNITARY
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_opt import SGD, Adam, mark_orthogonal, stiefel
-from manifold_opt.products import (
+from manifold_opt import SGD, Adam, mark_orthogonal
+from manifold_opt.linalg import matrices
+from manifold_opt.linalg.products import (
     gram,
     gram_minus_identity,
     host_can_branch,
@@ -16,7 +17,8 @@ from manifold_opt.products import (
     norm,
     real_view,
 )
-from manifold_opt.workspace import SQUARE, WIDE, Pool, Workspace
+from manifold_opt.linalg.workspace import SQUARE, WIDE, Pool, Workspace
+from manifold_opt.stiefel import geometry
 
 from .helpers import DTYPES, FIELDS, UNITARY, UNMOVED, gaussian, never_read, point, rounding
 
@@ -30,12 +32,12 @@ def tolerance(n, dtype):
 @pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_products(p, k, n, dtype):
     a, b, x = (gaussian(5, *shape, seed=s, dtype=dtype) for s, shape in ((1, (p, k)), (2, (k, n)), (3, (p, n))))
-    exact, start = stiefel.float64(a) @ stiefel.float64(b), stiefel.float64(x)
+    exact, start = matrices.float64(a) @ matrices.float64(b), matrices.float64(x)
     out = torch.empty_like(x)
 
     def check(result, expected):
         assert result is out
-        torch.testing.assert_close(stiefel.float64(result), expected, rtol=0, atol=tolerance(k, dtype))
+        torch.testing.assert_close(matrices.float64(result), expected, rtol=0, atol=tolerance(k, dtype))
 
     check(matmul(a, b, out=out), exact)
     check(matmul(a, b, out=out, alpha=0.3), 0.3 * exact)
@@ -44,7 +46,7 @@ def test_products(p, k, n, dtype):
     check(matmul_add(out.copy_(x), a, b, out=out), start + exact)
     # Factors that are conjugated lazily, as those of a Gram matrix are.
     turned = matmul(b.mH, a.mH, out=torch.empty_like(x.mT))
-    torch.testing.assert_close(stiefel.float64(turned), exact.mH.resolve_conj(), rtol=0, atol=tolerance(k, dtype))
+    torch.testing.assert_close(matrices.float64(turned), exact.mH.resolve_conj(), rtol=0, atol=tolerance(k, dtype))
 
 
 @pytest.mark.parametrize("dtype", FIELDS)
@@ -66,14 +68,14 @@ def test_gram(p, dtype, reading, monkeypatch):
     if not reading:
         never_read(monkeypatch)
     x = gaussian(2, p, 7, dtype=dtype)
-    expected = stiefel.float64(x) @ stiefel.float64(x).mH
+    expected = matrices.float64(x) @ matrices.float64(x).mH
     out = torch.full((2, p, p), float("nan"), dtype=dtype)
     assert gram(x, out=out) is out
-    torch.testing.assert_close(stiefel.float64(out), expected, rtol=0, atol=tolerance(7, dtype))
+    torch.testing.assert_close(matrices.float64(out), expected, rtol=0, atol=tolerance(7, dtype))
     assert torch.equal(gram(x), out)
     identity = torch.eye(p, dtype=expected.dtype)
     assert gram_minus_identity(x, out=out) is out
-    torch.testing.assert_close(stiefel.float64(out), expected - identity, rtol=0, atol=tolerance(7, dtype))
+    torch.testing.assert_close(matrices.float64(out), expected - identity, rtol=0, atol=tolerance(7, dtype))
 
 
 @pytest.mark.parametrize("p", [3, 390])
@@ -248,5 +250,5 @@ def test_many_tiny_blocks_move_as_few(optimizer, options, retraction, p, n, gain
 
     (together, moments), (apart, _) = run(count), run(3)
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
-    assert float(stiefel.error(together / gain).max()) < 2 * rounding(together)
+    assert float(geometry.error(together / gain).max()) < 2 * rounding(together)
     assert all(moment.is_contiguous() and bool(moment.isfinite().all()) for moment in moments)

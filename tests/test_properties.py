@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error, stiefel
+from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error
+from manifold_opt.linalg import matrices
+from manifold_opt.stiefel import geometry
 
 from .helpers import DTYPES, EXACT, blocks_of, gaussian
 
@@ -88,7 +90,7 @@ def test_the_invariants_hold(run, data):
                 assert torch.equal(p, then)
             q, n = blocks_of(p).shape[-2:]
             if options["retraction"] in EXACT:
-                assert orthogonality_error(p) <= stiefel.error_at_rounding(q, n, p.dtype)
+                assert orthogonality_error(p) <= matrices.error_at_rounding(q, n, p.dtype)
             else:
                 assert orthogonality_error(p) <= 1.05 * q**0.5
     assert all(bool(v.isfinite().all()) for state in opt.state.values() for v in state.values())
@@ -126,7 +128,7 @@ def test_a_cut_run_is_a_whole_one(run):
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.floats(1e-6, 0.3))
 def test_blocks_are_parameters_of_their_own(rule, p, n, blocks, lr):
     cls, extra = RULES[rule]
-    value = torch.cat([stiefel.random(p, n, dtype=torch.float64) for _ in range(blocks)])
+    value = torch.cat([geometry.random(p, n, dtype=torch.float64) for _ in range(blocks)])
     stack = mark_orthogonal(nn.Parameter(value.clone()), blocks=blocks)
     apart = [mark_orthogonal(nn.Parameter(part.clone()), blocks=1) for part in value.split(p)]
     together, single = cls([stack], lr=lr, **extra), cls(apart, lr=lr, **extra)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from manifold_opt import RETRACTIONS, retract, stiefel
-from manifold_opt.orthogonalizer import orthogonalizer
-from manifold_opt.retractions import longest_step
+from manifold_opt import RETRACTIONS, retract
+from manifold_opt.linalg import matrices
+from manifold_opt.linalg.newton_schulz import orthogonalizer
+from manifold_opt.stiefel import geometry
+from manifold_opt.stiefel.retractions import longest_step
 
 from . import reference
 from .helpers import DTYPES, EXACT, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, point, rounding, tangent
@@ -44,12 +46,12 @@ def test_equals_the_reference(method, shape, metric, dtype):
 @pytest.mark.parametrize("length", [1e-7, 3e-2, 3.0, 1e2, 1e4, 1e12])
 @pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_exact_schemes_are_right_for_a_step_of_any_size(method, shape, length, dtype):
-    double = stiefel.in_double(dtype)
+    double = matrices.in_double(dtype)
     w = point(3, *shape, dtype=double)
     v = tangent(w, length)
     moved = retract(w.to(dtype), v.to(dtype), method)
     assert moved.dtype == dtype
-    assert stiefel.error(moved).max() < rounding(moved)
+    assert geometry.error(moved).max() < rounding(moved)
     if length > 1e4 or (method == "exp" and length > 3):
         return  # beyond 1e5 only the direction counts; the reference for exp integrates, and is for short steps
     expected = torch.stack([reference.retract(a, b, method) for a, b in zip(w, v, strict=True)])
@@ -86,7 +88,7 @@ def test_geodesics_have_constant_speed_and_can_be_walked_in_two_halves(shape, me
     h = 1e-5
     middle = retract(w, 0.5 * v, "exp", metric=metric)
     ahead, behind = (retract(w, (0.5 + s) * v, "exp", metric=metric) for s in (h, -h))
-    velocity = stiefel.project(middle, (ahead - behind) / (2 * h))
+    velocity = geometry.project(middle, (ahead - behind) / (2 * h))
     torch.testing.assert_close(
         retract(middle, 0.5 * velocity, "exp", metric=metric), retract(w, v, "exp", metric=metric), rtol=0, atol=1e-8
     )
@@ -156,8 +158,8 @@ def test_an_error_of_the_point_does_not_outlive_the_step(method, shape, dtype):
     """Off by 1e-3 before, by its square after: nothing accumulates."""
     on = point(*shape, dtype=dtype)
     w = on * (1 + 1e-3)
-    v = stiefel.project(on, tangent(on, 1e-4))
-    assert stiefel.error(retract(w, v, method)) < 2e-5
+    v = geometry.project(on, tangent(on, 1e-4))
+    assert geometry.error(retract(w, v, method)) < 2e-5
 
 
 @pytest.mark.parametrize("method", ["cayley_iterative", "orthogonalizer"])
@@ -168,7 +170,7 @@ def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape, dtype):
     long, longest = tangent(w, 1e4), longest_step(method)
     moved = retract(w, long, method)
     assert moved.isfinite().all()
-    assert stiefel.error(moved) < 1.0 * shape[0] ** 0.5  # inside the basin, where singular values stay in (0, sqrt 2)
+    assert geometry.error(moved) < 1.0 * shape[0] ** 0.5  # inside the basin, where singular values stay in (0, sqrt 2)
     # Never longer than the bound, and hardly shorter. (The orthogonalizer takes a step of 1 to 3/2 - 2/2 = 1/2.)
     along = (long.conj() * moved).real.sum() / long.norm().clamp_min(1e-9) ** 2 * 1e4
     assert along <= longest + 1e-12
@@ -206,11 +208,11 @@ def test_longest_step_of_a_small_beta():
 def test_hundreds_of_points_and_lengths_end_on_the_manifold(method, shape, metric, dtype):
     """p = n - 1 is the hardest: rounding makes what should be a normal part of rank one indefinite."""
     count = min(200, 1600 // shape[-1])
-    w = point(count, *shape, seed=1, dtype=stiefel.in_double(dtype)).to(dtype)
-    v = stiefel.project(w, gaussian(count, *shape, seed=2, dtype=dtype))
+    w = point(count, *shape, seed=1, dtype=matrices.in_double(dtype)).to(dtype)
+    v = geometry.project(w, gaussian(count, *shape, seed=2, dtype=dtype))
     v = v / torch.linalg.matrix_norm(v, keepdim=True).clamp_min(1e-3)
     for length in [1.0, 10.0, 31.0, 33.0, 100.0, 1e3, 1e4, 1e5, 1e8, 1e25 if torch.finfo(dtype).bits == 32 else 1e200]:
-        assert stiefel.error(retract(w, length * v, method, metric=metric)).max() < rounding(w)
+        assert geometry.error(retract(w, length * v, method, metric=metric)).max() < rounding(w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES + UNITARY)
@@ -317,7 +319,7 @@ def test_conjugate_views_are_as_good_as_copies(method, shape):
     lazy = retract(w.conj(), v.conj(), method)
     torch.testing.assert_close(lazy, retract(w, v, method).conj(), rtol=0, atol=1e-13)
     swapped = retract(w.mH, v.mH, method)
-    assert stiefel.error(swapped).max() < rounding(swapped)
+    assert geometry.error(swapped).max() < rounding(swapped)
 
 
 @pytest.mark.parametrize("method", EXACT)

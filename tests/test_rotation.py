@@ -8,21 +8,23 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retract, stiefel
-from manifold_opt.retractions import Settings, retract_
-from manifold_opt.rotation import (
+from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retract
+from manifold_opt.linalg import matrices
+from manifold_opt.linalg.polynomials import polynomial
+from manifold_opt.linalg.workspace import Workspace
+from manifold_opt.optim.engine.counters import Counters
+from manifold_opt.stiefel import geometry
+from manifold_opt.stiefel.retractions import Settings, retract_
+from manifold_opt.stiefel.rotation import (
     _SMALL,
     CORRECTION_INTERVAL,
     OFF_MANIFOLD,
     ROTATIONS,
     bounds,
-    polynomial,
     restore_,
     rotate_,
     rotate_sync_free,
 )
-from manifold_opt.tally import Tally
-from manifold_opt.workspace import Workspace
 
 from . import reference
 from .helpers import DTYPES, FIELDS, UNITARY, gaussian, never_read, point, rounding, tangent
@@ -44,7 +46,7 @@ def share(dtype):
 
 def of_bound(omega, bound):
     """Skew matrices, scaled so that the bound on the eigenvalues of B is that one, computed from its eigenvalues."""
-    double = stiefel.float64(omega)
+    double = matrices.float64(omega)
     x = torch.linalg.eigvalsh(double @ double.mH)
     one, two = (x.pow(k).norm(dim=-1) * share(omega.dtype) for k in (1, 2))
     size = torch.minimum(one, two.sqrt())[:, None, None]
@@ -53,11 +55,11 @@ def of_bound(omega, bound):
 
 def skew(*shape, dtype=torch.float64, bound=1.0, rank=None, seed=1):
     """Random skew matrices ``(B, p, p)`` with such a bound, of full rank or of a given one, even if they are real."""
-    double = stiefel.in_double(dtype)
+    double = matrices.in_double(dtype)
     if rank is None:
-        return of_bound(stiefel.skew(gaussian(*shape, seed=seed, dtype=double)), bound).to(dtype)
+        return of_bound(matrices.skew(gaussian(*shape, seed=seed, dtype=double)), bound).to(dtype)
     basis = point(shape[0], rank, shape[-1], dtype=double, seed=seed)
-    inner = stiefel.skew(gaussian(shape[0], rank, rank, dtype=double, seed=seed + 1))
+    inner = matrices.skew(gaussian(shape[0], rank, rank, dtype=double, seed=seed + 1))
     return of_bound(basis.mH @ inner @ basis, bound).to(dtype)
 
 
@@ -80,10 +82,10 @@ def shortened(w, omega, name):
 
 def stepped(w, omega, name):
     """What a step of an optimizer makes of a copy, and what it has counted."""
-    new, tally = w.clone(), Tally()
+    new, tally = w.clone(), Counters()
     tally.prepare(w.device)
     options = {"metric": "euclidean", "beta": 0.5, "correction_steps": 1}
-    retract_(new, omega.clone(), Workspace(None, w), Settings(name, options, tally))
+    retract_(new, omega.clone(), Workspace(None, w), Settings(name, options, tally.count))
     return new, {kind: tally.total(kind) for kind in ("skipped_blocks", "clamped_steps")}
 
 
@@ -114,8 +116,8 @@ def close_to(moved, w, omega, name):
     precision the oracle, an SVD, an eigenvalue decomposition or a matrix exponential, is off by more than that itself.
     """
     units = 4 if moved.dtype in (torch.float32, torch.complex64) else 24
-    expected = oracle(stiefel.float64(w), stiefel.float64(omega), name)
-    torch.testing.assert_close(stiefel.float64(moved), expected, rtol=0, atol=units * torch.finfo(w.dtype).eps)
+    expected = oracle(matrices.float64(w), matrices.float64(omega), name)
+    torch.testing.assert_close(matrices.float64(moved), expected, rtol=0, atol=units * torch.finfo(w.dtype).eps)
 
 
 @pytest.mark.parametrize("name", ANGLES)
@@ -134,14 +136,14 @@ def test_rotation_by_hand(name):
 def test_every_length_is_exact(p, rank, dtype, name):
     """From steps too short to be felt up to where each polynomial ends, with and without a correction."""
     w = point(2, p, p, dtype=dtype)
-    unit = skew(2, p, p, dtype=stiefel.in_double(dtype), rank=alone(dtype) if rank == "least" else rank)
+    unit = skew(2, p, p, dtype=matrices.in_double(dtype), rank=alone(dtype) if rank == "least" else rank)
     ends = reaches(name, dtype) if name in POLYNOMIAL else [1e-6, 1e-3, 0.1, 0.5, 1.0]
     for bound in (1e-18, 1e-12, 1e-6, *(0.999 * end for end in ends)):
         omega = (unit * bound**0.5).to(dtype)
         for correct in (False, True):
             moved = rotated(w, omega, name, correct=correct)
             close_to(moved, w, omega, name)
-            assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+            assert float(geometry.error(moved).max()) < 2 * rounding(moved)
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
@@ -152,7 +154,7 @@ def test_the_longest_steps_of_many_rows_are_exact(rank, dtype, name):
     omega = skew(1, 150, 150, dtype=dtype, rank=rank, bound=0.999 * reaches(name, dtype)[-1])
     moved = rotated(w, omega, name)
     close_to(moved, w, omega, name)
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
 
 
 @pytest.mark.parametrize("name", POLYNOMIAL)
@@ -231,7 +233,7 @@ def test_bounds_are_bounds(p, rank, dtype):
     omega = skew(4, p, p, dtype=dtype, rank=alone(dtype) if rank == "least" else rank, bound=0.7)
     omega = omega * torch.tensor([1e-3, 0.3, 1.0, 50.0]).to(omega.real.dtype)[:, None, None]
     size = bounds(omega, Workspace(None, omega))
-    exact = torch.linalg.matrix_norm(stiefel.float64(omega), 2) ** 2
+    exact = torch.linalg.matrix_norm(matrices.float64(omega), 2) ** 2
     slack = 1 + 2 * p**0.5 * torch.finfo(dtype).eps
     assert bool((size * slack >= exact).all())
     most = 1.0 if rank == "least" else max(1.0, (p * share(dtype) ** 2) ** 0.25)
@@ -279,7 +281,7 @@ def test_the_seam_of_the_orthographic_retraction():
 @pytest.mark.parametrize("shape", [(12, 12), (5, 9), (9, 5)])
 def test_what_is_too_long_or_rectangular_moves_by_the_polar_retraction(shape):
     w = point(2, *shape)
-    v = stiefel.project(w, gaussian(2, *shape))
+    v = geometry.project(w, gaussian(2, *shape))
     torch.testing.assert_close(retract(w, v, "orthographic"), retract(w, v, "polar"), rtol=0, atol=0)
 
 
@@ -292,11 +294,11 @@ def test_both_sides_of_the_end(side, rank, name, dtype):
     w = point(2, 12, 12, dtype=dtype)
     omega = skew(2, 12, 12, dtype=dtype, rank=rank, bound=side * reaches(name, dtype)[-1])
     moved = retract(w, omega @ w, name)
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     # The rounding of V, of which Omega is made again, is in proportion to its length.
     units = (8 if dtype in (torch.float32, torch.complex64) else 24) * (1 + (side * reaches(name, dtype)[-1]) ** 0.5)
-    expected = oracle(stiefel.float64(w), stiefel.float64(omega), name)
-    torch.testing.assert_close(stiefel.float64(moved), expected, rtol=0, atol=units * torch.finfo(dtype).eps)
+    expected = oracle(matrices.float64(w), matrices.float64(omega), name)
+    torch.testing.assert_close(matrices.float64(moved), expected, rtol=0, atol=units * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("reading", [True, False])
@@ -308,16 +310,16 @@ def test_no_length_is_too_short_or_too_long(length, dtype, name, reading, monkey
     than float32 can hold from 6e4 on, and zero up to 3e-6; its fourth, of the norm of B, from 4e9 on.
     """
     w = torch.eye(4, dtype=dtype).repeat(2, 1, 1)
-    omega = skew(2, 4, 4, dtype=stiefel.in_double(dtype))
+    omega = skew(2, 4, 4, dtype=matrices.in_double(dtype))
     v = (length * omega).to(dtype)
     if not reading:
         never_read(monkeypatch)
     moved, counts = stepped(w, v, name)
     longest = 1e5 if reading else 1.0
     assert counts == {"skipped_blocks": 0, "clamped_steps": 2 if length > longest else 0}
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     if length < 1:
-        torch.testing.assert_close(stiefel.skew(moved), v, rtol=4 * torch.finfo(dtype).eps, atol=length**2)
+        torch.testing.assert_close(matrices.skew(moved), v, rtol=4 * torch.finfo(dtype).eps, atol=length**2)
     else:
         assert float(torch.linalg.matrix_norm(moved - w).min()) > 0.5
 
@@ -346,7 +348,7 @@ def test_a_lone_eigenvalue_of_a_unitary_step(p, t, dtype):
     w = point(2, p, p, dtype=dtype)
     u = point(2, 1, p, seed=4, dtype=dtype)
     moved = retract(w, 1j * t * u.mH @ u @ w, "orthographic")
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     angle = math.asin(t) if t * t < SEAM else math.atan(t)
     expected = w + (complex(math.cos(angle), math.sin(angle)) - 1) * u.mH @ u @ w
     torch.testing.assert_close(moved, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
@@ -379,15 +381,15 @@ def test_a_correction_takes_the_error_off(name, dtype):
     eps = torch.finfo(dtype).eps
     length, distance = 1e-3, 0.3 * OFF_MANIFOLD * eps**0.5
     w = point(3, 8, 8, dtype=torch.complex128 if dtype.is_complex else torch.float64)
-    off = stiefel.sym(gaussian(3, 8, 8, dtype=w.dtype, seed=4))
+    off = matrices.sym(gaussian(3, 8, 8, dtype=w.dtype, seed=4))
     w = ((torch.eye(8) + distance / 2 * off / torch.linalg.matrix_norm(off, keepdim=True)) @ w).to(dtype)
     omega = skew(3, 8, 8, dtype=dtype, bound=length**2)
-    before = float(stiefel.error(w).min())
+    before = float(geometry.error(w).min())
     assert before > 0.9 * distance
-    assert float(stiefel.error(rotated(w, omega, name, correct=False)).min()) > 0.9 * distance
+    assert float(geometry.error(rotated(w, omega, name, correct=False)).min()) > 0.9 * distance
     left = 0.75 * distance**2 + length * distance + 2 * rounding(w)
     assert left < 0.02 * before
-    assert float(stiefel.error(rotated(w, omega, name)).max()) < left
+    assert float(geometry.error(rotated(w, omega, name)).max()) < left
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
@@ -399,12 +401,12 @@ def test_a_point_far_off_is_restored_first(distance, name, dtype):
     omega = skew(3, 6, 6, dtype=dtype, bound=0.01)
     moved = w.clone()
     moved[1] += distance * gaussian(6, 6, dtype=dtype, seed=5) / 6
-    u, _, vh = torch.linalg.svd(stiefel.float64(moved[1]))
+    u, _, vh = torch.linalg.svd(matrices.float64(moved[1]))
     nearest = w.clone()
     nearest[1] = (u @ vh).to(dtype)
     after = rotated(moved, omega, name)
     torch.testing.assert_close(after, rotated(nearest, omega, name), rtol=0, atol=8 * torch.finfo(dtype).eps)
-    assert float(stiefel.error(after).max()) < 2 * rounding(after)
+    assert float(geometry.error(after).max()) < 2 * rounding(after)
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -413,7 +415,7 @@ def test_only_what_is_off_is_restored(dtype):
     w[1] *= 1.5
     w[2] *= 1 + 0.1 * torch.finfo(dtype).eps ** 0.5  # as much as a correction takes off
     before = w.clone()
-    restore_(w, stiefel.float64(w @ w.mH - torch.eye(5)).to(dtype))
+    restore_(w, matrices.float64(w @ w.mH - torch.eye(5)).to(dtype))
     assert torch.equal(w[[0, 2, 3]], before[[0, 2, 3]])
     torch.testing.assert_close(w[1], before[1] / 1.5, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
@@ -484,9 +486,9 @@ def test_a_point_off_the_manifold_is_back_within_an_interval(optimizer, name, sh
             assert orthogonality_error(weight) > 0.1 * distance
         give(weight, step)
         opt.step()
-    error = stiefel.error(weight.detach().view(blocks, p, p))
+    error = geometry.error(weight.detach().view(blocks, p, p))
     # A correction leaves 3/4 |E|^2 of an error up to 2 sqrt(eps), 3 eps.
-    assert float(error.max()) < stiefel.error_at_rounding(p, p, torch.float32) + 3 * torch.finfo(torch.float32).eps
+    assert float(error.max()) < matrices.error_at_rounding(p, p, torch.float32) + 3 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])
@@ -504,7 +506,7 @@ def test_blocks_are_corrected_whenever_their_gradients_come(optimizer, dtype, ev
             weight.grad = gaussian(*weight.shape, dtype=dtype, seed=step) if (step + k) % every == 0 else None
         opt.step()
     for weight, p in zip(weights, (4, 4, 40), strict=True):
-        assert orthogonality_error(weight) <= stiefel.error_at_rounding(p, p, dtype)
+        assert orthogonality_error(weight) <= matrices.error_at_rounding(p, p, dtype)
 
 
 @pytest.mark.parametrize("gain", [1.0, 1.7])
@@ -552,7 +554,7 @@ def test_a_long_step_of_one_block_is_not_felt_by_the_others(name, p, blocks, dty
     others = [k for k in range(blocks) if k != 2]
     for scale in (1.0, 10.0, 1e3, 1e9):
         loud, _ = run(scale)
-        assert float(stiefel.error(loud / gain).max()) < 2 * rounding(loud)
+        assert float(geometry.error(loud / gain).max()) < 2 * rounding(loud)
         assert torch.equal(loud[1], start[1])
         torch.testing.assert_close(loud[others], quiet[others], rtol=0, atol=16 * gain * torch.finfo(dtype).eps)
         assert not torch.equal(loud[2], quiet[2])
@@ -572,7 +574,7 @@ def test_many_steps_as_long_as_they_may_be_stay_at_rounding(p, dtype, name, part
     takes off less: of an error between eigenvectors that are turned by a and -a all but 2 sin(a / 2).
     """
     w = point(2, p, p, dtype=dtype)
-    limit = stiefel.error_at_rounding(p, p, dtype) * (1 if name == "orthographic" else 2)
+    limit = matrices.error_at_rounding(p, p, dtype) * (1 if name == "orthographic" else 2)
     omega = skew(2, p, p, dtype=dtype, rank=alone(dtype), bound=part * reaches(name, dtype)[-1])
     for step in range(1, 61):
         if reading:
@@ -580,7 +582,7 @@ def test_many_steps_as_long_as_they_may_be_stay_at_rounding(p, dtype, name, part
         else:
             w = shortened(w, omega, name)[0]
         if step % 7 == 0:  # between corrections, and right after one
-            assert float(stiefel.error(w).max()) <= limit
+            assert float(geometry.error(w).max()) <= limit
 
 
 @pytest.mark.parametrize("reading", [True, False])
@@ -598,7 +600,7 @@ def test_a_whole_run_stays_at_rounding(dtype, optimizer, name, reading, monkeypa
         give(weight, step)
         weight.grad[:5] *= 1e-3
         opt.step()
-        assert orthogonality_error(weight) <= stiefel.error_at_rounding(5, 5, dtype)
+        assert orthogonality_error(weight) <= matrices.error_at_rounding(5, 5, dtype)
 
 
 # Where nothing can be read.
@@ -616,7 +618,7 @@ def test_where_nothing_can_be_read_short_steps_are_the_same(name, dtype, rank):
     new, short, near = shortened(w, omega, name)
     assert near.all()
     close_to(new[:4], w[:4], omega[:4], name)
-    assert float(stiefel.error(new).max()) < 2 * rounding(new)
+    assert float(geometry.error(new).max()) < 2 * rounding(new)
     assert not short.any()
 
 
@@ -628,12 +630,12 @@ def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, 
     """To the bound on B that the polynomial is for, each block by itself."""
     w = point(3, 8, 8, dtype=dtype)
     end = reaches(name, dtype)[-1]
-    unit = skew(3, 8, 8, dtype=stiefel.in_double(dtype), rank=rank, bound=end)
+    unit = skew(3, 8, 8, dtype=matrices.in_double(dtype), rank=rank, bound=end)
     lengths = torch.tensor([0.5, length, length], dtype=torch.float64)[:, None, None]
     new, short, _ = shortened(w, (unit * lengths).to(dtype), name)
     assert short[:, 0, 0].tolist() == [False, True, True]
-    assert float(stiefel.error(new).max()) < 2 * rounding(new)
-    start, omega = stiefel.float64(w), unit * lengths.clamp_max(1)
+    assert float(geometry.error(new).max()) < 2 * rounding(new)
+    start, omega = matrices.float64(w), unit * lengths.clamp_max(1)
     expected = (
         oracle(start, omega, name) if name == "qr" else (turn_of(omega, name) @ start.to(torch.complex128)) + start
     )
@@ -671,11 +673,11 @@ def test_where_nothing_can_be_read_retractions_are_exact_too(length, name, dtype
     read = retract(w, v, name)
     never_read(monkeypatch)
     moved = retract(w, v, name)
-    assert float(stiefel.error(moved).max()) < 2 * rounding(moved)
+    assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     if length < 0.5:
         torch.testing.assert_close(moved, read, rtol=0, atol=16 * torch.finfo(dtype).eps)
     elif name == "orthographic":
-        turn = stiefel.skew(moved @ w.mH)
+        turn = matrices.skew(moved @ w.mH)
         part = (turn.mH @ (v @ w.mH)).diagonal(dim1=-2, dim2=-1).sum(-1).real / torch.linalg.matrix_norm(v) ** 2
         torch.testing.assert_close(turn, part[:, None, None] * (v @ w.mH), rtol=0, atol=16 * torch.finfo(dtype).eps)
         assert bool((part < 1).all())
@@ -691,7 +693,7 @@ def test_where_nothing_can_be_read_every_block_is_corrected_in_every_step(dtype,
         opt.step()
         if step == 0:
             weight.data *= 1.05
-    assert float(stiefel.error(weight.detach().view(5, 4, 4)).max()) <= stiefel.error_at_rounding(4, 4, dtype)
+    assert float(geometry.error(weight.detach().view(5, 4, 4)).max()) <= matrices.error_at_rounding(4, 4, dtype)
     assert opt._tally.total("clamped_steps") == 0
     opt.param_groups[0]["lr"] = 10.0
     give(weight, 8)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from manifold_opt import spectral
-from manifold_opt.spectral import clip_singular_values, clip_singular_values_, slack, within
+from manifold_opt.linalg import singular_values as spectral
+from manifold_opt.linalg.singular_values import clip_singular_values, clip_singular_values_, slack, within
 
 from .helpers import DTYPES, Memory, gaussian, never_read, point
 

@@ -16,7 +16,8 @@ from manifold_opt import (
     orthogonality_error,
     project_,
 )
-from manifold_opt.stiefel import error, error_at_rounding, random
+from manifold_opt.linalg.matrices import error_at_rounding
+from manifold_opt.stiefel.geometry import error, random
 
 from .helpers import gaussian
 

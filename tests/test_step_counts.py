@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_opt import RETRACTIONS, SGD, Adam, constraint_of, mark_orthogonal
-from manifold_opt import step as step_module
-from manifold_opt.constraint import attach
-from manifold_opt.rotation import CORRECTION_INTERVAL
+from manifold_opt.constraints.tag import attach
+from manifold_opt.optim.engine import step as step_module
+from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
 
 from .helpers import gaussian, point
 

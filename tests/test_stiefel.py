@@ -4,7 +4,9 @@ import geoopt
 import pytest
 import torch
 
-from manifold_opt import nearest_orthogonal, project, retract, stiefel
+from manifold_opt import nearest_orthogonal, project, retract
+from manifold_opt.linalg import matrices
+from manifold_opt.stiefel import geometry
 
 from . import reference
 from .helpers import DTYPES, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, point, rounding, seeded, tangent
@@ -16,7 +18,7 @@ METRICS = ["euclidean", "canonical"]
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES + UNITARY)
 def test_project_is_the_textbook_formula(shape, metric, dtype):
-    double = stiefel.in_double(dtype)
+    double = matrices.in_double(dtype)
     w, g = point(3, *shape, dtype=double), gaussian(3, *shape, dtype=double)
     expected = torch.stack([reference.gradient(a, b, metric) for a, b in zip(w, g, strict=True)])
     # Three products of length n of entries of size one.
@@ -95,7 +97,7 @@ def test_project_agrees_with_geoopt():
 @pytest.mark.parametrize("dtype", FIELDS)
 def test_tall_is_the_transpose_of_wide(shape, metric, dtype):
     w, g = point(*shape, dtype=dtype), gaussian(*shape, dtype=dtype)
-    assert stiefel.error(w) < rounding(w)
+    assert geometry.error(w) < rounding(w)
     torch.testing.assert_close(project(w, g, metric), project(w.mT, g.mT, metric).mT, rtol=0, atol=0)
 
 
@@ -108,7 +110,7 @@ def test_canonical_is_twice_euclidean_on_squares():
 @pytest.mark.parametrize("dtype", FIELDS)
 def test_coordinates_rebuild_the_projection(shape, dtype):
     w, g = point(2, *shape, dtype=dtype), gaussian(2, *shape, dtype=dtype)
-    omega, *normal = stiefel.coordinates(w, g)
+    omega, *normal = geometry.coordinates(w, g)
     torch.testing.assert_close(omega @ w + sum(normal), project(w, g))
 
 
@@ -118,9 +120,9 @@ def test_nearest_orthogonal_is_the_polar_factor(shape, dtype):
     x = gaussian(2, *shape, dtype=dtype)
     q = nearest_orthogonal(x)
     assert q.dtype == dtype
-    assert stiefel.error(q).max() < rounding(q)
+    assert geometry.error(q).max() < rounding(q)
     # X Q^H Hermitian positive semidefinite characterizes the nearest (Higham 2008, theorem 8.4).
-    h = stiefel.float64(x.mH @ q if shape[0] > shape[1] else x @ q.mH)
+    h = matrices.float64(x.mH @ q if shape[0] > shape[1] else x @ q.mH)
     torch.testing.assert_close(h, h.mH, rtol=0, atol=100 * torch.finfo(dtype).eps)
     assert torch.linalg.eigvalsh(h).min() > -100 * torch.finfo(dtype).eps
 
@@ -151,7 +153,7 @@ def test_the_nearest_of_a_determinant(n, det, dtype):
     x = gaussian(40, n, n, dtype=dtype)
     q = nearest_orthogonal(x, det=det)
     assert q.dtype == dtype
-    assert stiefel.error(q).max() < rounding(q)
+    assert geometry.error(q).max() < rounding(q)
     assert torch.equal(torch.linalg.det(q).round(), torch.full((40,), float(det), dtype=dtype))
     free = nearest_orthogonal(x)
     kept = torch.linalg.det(free).sign() == det
@@ -190,8 +192,8 @@ def test_nearest_orthogonal_refuses_a_determinant(x, det, match):
 
 
 def test_random_is_orthogonal_and_uniform():
-    w = stiefel.random(4000, 2, 2, dtype=torch.float64, generator=seeded_once())
-    assert stiefel.error(w).max() < 1e-14
+    w = geometry.random(4000, 2, 2, dtype=torch.float64, generator=seeded_once())
+    assert geometry.error(w).max() < 1e-14
     # Uniform on O(2): both components equally likely, every entry of mean 0 and variance 1/2.
     # Five standard deviations of a mean of 4000.
     assert abs(torch.linalg.det(w).mean()) < 5 / 4000**0.5
@@ -200,8 +202,8 @@ def test_random_is_orthogonal_and_uniform():
 
 def test_random_unitary_matrices_are_uniform():
     """Haar on U(2): det uniform on the circle, entries of mean 0 and E|.|^2 = 1/2, |trace|^2 and |trace|^4 1 and 2."""
-    w = stiefel.random(4000, 2, 2, dtype=torch.complex128, generator=seeded(3))
-    assert stiefel.error(w).max() < 1e-14
+    w = geometry.random(4000, 2, 2, dtype=torch.complex128, generator=seeded(3))
+    assert geometry.error(w).max() < 1e-14
     tolerance = 5 / 4000**0.5
     for power in (1, 2):
         assert (torch.linalg.det(w) ** power).mean().abs() < tolerance
@@ -218,10 +220,10 @@ def seeded_once() -> torch.Generator:
 
 def test_error_by_hand():
     # I - diag(4, 1) has Frobenius norm 3.
-    assert float(stiefel.error(torch.diag(torch.tensor([2.0, 1.0])))) == 3.0
-    assert float(stiefel.error(torch.diag(torch.tensor([2.0j, 1.0])))) == 3.0
-    assert float(stiefel.error(torch.tensor([[1.0, 1.0j]]) / 2**0.5)) < 1e-7  # of A A^T it would be 1
-    assert stiefel.error(torch.tensor([[1.0j]])).dtype == torch.float64
+    assert float(geometry.error(torch.diag(torch.tensor([2.0, 1.0])))) == 3.0
+    assert float(geometry.error(torch.diag(torch.tensor([2.0j, 1.0])))) == 3.0
+    assert float(geometry.error(torch.tensor([[1.0, 1.0j]]) / 2**0.5)) < 1e-7  # of A A^T it would be 1
+    assert geometry.error(torch.tensor([[1.0j]])).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -247,4 +249,4 @@ def test_large_float64_points_count_as_orthogonal():
     """Or they would be projected anew, and lose their bits, whenever an optimizer looks."""
     w = point(1, 600, 600)
     w = retract(w, tangent(w, 1e-3))
-    assert float(stiefel.error(w)) < stiefel.error_at_rounding(600, 600, torch.float64)
+    assert float(geometry.error(w)) < matrices.error_at_rounding(600, 600, torch.float64)

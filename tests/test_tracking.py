@@ -20,10 +20,10 @@ from manifold_opt import (
     mark_unit_norm,
     orthogonality_error,
     project_,
-    survival,
     unmark,
 )
-from manifold_opt.survival import sharded_marks
+from manifold_opt.constraints import persistence as survival
+from manifold_opt.constraints.persistence import sharded_marks
 
 from .helpers import gaussian
 

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, mark_orthogonal, mark_unit_norm, orthogonality_error
-from manifold_opt import buckets as buckets_module
-from manifold_opt.stiefel import error_at_rounding
+from manifold_opt.linalg.matrices import error_at_rounding
+from manifold_opt.optim.engine import bucket as buckets_module
 
 from . import reference
 from .helpers import EXACT, UNITARY, buckets_of, gaussian, never_read, point

@@ -1,10 +1,10 @@
 """The manifolds that parameters can be kept on, one file each."""
 
+from .base import Manifold
 from .geoopt import Geoopt
-from .manifold import Manifold
 from .orthogonal import Orthogonal
 from .positive import Positive
-from .spectral import Spectral
+from .spectral_ball import Spectral
 from .unit_norm import UnitNorm
 
 MANIFOLDS: dict[str, type[Manifold]] = {

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import Shape, Slices, point_norm
-from ..precision import working_dtype
-from ..stiefel import float64
-from .manifold import Manifold
+from ..linalg.matrices import float64
+from ..linalg.precision import working_dtype
+from .base import Manifold
+from .layout import Shape, Slices, point_norm
 from .orthogonal import Orthogonal
 
 

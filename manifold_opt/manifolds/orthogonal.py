@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blocks import Blocks, Shape, can_be_moved
-from ..orthogonalizer import nearest_orthogonal
-from ..schemes import polar
-from ..stiefel import error, error_at_rounding, project
-from .manifold import Manifold
+from ..linalg.matrices import error_at_rounding
+from ..linalg.newton_schulz import nearest_orthogonal
+from ..stiefel.geometry import error, project
+from ..stiefel.schemes import polar
+from .base import Manifold
+from .layout import Blocks, Shape, can_be_moved
 
 Interval = tuple[int, int]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..stiefel import float64
-from .manifold import Manifold
+from ..linalg.matrices import float64
+from .base import Manifold
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How a parameter becomes constrained, and stays so."""

@@ -1,0 +1,109 @@
+r"""The polar factor of a point plus a tangent, by as few products as its length allows.
+
+With :math:`X = W + V` and :math:`D = X X^\top - I`, which is :math:`V V^\top` up to rounding, the factor is
+:math:`(I + D)^{-1/2} X`. D is positive semidefinite, so that its norm says how long an interval a polynomial in D
+has to cover (polynomials.py). Where no polynomial reaches, scaled Newton-Schulz steps come first.
+
+Reference: Higham (2008), *Functions of Matrices*, chapter 8.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .matrices import wide
+from .polynomials import INVERSE_SQRT, polynomial
+from .products import gram, gram_minus_identity, largest_norm, matmul, matmul_add, norm
+from .workspace import Workspace
+
+
+@wide
+def polar_factor(x: Tensor) -> Tensor:
+    r"""Return the orthogonal factor :math:`(X X^\top)^{-1/2} X` of matrices whose singular values are at least one.
+
+    Args:
+        x: ``(..., p, n)``, wide or tall: a point plus a tangent, up to rounding.
+
+    Returns:
+        Points; NaN for a matrix whose Gram matrix is not finite.
+    """
+    batch = x.reshape(-1, *x.shape[-2:]).clone()
+    out = torch.empty_like(batch)
+    if not polar_factor_(batch, out=out, ws=Workspace(None, batch)):
+        finite = norm(gram(batch)).isfinite()
+        out.fill_(math.nan)
+        if bool(finite.any()):
+            out[finite] = polar_factor(batch[finite])
+    return out.view(x.shape)
+
+
+def polar_factor_(x: Tensor, *, out: Tensor, ws: Workspace, expected: float = math.inf) -> bool:
+    r"""Write the orthogonal factor :math:`(X X^\top)^{-1/2} X` to ``out``, where :math:`X X^\top \succeq I`.
+
+    2 T in float32 while the norm of D is below 7e-4, one product of p x p matrices more for every two degrees of the
+    polynomial above that, up to 0.9; beyond, 2 T more for every Newton-Schulz step, which divides the norm by up to 7.
+
+    Args:
+        x: ``(B, p, n)``, wide: a point plus a tangent, up to rounding. Overwritten.
+        out: where the result goes; neither ``x`` nor in ``ws``.
+        ws: buffers.
+        expected: largest norm of D that a point on the manifold plus the tangent can have.
+
+    Returns:
+        False, with ``x`` and ``out`` as they were, if the norm of D is larger than expected or not finite.
+    """
+    d = gram_minus_identity(x, out=ws.a)
+    size = largest_norm(d)
+    if not size <= expected or size == math.inf:
+        return False
+    fits = INVERSE_SQRT[x.dtype]
+    upper = (1 + size) ** 0.5
+    while upper**2 - 1 > fits[-1].reach:
+        upper = _newton_schulz_step_(x, d, upper, spare=out)
+        size = upper**2 - 1
+        gram_minus_identity(x, out=d)
+    c = None
+    if size > fits[0].reach:
+        c = matmul(d, d, out=ws.b)
+        size = min(size, largest_norm(c) ** 0.5)
+    fit = next((fit for fit in fits if size <= fit.reach), fits[-1])
+    s = polynomial(fit.coefficients, d, c, ws, out=ws.d)
+    matmul_add(x, s, x, out=out)
+    return True
+
+
+def _newton_schulz_step_(x: Tensor, d: Tensor, upper: float, *, spare: Tensor) -> float:
+    r"""Move the singular values of ``x`` from [1, ``upper``] to [1, u], in place, and return u.
+
+    One step :math:`X \leftarrow (\tfrac32 m X - \tfrac12 m^3 X X^\top X)/l`, with the scale
+    :math:`m^2 = 3/(1 + u + u^2)` that sends both ends of the interval to the same value l, the least of all.
+
+    Reference: Chen & Chow (2014), *A stable scaling of Newton-Schulz for improving the sign function computation of a
+    Hermitian matrix*.
+    """
+    scale = (3 / (1 + upper + upper**2)) ** 0.5
+    cubic = 0.5 * scale**3
+    lowest = 1.5 * scale - cubic
+    x.copy_(matmul_add(x, d, x, out=spare, alpha=-cubic / lowest))
+    return 1 / lowest
+
+
+def polar_sync_free(w: Tensor, v: Tensor, ws: Workspace) -> tuple[Tensor, Tensor]:
+    """Return the polar factors of ``w + v``, and which steps were shortened, ``(B, 1, 1)``.
+
+    As :func:`polar_factor_`, where no value may be read: by the polynomial of the highest degree for all blocks, to
+    whose reach a longer step is shortened. The norm of a step must not be so large that its eighth power overflows.
+    """
+    fit = INVERSE_SQRT[w.dtype][-1]
+    x = torch.add(w, v, out=ws.x)
+    d = gram_minus_identity(x, out=ws.a)
+    c = matmul(d, d, out=ws.b)
+    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2)  # of the size of D over the reach, squared
+    square = excess.clamp_min(1)
+    factor = square.sqrt()
+    x = torch.addcdiv(w, v, factor.sqrt().to(w.dtype), out=x)
+    s = polynomial(fit.coefficients, d.div_(factor), c.div_(square), ws, out=ws.d)
+    return matmul_add(x, s, x, out=ws.z), excess > 1

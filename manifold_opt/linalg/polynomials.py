@@ -1,0 +1,147 @@
+r"""Polynomials that stand in for functions of a small symmetric matrix, and how far each of them reaches.
+
+A retraction of square blocks needs functions of :math:`B = \Omega\Omega^\top` that vanish at zero:
+:math:`\sqrt{1-x}-1`, :math:`(1+x)^{-1/2}-1` and others. While B is small, a polynomial is as good as the function. A
+:class:`Fit` is such a polynomial, with the largest eigenvalue of B that it is for. The fits of a function are sorted
+by degree, and a step takes the first one that reaches far enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .products import matmul_add
+from .workspace import Workspace
+
+
+class Fit(NamedTuple):
+    """A polynomial without a constant term.
+
+    Attributes:
+        reach: largest eigenvalue of the matrix for which the polynomial is accurate to rounding.
+        coefficients: those of x, x^2, and so on: one, or an even number of them.
+    """
+
+    reach: float
+    coefficients: tuple[float, ...]
+
+
+Fits = dict[torch.dtype, tuple[Fit, ...]]
+
+
+def interpolate(quotient: Callable[[Tensor], Tensor], degree: int, reach: float) -> Fit:
+    r"""Return the polynomial of ``degree`` that equals :math:`x \cdot` ``quotient(x)`` at Chebyshev nodes.
+
+    The nodes are the roots of the Chebyshev polynomial of degree ``degree`` + 1, moved to [0, reach] so that the
+    lowest root is zero. Of all polynomials that vanish there, the interpolant at these nodes is close to the best.
+
+    >>> from manifold_opt.linalg.polynomials import interpolate
+    >>> [round(c, 6) for c in interpolate(lambda x: 3 + 2 * x, degree=2, reach=0.5).coefficients]  # 3 x + 2 x^2
+    [3.0, 2.0]
+    """
+    powers = torch.arange(degree, dtype=torch.float64, device="cpu")
+    roots = (1 - ((torch.arange(degree + 1, dtype=torch.float64, device="cpu") + 0.5) * _step(degree)).cos()) / 2
+    nodes = (roots[1:] - roots[0]) / (1 - roots[0])
+    scaled = torch.linalg.solve(nodes[:, None] ** powers, quotient(reach * nodes))
+    return Fit(reach, tuple((scaled / reach**powers).tolist()))
+
+
+def _step(degree: int) -> float:
+    return math.pi / (degree + 1)
+
+
+def _table(fit: Callable[[int, float], Fit], single: dict[int, float], double: dict[int, float]) -> Fits:
+    """Return the fits for every dtype, from the reach of every degree in single and in double precision."""
+    narrow, wide = (tuple(fit(degree, reach) for degree, reach in table.items()) for table in (single, double))
+    return {torch.float32: narrow, torch.complex64: narrow, torch.float64: wide, torch.complex128: wide}
+
+
+def _taylor(offset: int) -> Callable[[int, float], Fit]:
+    """Return a function that cuts the series of x^k (-1)^k / (2k + offset)! at a degree."""
+
+    def fit(degree: int, reach: float) -> Fit:
+        return Fit(reach, tuple((-1) ** k / math.factorial(2 * k + offset) for k in range(1, degree + 1)))
+
+    return fit
+
+
+# The reaches were found by bisection: up to there, the rotation made of the polynomial satisfies |Q Q^T - I| <= eps/2
+# on every eigenvalue, and in float64, where the coefficients are rounded too, 3 eps/2 (tests/test_polynomials.py).
+SQRT = _table(  # (1 - x)^(1/2) - 1, up to where the orthographic retraction is used
+    lambda degree, reach: interpolate(lambda x: -1 / (1 + (1 - x).sqrt()), degree, reach),
+    {1: 1.18e-3, 2: 2.29e-2, 4: 0.198, 6: 0.42, 8: 0.49},
+    {
+        1: 5e-8,
+        2: 2.85e-5,
+        4: 3.9e-3,
+        6: 3.02e-2,
+        8: 9e-2,
+        10: 0.175,
+        12: 0.271,
+        14: 0.364,
+        16: 0.448,
+        18: 0.49,
+    },
+)
+INVERSE_SQRT = _table(  # (1 + x)^(-1/2) - 1
+    lambda degree, reach: interpolate(lambda x: -1 / ((1 + x).sqrt() * (1 + (1 + x).sqrt())), degree, reach),
+    {1: 6.8e-4, 2: 1.35e-2, 4: 0.149, 6: 0.45, 8: 0.89},
+    {
+        1: 2.9e-8,
+        2: 1.66e-5,
+        4: 2.52e-3,
+        6: 2.14e-2,
+        8: 7.1e-2,
+        10: 0.156,
+        12: 0.276,
+        14: 0.427,
+        16: 0.6,
+        18: 0.8,
+    },
+)
+INVERSE = _table(  # (1 + x/4)^(-1) - 1
+    lambda degree, reach: interpolate(lambda x: -1 / (4 + x), degree, reach),
+    {1: 1.18e-3, 2: 2.9e-2, 4: 0.38, 6: 1.25},
+    {1: 5e-8, 2: 3.58e-5, 4: 6.6e-3, 6: 6.2e-2, 8: 0.218, 10: 0.49, 12: 0.89},
+)
+_EXP = ({1: 8e-4, 2: 2.7e-2, 4: 0.67, 6: 3.6}, {1: 3.5e-8, 2: 3.3e-5, 4: 1.1e-2, 6: 0.17, 8: 0.91})
+COS = _table(_taylor(0), *_EXP)  # cos(x^(1/2)) - 1
+SINC = _table(_taylor(1), *_EXP)  # sin(x^(1/2)) / x^(1/2) - 1
+
+
+def polynomial(
+    coefficients: Sequence[float],
+    b: Tensor,
+    c: Tensor | None,
+    ws: Workspace,
+    *,
+    out: Tensor,
+    onto: Tensor | None = None,
+    spare: Tensor | None = None,
+) -> Tensor:
+    r"""Write ``onto`` :math:`+ c_1 B + c_2 B^2 + \dots` to ``out`` and return it.
+
+    By Horner's rule in C = B^2, with one product for every two degrees above the second: every level is
+    :math:`c_k (B + (c_{k+1} / c_k)\, C)` plus C times the level above it. ``spare`` is overwritten, or B if it is None.
+    """
+    degree = len(coefficients)
+    if onto is None:
+        torch.mul(b, coefficients[0], out=out)
+    else:
+        torch.add(onto, b, alpha=coefficients[0], out=out)
+    if degree == 1 or c is None:
+        return out
+    out.add_(c, alpha=coefficients[1])
+    above, scale = None, 1.0
+    for k in range(degree - 2, 1, -2):
+        level = (b if spare is None else spare) if k == 2 else ws.e if k % 4 == 0 else ws.f
+        torch.add(b, c, alpha=coefficients[k + 1] / coefficients[k], out=level)
+        if above is not None:
+            matmul_add(level, above, c, out=level, beta=coefficients[k], alpha=scale)
+        scale, above = (coefficients[k] if above is None else 1.0), level
+    return out if above is None else matmul_add(out, above, c, out=out, alpha=scale)

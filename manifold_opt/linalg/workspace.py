@@ -1,0 +1,89 @@
+"""Memory that a step needs and the next one needs again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .products import host_can_branch
+
+SQUARE, WIDE = "abcdef", "uwxyz"  # names of buffers (B, p, p) and (B, p, n)
+
+
+class Pool:
+    """Memory of the workspaces of one optimizer: one flat buffer per name and dtype, large enough for each of them.
+
+    >>> import torch
+    >>> from manifold_opt.linalg.workspace import Pool, Workspace
+    >>> pool = Pool()
+    >>> first, second = (Workspace(pool, torch.zeros(count, 2, 3)) for count in (4, 2))
+    >>> first.x.shape, second.x.shape, second.a.shape
+    (torch.Size([4, 2, 3]), torch.Size([2, 2, 3]), torch.Size([2, 2, 2]))
+    >>> first.x.data_ptr() == second.x.data_ptr()  # what was in it is lost
+    True
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._size: dict[tuple[bool, torch.dtype, torch.device], int] = {}
+
+    def announce(self, like: Tensor, square: int, wide: int) -> None:
+        """Let the buffers that are made from now on have so many entries at least."""
+        for is_square, size in ((True, square), (False, wide)):
+            key = (is_square, like.dtype, like.device)
+            self._size[key] = max(size, self._size.get(key, 0))
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return the buffer of a name as a tensor of a shape."""
+        size, key = 1, (name, like.dtype, like.device)
+        for length in shape:
+            size *= length
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < size:
+            announced = self._size.get((name in SQUARE, like.dtype, like.device), 0)
+            flat = self._flat[key] = torch.empty(max(size, announced), dtype=like.dtype, device=like.device)
+        return flat[:size].view(shape)
+
+    def nbytes(self) -> int:
+        """Return the bytes held."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
+class Workspace:
+    """Buffers for a batch of wide matrices ``(B, p, n)``, each made when it is first asked for.
+
+    Attributes:
+        a, b, c, d, e, f: ``(B, p, p)``.
+        u, w, x, y, z: ``(B, p, n)``.
+        readable: whether values of the batch may be read.
+    """
+
+    def __init__(self, pool: Pool | None, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
+        count, p, n = like.shape if shape is None else shape
+        self.readable = host_can_branch(like)
+        self._pool, self._like = pool, like.new_empty(0)
+        self._adjoints: dict[str, Tensor] = {}
+        self._square, self._wide = (count, p, p), (count, p, n)
+        if pool is not None:
+            pool.announce(like, count * p * p, count * p * n)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if len(name) != 1 or name not in SQUARE + WIDE:
+            raise AttributeError(name)
+        shape = self._square if name in SQUARE else self._wide
+        pool = self._pool
+        buffer = self._like.new_empty(shape) if pool is None else pool.take(name, shape, self._like)
+        setattr(self, name, buffer)
+        return buffer
+
+    def adjoint(self, name: str, x: Tensor) -> Tensor:
+        """Return ``x.mH``, a view that is made once: by one name it is always asked for the same tensor."""
+        try:
+            return self._adjoints[name]
+        except KeyError:
+            return self._adjoints.setdefault(name, x.mH)
+
+    def make(self, names: str) -> None:
+        """Make these buffers now, so that there is memory for them before a step writes anything."""
+        for name in names:
+            getattr(self, name)

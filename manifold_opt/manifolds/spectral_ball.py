@@ -1,0 +1,79 @@
+"""Matrices of bounded spectral norm: Lipschitz layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg.matrices import float64
+from ..linalg.precision import working_dtype
+from ..linalg.singular_values import LARGEST, SMALLEST, clip_singular_values_, slack, within
+from .base import Manifold
+from .layout import Blocks, Shape
+
+
+@dataclass(frozen=True)
+class Spectral(Manifold):
+    r"""The constraint of a parameter whose largest singular value is at most ``bound``, flattened to (first, rest).
+
+    A ball, with an inside: there a step is that of torch. One that leads outside ends at the nearest point,
+    :math:`U \min(S, b) V^\top`.
+
+    Attributes:
+        bound: the largest singular value allowed.
+        dim: the dimension that the rows are, when flattened: 1 for a transposed convolution.
+    """
+
+    decays = penalized = True
+    bound: float = 1.0
+    dim: int = 0
+
+    def parts(self, shape: Shape) -> tuple[Blocks, ...]:
+        """One matrix ``(1, p, n)``."""
+        return (Blocks(shape[self.dim], first=self.dim),)
+
+    def project(self, x: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
+        """The gradient itself: the space is flat."""
+        return g
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """The nearest point to x + v."""
+        return clip_singular_values_(x + v, self.bound)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Singular values cut off at the bound."""
+        if not bool(x.isfinite().all()):
+            raise ValueError("the value has entries that are not finite. Initialize it first.")
+        # By the path that looks at values, from however far.
+        return clip_singular_values_(x.cpu(), self.bound).to(x) if x.device.type != "cpu" else self.retract(x, 0 * x)
+
+    def off(self, x: Tensor, allowed: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Which are outside by more than rounding, and their nearest points."""
+        held = x.to(working_dtype(x.dtype))
+        off = self.error(x) > self.rounding(x) if held is not x else ~within(held, self.bound)
+        return off, self.nearest(held[off]).to(x) if bool(off.any()) else x[off]
+
+    def error(self, x: Tensor) -> Tensor:
+        """How far the largest singular value is above the bound, as a share of it."""
+        finite = x.isfinite().all(-1).all(-1)
+        largest = torch.linalg.matrix_norm(float64(torch.where(finite[:, None, None], x, 0)), 2)
+        return torch.where(finite.to(largest.device), (largest / self.bound - 1).clamp_min(0), torch.nan)
+
+    def rounding(self, x: Tensor) -> float:
+        """What may be left of a clipped matrix, and what storing it in less than float32 adds."""
+        stored = torch.finfo(x.dtype).eps if working_dtype(x.dtype) != x.dtype else 0.0
+        return slack(x.to(working_dtype(x.dtype))) + stored
+
+    def problem(self, tensor: Tensor) -> str | None:
+        """A bound out of range, a dimension that it has not."""
+        shape = tuple(tensor.shape)
+        if tensor.ndim < 2:
+            return f"must have at least 2 dimensions, got shape {shape}; a vector has no singular values."
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 0 <= self.dim < len(shape):
+            return f"has shape {shape}: its rows cannot lie along dim={self.dim!r}; give one of 0 to {len(shape) - 1}."
+        number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
+        if not number or not SMALLEST <= self.bound <= LARGEST:
+            return f"needs a bound from {SMALLEST:g} to {LARGEST:g}, got {self.bound!r}. 1.0 makes a layer 1-Lipschitz."
+        return None

@@ -1,0 +1,324 @@
+"""Whether a model and its optimizers still agree on what is constrained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.optimizer import Optimizer
+
+from ..constraints.persistence import has_remembered, records_of
+from ..constraints.tag import constraint_of, is_sharded, off_manifold, was_unmarked
+from ..linalg.precision import MASTER, working_dtype
+from ..manifolds import Manifold, Orthogonal
+from ..manifolds.geoopt import kept_by
+from ..stiefel.retractions import RETRACTIONS
+from .engine.state import check_owner, check_shapes
+from .options import (
+    check_finite,
+    check_gradients,
+    check_marked,
+    check_options,
+    check_sharded,
+    remember_marks,
+    sharded_problem,
+)
+
+_MAX_ENTRIES = 1000  # a longer list in a wrapper is not searched for optimizers
+
+
+def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
+    """List what is wrong with the constraints of a model that an optimizer is to train; empty if all is well.
+
+    It reports that nothing is marked; parameters that have lost their mark, are marked but in no optimizer or in one
+    that does not keep them, are off their manifold by more than rounding, share memory with another parameter, or have
+    state that is not finite or of another dtype or device; marked parameters that an optimizer still moves though they
+    are no longer the model's; and whatever the next step would refuse, with the reason that the step would give.
+
+    Args:
+        model: the module that is trained, or a wrapper of it.
+        opt: its optimizer, of this package or not, or a wrapper of it; or a collection of all that train the model.
+
+    Returns:
+        One sentence per problem, which names the parameter and the remedy.
+
+    Raises:
+        TypeError: not a module and an optimizer.
+
+    >>> import torch
+    >>> from manifold_opt import Adam, check, mark_orthogonal
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> opt = Adam(layer.parameters())
+    >>> check(layer, opt)
+    []
+    >>> layer.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    >>> for problem in check(layer, opt):
+    ...     print(problem)
+    weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place, or a conversion has dropped the mark. Build the optimizer anew: it marks the parameter again.
+    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place first.
+    """  # noqa: E501
+    opts = _optimizers_in(opt)
+    if not isinstance(model, nn.Module) or not opts:
+        raise TypeError(
+            f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
+            f"{type(opt).__name__}."
+        )
+    ours = [one for one in opts if hasattr(one, "_plan")]
+    owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
+    refusals = _refusals(ours)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    lost = dict(_lost(model, opts))
+    problems = [*(f"{name} {what}" for name, what in lost.items()), *refusals.get(None, ())]
+    for name, p in named.items():
+        refused, constraint = refusals.get(id(p), []), constraint_of(p)
+        if name in lost:
+            continue
+        if constraint is None:
+            problems.extend(f"{name}: {reason}" for reason in refused)
+        elif refused:
+            problems.extend(f"{name} cannot be kept {_adjective(constraint)}: {reason}" for reason in refused)
+        else:
+            problems.extend(_unwell(name, p, owners.get(id(p))))
+            problems.extend(_pruned(model, name, lost))
+        problems.extend(_unwell_state(name, p, owners.get(id(p))))
+    problems.extend(_sharing(named, owners))
+    present = {id(p) for p in named.values()}
+    for one in opts:
+        for p in (p for group in one.param_groups for p in group["params"]):
+            if id(p) not in present and constraint_of(p) is not None:
+                problems.append(
+                    f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's. "
+                    "Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place "
+                    "first."
+                )
+    known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_remembered(model)
+    if ours and not problems and not known:
+        problems.append("nothing in the model is marked: mark_recurrent(model), or mark_orthogonal(module, name).")
+    return problems
+
+
+def _optimizers_in(opt: Any) -> list[Any]:
+    """The optimizers in an optimizer, in a wrapper of one or several, or in a collection of such; empty if none is.
+
+    An optimizer of this package or of torch.optim is one. Anything else with parameter groups may be a wrapper, as SAM
+    and ZeroRedundancyOptimizer are, which has the optimizer in one of its attributes; if it has none, it is one itself.
+    """
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+
+    def visit(x: Any) -> bool:
+        """Collect the optimizers in ``x``, and return True if there are any."""
+        if isinstance(x, (nn.Module, Tensor, str, bytes)):
+            return False
+        if id(x) in seen:
+            return hasattr(x, "param_groups")
+        seen[id(x)] = x
+        if not hasattr(x, "param_groups"):
+            # Other iterables are left alone: to look would consume them, and some have no end.
+            some = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+            visited = [visit(y) for y in some] if len(some) < _MAX_ENTRIES else []
+            return any(visited)
+        known = hasattr(x, "_plan") or type(x).__module__.startswith("torch.optim.")
+        # Properties of Accelerate's and Lightning's wrappers, and of ZeroRedundancyOptimizer.
+        inner = [getattr(x, "optimizer", None), getattr(x, "optim", None)]
+        own = [y for key, y in getattr(x, "__dict__", {}).items() if key not in ("param_groups", "state")]
+        visited = [] if known else [visit(y) for y in (*inner, *own)]
+        if not any(visited):
+            found[id(x)] = x
+        return True
+
+    if isinstance(opt, Mapping):
+        opt = list(opt.values())
+    elif isinstance(opt, Iterable) and not isinstance(opt, (nn.Module, Tensor)) and not hasattr(opt, "param_groups"):
+        opt = list(opt)
+    visit(opt)
+    return list(found.values())
+
+
+def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
+    """Names of marked parameters that a module has no more, or not as they were, and what has become of them."""
+    moved = (p for one in opts for group in one.param_groups for p in group["params"])
+    flat = {  # what is in a flat parameter of FSDP1
+        (id(info.module), info.param_name)
+        for p in (*model.parameters(), *moved)
+        for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ()))
+    }
+    for path, module in model.named_modules():
+        for leaf, constraint in records_of(module).items():
+            now = module._parameters.get(leaf)
+            if now is None:  # prune.remove gives the parameter its name back
+                now = module._parameters.get(leaf.removesuffix("_orig"))
+            name = f"{path}.{leaf}" if path else leaf
+            if now is not None and was_unmarked(now):
+                continue
+            if (id(module), leaf) in flat or (now is not None and is_sharded(now)):
+                yield name, sharded_problem(now, constraint)
+            elif now is None or constraint_of(now) != constraint:
+                yield name, _what_became_of(module, leaf, constraint)
+
+
+def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:
+    """How a marked parameter has been lost and what to do, as the end of a sentence that begins with its name."""
+    if module._parameters.get(leaf) is not None:
+        return (
+            f"has lost its constraint {constraint}: another parameter has taken its place, or a conversion has dropped "
+            "the mark. Build the optimizer anew: it marks the parameter again."
+        )
+    if is_parametrized(module, leaf):
+        return (
+            f"was marked as {constraint} and is parametrized since: it is computed from other tensors, and only those "
+            f"stay on a manifold that are marked. remove_parametrizations(module, {leaf!r}), then mark it again; or "
+            "unmark(module), if the parametrization is meant instead."
+        )
+    if f"{leaf}_mask" in module._buffers and f"{leaf}_orig" in module._parameters:
+        return (
+            f"was marked as {constraint} and is pruned since: {leaf}_orig stays on the manifold, its product with the "
+            f"mask does not. To keep the zeros, unmark(module); to undo the pruning, module.{leaf}_mask.fill_(1) and "
+            f"torch.nn.utils.prune.remove(module, {leaf!r})."
+        )
+    return (
+        f"has lost its constraint {constraint}: it is there no more, or computed by a hook like weight_norm. Undo "
+        "that, mark it again and build the optimizer anew; or unmark(module), if it is meant."
+    )
+
+
+def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
+    """What the next step would refuse: by the id of a parameter, and by None what is said of a group.
+
+    As if every parameter had a gradient; where one has none now, it may have one by then.
+    """
+    found: dict[int | None, list[str]] = {}
+
+    def attempt(key: int | None, check_one: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            check_one(*arguments, **options)
+        except (ValueError, RuntimeError, ArithmeticError, TypeError) as refusal:
+            found.setdefault(key, []).append(str(refusal).removeprefix(f"{name}: "))
+
+    for opt in ours:
+        name = type(opt).__name__
+        attempt(None, remember_marks, opt, [p for group in opt.param_groups for p in group["params"]])
+        for k, group in enumerate(opt.param_groups):
+            lacking = [key for key in opt.defaults if key not in group]
+            if lacking:
+                found.setdefault(None, []).append(f"group {k} of the optimizer lacks {', '.join(lacking)}.")
+                continue
+            marked = [p for p in group["params"] if constraint_of(p) is not None]
+            if marked:
+                attempt(None, check_options, name, group)
+            for p in group["params"]:
+                attempt(id(p), check_sharded, name, [p])
+                attempt(id(p), check_owner, name, group, p, opt.state.get(p, {}))
+            for p in marked:
+                attempt(id(p), _check_next_step, opt, group, p)
+    return found
+
+
+def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
+    """Raise what the next step would of one marked parameter, its value aside."""
+    name, constraint = type(opt).__name__, constraint_of(p)
+    assert constraint is not None
+    check_marked(name, p, group)
+    check_shapes(opt, group, p, opt.state.get(p, {}), constraint)
+    if p.grad is not None:
+        check_gradients(name, group, [p], [p.grad])
+        if group["on_fault"] == "raise" and not p.is_meta:
+            check_finite(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
+
+
+def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    """What is wrong with a marked parameter or its value, if its step is not refused. ``opt`` moves it, or None."""
+    constraint = constraint_of(p)
+    assert constraint is not None
+    adjective = _adjective(constraint)
+    if opt is None and p.requires_grad:
+        yield f"{name} is marked, but in no optimizer that check was given, so none of them updates it."
+    if opt is not None and not hasattr(opt, "_plan"):
+        if not kept_by(opt, p):
+            yield _not_kept(name, adjective, opt)
+        return
+    try:
+        off = bool(off_manifold(p, constraint))
+    except ValueError as refusal:
+        yield f"{name} cannot be kept {adjective}: {refusal}"
+        return
+    if off and _is_exact(constraint, p, opt):
+        yield (
+            f"{name} is not {adjective} to rounding: project_(model) puts it back"
+            f"{', and so does the next step' if opt is not None else ''}."
+        )
+
+
+def _pruned(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
+    """Report a marked parameter whose layer uses its product with a mask, unless ``lost`` reports it already."""
+    path, _, leaf = name.rpartition(".")
+    used = leaf.removesuffix("_orig")
+    if f"{path}.{used}".lstrip(".") in lost or used == leaf:
+        return
+    if f"{used}_mask" in model.get_submodule(path)._buffers:
+        yield (
+            f"{name} is marked, but the layer uses its product with {used}_mask, which is not on the manifold. To keep "
+            f"the zeros, unmark(module, {leaf!r}); to keep the constraint, module.{used}_mask.fill_(1) and "
+            f"torch.nn.utils.prune.remove(module, {used!r})."
+        )
+
+
+def _unwell_state(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    """What is wrong with the state of a marked parameter in an optimizer of this package."""
+    if constraint_of(p) is None or p.is_meta or not hasattr(opt, "_plan"):
+        return
+    dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number per block is real
+    for key in (*opt._state_keys, MASTER):
+        value = opt.state.get(p, {}).get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if not value.is_meta and not bool(value.isfinite().all()):
+            yield f"the {key} of {name} is not finite, and its block no longer moves: del opt.state[{name}] resets it."
+        if value.dtype not in dtypes or value.device != p.device:
+            yield (
+                f"{name} is {p.dtype} on {p.device}, its {key} {value.dtype} on {value.device}: the next step converts "
+                "it."
+            )
+
+
+def _not_kept(name: str, adjective: str, opt: Any) -> str:
+    kind = f"{type(opt).__module__}.{type(opt).__name__}"
+    if kind.startswith(("torch.", "geoopt.")):
+        return (
+            f"{name} is marked, but moved by {kind}, which does not keep it {adjective}: use the one of manifold_opt."
+        )
+    return (
+        f"{name} is marked, but moved by {kind}, which is no optimizer of manifold_opt and wraps none that check "
+        f"finds: it cannot say whether that keeps it {adjective}."
+    )
+
+
+def _sharing(named: Mapping[str, Tensor], owners: dict[int, Any]) -> Iterator[str]:
+    """Marked parameters that begin where another one does, so that two are stepped where there is one."""
+    first: dict[int, str] = {}
+    for name, p in {id(p): (name, p) for name, p in named.items() if id(p) in owners}.values():
+        if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_meta or not p.numel():
+            continue
+        other = first.setdefault(p.data_ptr(), name)
+        marked = [n for n in (other, name) if constraint_of(named[n]) is not None]
+        if other != name and marked:
+            yield (
+                f"{other} and {name} are two parameters in one memory, and {' and '.join(marked)} marked: each is "
+                "stepped by itself. Tie the parameter, not its data: other.weight = one.weight."
+            )
+
+
+def _is_exact(constraint: Manifold, p: Tensor, opt: Any) -> bool:
+    """Whether a step ends on the manifold to rounding."""
+    if opt is None or not isinstance(constraint, Orthogonal):
+        return True
+    group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
+    return RETRACTIONS[group["retraction"]].exact
+
+
+def _adjective(constraint: Manifold) -> str:
+    return "orthogonal" if isinstance(constraint, Orthogonal) else f"on {constraint}"

@@ -1,0 +1,1 @@
+"""The step: which parameters move together, their state, and how they move."""

@@ -1,0 +1,128 @@
+"""One step of a bucket of orthogonal blocks.
+
+A step takes one of two paths. On the common one, every block of a batch has a finite gradient, and moves in place.
+Otherwise the blocks with a finite gradient are picked by index, moved, and written back. One comparison chooses the
+path, before any weight or moment is changed. (Where no value may be read there is one path for all, with masks.)
+
+A batch (buckets.py) has points, moments and a workspace ``ws``, whose buffers a, b, c and so on are overwritten in
+every step. A rule (rules.py) makes a direction of the gradient and updates the moments; ``retract_`` (retractions.py)
+moves the points along it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...linalg.products import host_can_branch, largest_norm, norm
+from ...linalg.workspace import Workspace
+from ...stiefel.retractions import Settings, retract_
+from ...stiefel.rotation import CORRECTION_INTERVAL
+from ..options import LARGEST_GRADIENT, Group
+from ..rules import Rule
+from .bucket import Batch, Bucket
+from .context import StepContext, finite_points
+
+
+@dataclass
+class Step:
+    """Settings of one step, the same for all blocks of a bucket.
+
+    Attributes:
+        rule: how a direction is made: its function for square blocks, that for others, and their options.
+        retraction: how the blocks move along it.
+        maximize: whether the objective is maximized.
+        context: counts, and what a GradScaler leaves.
+    """
+
+    rule: Rule
+    retraction: Settings
+    maximize: bool
+    context: StepContext
+
+
+def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext) -> None:
+    """Take one step with all blocks of a bucket."""
+    count = bucket.shared_step
+    correct = count is None or count % CORRECTION_INTERVAL[bucket.working] == 0
+    retraction = Settings(group["retraction"], group, context.counters.count, correct)
+    step = Step(rule, retraction, group["maximize"], context)
+    views = bucket.gather(context.pool)
+    gradients = bucket.gradients(context.pool)
+    for batch in views.batches:
+        g = gradients if len(views.batches) == 1 else gradients[batch.rows]
+        if bucket.plain and context.grad_scale is None and not step.maximize:
+            update(batch.points, g, batch.moments, batch.ws, step)
+        else:
+            _update_scaled(batch, g, bucket.gain, step)
+    if bucket.gathered:
+        bucket.scatter_(views)
+
+
+def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """Move blocks ``(B, p, n)``, and their moments, in place."""
+    if not ws.readable:
+        return _update_sync_free(w, g, moments, ws, step)
+    # The gradient in the frame of W, for square blocks.
+    a = torch.bmm(g, ws.adjoint("w", w), out=ws.a) if w.shape[-2] == w.shape[-1] else g
+    if largest_norm(a) <= LARGEST_GRADIENT[w.dtype]:
+        return _move(w, g, a, moments, ws, step)
+    index = finite_points(norm(a), LARGEST_GRADIENT[w.dtype], step.context).nonzero()[:, 0]
+    if len(index) == 0:
+        return None
+    point, gradient, held = w[index], g[index], {key: moment[index] for key, moment in moments.items()}
+    some = gradient if a is g else a[index]
+    _move(point, gradient, some, held, Workspace(None, point), step)
+    w[index] = point
+    for key, moment in held.items():
+        moments[key][index] = moment
+    return None
+
+
+def _move(w: Tensor, g: Tensor, a: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """Move blocks whose gradient is finite: direction, and retraction."""
+    square, wide, options = step.rule
+    v = wide(w, g, moments, ws, options) if a is g else square(a, moments, ws, options)
+    retract_(w, v, ws, step.retraction)
+
+
+def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """As :func:`update`, where no value may be read: blocks that are not to move have a zero gradient, and step."""
+    (square, wide, options), is_square = step.rule, w.shape[-2] == w.shape[-1]
+    a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
+    finite = norm(a, keepdim=True).le_(LARGEST_GRADIENT[w.dtype])  # one or zero: zero where it is NaN
+    overflow = step.context.found_inf
+    going = None if overflow is None else overflow.to(w.device) == 0
+    a = a.masked_fill_(finite == 0, 0) if is_square else a.masked_fill(finite == 0, 0)  # gradients are not written to
+    options.finite, step.retraction.finite = finite if going is None else finite * going, finite
+    v = square(a, moments, ws, options) if is_square else wide(w, a, moments, ws, options)
+    if going is not None:
+        v.mul_(going)
+    retract_(w, v, ws, step.retraction)
+
+
+def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
+    """Return gradients as a step takes them: of the dtype of the points, unscaled, and of a function to minimize."""
+    g = g.to(points.dtype).resolve_conj()
+    if step.context.grad_scale is not None:
+        g = g / step.context.grad_scale.to(g)
+    return -g if step.maximize else g
+
+
+def _update_scaled(batch: Batch, g: Tensor, gain: float, step: Step) -> None:
+    """Move parameters with a gain, or in low precision. Blocks that do not move are not rewritten."""
+    points, values = batch.points, batch.values
+    if gain == 1 and values is not None and host_can_branch(points) and torch.equal(points.to(values.dtype), values):
+        update(points, _gradient(g, points, step), batch.moments, batch.ws, step)
+        values.copy_(points)
+        return
+    w = torch.div(points, gain, out=batch.ws.u) if gain != 1 else points
+    before = w.clone()
+    update(w, _gradient(g, points, step), batch.moments, batch.ws, step)
+    moved = (w != before).any(-1, keepdim=True).any(-2, keepdim=True)
+    if gain != 1:
+        points.copy_(torch.where(moved, w * gain, points))
+    if values is not None:
+        values.copy_(torch.where(moved, points.to(values.dtype), values))

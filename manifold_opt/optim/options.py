@@ -1,0 +1,279 @@
+"""What a parameter group may say about its marked parameters, and what is refused at the door."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..constraints.persistence import remembered, sharded_marks
+from ..constraints.tag import DTYPES, adopt, attach, constraint_of, free, is_sharded, was_unmarked
+from ..linalg.precision import working_dtype
+from ..manifolds import Manifold
+from ..manifolds.layout import overlap_problem, point_norm, points_of
+from ..stiefel.retractions import check_retraction
+from .directions.stiefel import SECOND_MOMENTS
+
+Group = dict[str, Any]
+# Options of this package, which a group of torch.optim does not have.
+OPTIONS = ("retraction", "metric", "orthogonal_lr_scale", "second_moment", "beta", "correction_steps", "on_fault")
+OnFault = Literal["skip", "raise"]
+ON_FAULT: tuple[str, ...] = get_args(OnFault)
+
+
+def with_options(params: ParamsT, options: Group) -> ParamsT:
+    """Put the package's options into every group: torch's constructors let them through there."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        return params  # torch says what is wrong with that, or first with an option
+    groups: list[Any] = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    for group in groups:
+        if isinstance(group, dict):  # torch says what is wrong with others
+            for name, value in options.items():
+                group.setdefault(name, value)
+    return groups
+
+
+def add_param_group(self: Optimizer, param_group: Group) -> None:
+    """Add a parameter group, as in torch.optim; it may set any option of the constructor."""
+    if isinstance(param_group, dict):
+        if not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+        param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
+        if hasattr(self, "_plan"):  # or the constructor does it, once for all groups
+            restore_marks(self, _tensors_in(param_group["params"]))
+        check_group(type(self).__name__, {**self.defaults, **param_group})
+    Optimizer.add_param_group(self, param_group)
+    if hasattr(self, "_plan"):
+        _store_marks(self, self.param_groups[-1]["params"])
+
+
+def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
+    """Mark the parameters that should have a mark and have none, unless they were unmarked, and return them.
+
+    One has had a mark that this optimizer knows of: torch.utils.swap_tensors, by which a module may convert or load its
+    parameters, drops what is an attribute. Or it stands where a module remembers a mark.
+    """
+    bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
+    places = remembered(bare) if bare else {}
+    restored = []
+    for p in bare:
+        if p in optimizer._marks:
+            constraint = optimizer._marks[p]
+        elif id(p) in places and p.requires_grad:
+            label, constraint = places[id(p)]
+            if constraint is not None:
+                check_restored(type(optimizer).__name__, label, p, constraint)
+        else:
+            continue
+        if constraint is None:
+            free(p)
+        else:
+            attach(p, constraint)
+            restored.append(p)
+    return restored
+
+
+def check_restored(name: str, label: str, parameter: Tensor, constraint: Manifold) -> None:
+    """Raise a ValueError if a parameter cannot have the mark that its module remembers."""
+    problem = constraint.problem(parameter)
+    if parameter.dtype not in DTYPES:
+        problem = f"has dtype {parameter.dtype}, which cannot be marked."
+    if problem:
+        raise ValueError(
+            f"{name}: {label} was marked as {constraint}, and the parameter that has taken its place {problem} "
+            "unmark(module, name) trains it unconstrained; mark it anew if it is to be constrained."
+        )
+
+
+def remember_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
+    """Give parameters the marks that they should have, store the marks of all, and return those that got one."""
+    restored = restore_marks(optimizer, parameters)
+    _store_marks(optimizer, parameters)
+    return restored
+
+
+def _store_marks(optimizer: Any, parameters: list[Tensor]) -> None:
+    for p in parameters:
+        constraint = constraint_of(p)
+        if constraint is not None:
+            optimizer._marks[p] = constraint
+            adopt(p)
+        elif was_unmarked(p):
+            optimizer._marks[p] = None
+        else:
+            optimizer._marks.pop(p, None)
+
+
+def forget_marks(optimizer: Any) -> None:
+    """Forget parameters that have left the optimizer, so that they are freed."""
+    here = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer._marks = {p: constraint for p, constraint in optimizer._marks.items() if id(p) in here}
+
+
+def check_group(name: str, group: Group) -> None:
+    """Raise a ValueError that names the remedy, unless the options are in range and its members can honour them."""
+    parameters = _tensors_in(group["params"])
+    marked = [p for p in parameters if constraint_of(p) is not None]
+    check_options(name, group, marked=bool(marked))
+    check_sharded(name, parameters)
+    for parameter in marked:
+        check_marked(name, parameter, group)
+
+
+def check_sharded(name: str, parameters: list[Tensor]) -> None:
+    """Raise a ValueError if a shard stands where a module remembers a marked parameter."""
+    for shard, label, constraint in sharded_marks(parameters):
+        raise ValueError(f"{name}: {label} {sharded_problem(shard, constraint)}")
+
+
+def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
+    """What is wrong with a shard of a marked parameter, as the end of a sentence that begins with its name."""
+    kind, remedy = "a DTensor", "fully_shard(module, ignored_params={parameter})"
+    if not hasattr(shard, "placements"):
+        kind = "a part of a flat parameter of FSDP1"
+        remedy = "FullyShardedDataParallel(model, ignored_modules=[module])"
+    return (
+        f"was marked as {constraint} and has been sharded since: it is {kind}, of which no process has the whole. "
+        f"Leave it out of the sharding, as with {remedy}, and average its gradient; or call unmark on its module to "
+        "train it unconstrained."
+    )
+
+
+def _tensors_in(members: Any) -> list[Tensor]:
+    """The tensors of a group that is to be added, named or not; torch says what is wrong with anything else."""
+    listed = [members] if isinstance(members, Tensor) else members
+    tensors = (member[1] if isinstance(member, tuple) else member for member in listed)
+    return [p for p in tensors if isinstance(p, Tensor)]
+
+
+def check_options(name: str, group: Group, *, marked: bool = True) -> None:
+    """Raise a ValueError that names the remedy, unless the options are in range and fit marked parameters."""
+    options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
+    check_retraction(name, group["retraction"], **options)
+    if not 0 <= group["orthogonal_lr_scale"] < math.inf:
+        raise ValueError(
+            f"{name}: orthogonal_lr_scale must be finite and at least 0, got {group['orthogonal_lr_scale']}."
+        )
+    if group.get("second_moment", "element") not in SECOND_MOMENTS:
+        raise ValueError(
+            f"{name}: second_moment must be one of {', '.join(SECOND_MOMENTS)}, got {group['second_moment']!r}."
+        )
+    if group["on_fault"] not in ON_FAULT:
+        raise ValueError(f"{name}: on_fault must be one of {', '.join(ON_FAULT)}, got {group['on_fault']!r}.")
+    for option in ("differentiable", "fused"):
+        if marked and group.get(option):
+            raise ValueError(
+                f"{name}: {option}=True cannot be honoured for a marked parameter. "
+                f"Give the marked parameters a group of their own with {option}=False."
+            )
+
+
+# Frobenius norm of the gradient of a block up to which the squares that a step takes are finite.
+LARGEST_GRADIENT = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYPES}
+
+
+def shape_in(group: Group, parameter: Tensor) -> str:
+    """The shape of a parameter for a message, and its name where the optimizer has been given named parameters."""
+    named = zip(group.get("param_names", ()), group["params"], strict=False)
+    return f"{tuple(parameter.shape)}" + next((f" ({name})" for name, p in named if p is parameter), "")
+
+
+def check_marked(name: str, parameter: Tensor, group: Group) -> None:
+    """Raise a ValueError unless the dtype, the memory format and the group's options let a marked parameter step."""
+    if parameter.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: a marked parameter of shape {shape_in(group, parameter)} has dtype {parameter.dtype}; only "
+            "float32, float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
+        )
+    constraint = constraint_of(parameter)
+    if constraint is not None and is_sharded(parameter):
+        raise ValueError(
+            f"{name}: a parameter of shape {shape_in(group, parameter)} {sharded_problem(parameter, constraint)}"
+        )
+    problem = None if constraint is None else overlap_problem(parameter) or constraint.problem(parameter)
+    if problem:
+        problem = f" {problem}".replace(f" has shape {tuple(parameter.shape)}", "", 1)  # once is enough
+        raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)}{problem}")
+    if constraint is not None and constraint.rest(parameter.shape):
+        _check_rest(name, parameter, group)
+
+
+def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
+    """Rows in no block are torch's to step, which holds a moment for every entry, in the parameter's dtype."""
+    if group.get("second_moment") == "block":
+        raise ValueError(
+            f"{name}: second_moment='block' holds none for the rows of a parameter of shape "
+            f"{shape_in(group, parameter)} that are not marked. Mark all of them, or make two parameters of it."
+        )
+
+
+def check_gradients(name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """Raise a RuntimeError unless the gradients of marked parameters are dense, and of their dtype and device."""
+    if not all(g.layout is torch.strided for g in gradients):
+        p = next(p for p, g in zip(parameters, gradients, strict=True) if g.layout is not torch.strided)
+        raise RuntimeError(
+            f"{name}: a marked parameter of shape {shape_in(group, p)} has a sparse gradient; it must be dense."
+        )
+    if list(map(Tensor.numel, parameters)) != list(map(Tensor.numel, gradients)):
+        p, g = next((p, g) for p, g in zip(parameters, gradients, strict=True) if p.numel() != g.numel())
+        raise RuntimeError(
+            f"{name}: a marked parameter has shape {shape_in(group, p)}, its gradient {tuple(g.shape)}. Call "
+            "zero_grad() after changing the shape of a parameter."
+        )
+    if not all(g.dtype == p.dtype and g.device == p.device for p, g in zip(parameters, gradients, strict=True)):
+        p, g = next(
+            (p, g) for p, g in zip(parameters, gradients, strict=True) if (g.dtype, g.device) != (p.dtype, p.device)
+        )
+        raise RuntimeError(
+            f"{name}: a marked parameter of shape {shape_in(group, p)} is {p.dtype} on {p.device}, its gradient "
+            f"{g.dtype} on {g.device}. Call zero_grad() after converting a model."
+        )
+
+
+@torch.no_grad()
+def check_finite(
+    name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None
+) -> None:
+    """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device.
+
+    Gradients may be scaled: a step will divide them by ``scale``.
+    """
+    for p, scaled in zip(parameters, gradients, strict=True):
+        g = scaled.to(working_dtype(scaled.dtype))
+        g = g if scale is None else g / scale.to(g)
+        limit = LARGEST_GRADIENT[g.dtype]
+        if float(torch.linalg.vector_norm(g)) <= limit:
+            continue
+        constraint = constraint_of(p)
+        assert constraint is not None
+        before = 0
+        for part in constraint.parts(p.shape):
+            points = points_of(part, g)
+            sound = point_norm(points, part.dims) <= limit
+            if not bool(sound.all()):
+                index = constraint.index_of(before + int((~sound).nonzero()[0, 0]))
+                raise FloatingPointError(
+                    f"{name}: the gradient of {constraint.point_name} {index} of a marked parameter of shape "
+                    f"{shape_in(group, p)} is not finite, or its squares are not, and on_fault='raise'. Nothing was "
+                    "changed."
+                )
+            before += len(points)
+
+
+def fill_options(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+    """Give loaded groups the options that they lack, from the groups whose place they take.
+
+    A checkpoint of torch.optim lacks those of this package. One that is loaded by name, to parameters in other groups,
+    may leave a group none at all, which torch would stumble over in the next step.
+    """
+    for k, group in enumerate(loaded.get("param_groups", ())):
+        own = optimizer.param_groups[k] if hasattr(optimizer, "param_groups") else loaded["defaults"]
+        for key in OPTIONS if "lr" in group else own:
+            if key in own:
+                group.setdefault(key, own[key])

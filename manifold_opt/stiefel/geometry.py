@@ -1,0 +1,134 @@
+r"""The geometry of the Stiefel manifold, as pure functions on batches ``(..., p, n)``, real or complex.
+
+A point is a *wide* matrix (``p <= n``) with orthonormal rows, :math:`W W^\mathsf{H} = I_p`. A tall matrix
+(``p > n``, orthonormal columns) is the transpose of such a point and is treated as one. The tangent
+space at :math:`W` is
+
+.. math:: T_W = \{V : V W^\mathsf{H} + W V^\mathsf{H} = 0\}
+              = \{\Omega W + N : \Omega^\mathsf{H} = -\Omega,\; N W^\mathsf{H} = 0\},
+
+with a rotational part :math:`\Omega = V W^\mathsf{H}` and a normal part :math:`N`, absent when ``p == n``.
+
+:math:`A^\mathsf{H}` is the conjugate transpose, of real matrices the transpose :math:`A^\top`, and where a module is
+written with :math:`\top`, that is what is meant. Of complex matrices :math:`\Omega` keeps its imaginary diagonal. Inner
+products are those of the real and imaginary parts, :math:`\operatorname{Re} \operatorname{tr}(A^\mathsf{H} B)`, and
+gradients are as torch has them, :math:`\partial f/\partial \operatorname{Re} W + i\,\partial f/\partial
+\operatorname{Im} W`.
+
+Reference: Edelman, Arias & Smith (1998), *The geometry of algorithms with orthogonality constraints*.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..linalg.matrices import DTYPES, check_whole, float64, in_double, is_tall, skew, sym, wide
+
+Metric = Literal["euclidean", "canonical"]
+METRICS: tuple[str, ...] = get_args(Metric)
+
+
+def project(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
+    r"""Riemannian gradient at ``w`` of a function with Euclidean gradient ``g``.
+
+    .. math::
+        \text{euclidean: } G - \operatorname{sym}(G W^\mathsf{H}) W \qquad
+        \text{canonical: } G - W G^\mathsf{H} W
+
+    The first is also the orthogonal projection onto the tangent space: it leaves tangents as they are.
+    The second is not; on a square matrix it is twice the first.
+
+    Args:
+        w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns: float32, float64, complex64 or
+            complex128.
+        g: Euclidean gradients, same shape and dtype.
+        metric: ``"euclidean"`` or ``"canonical"``.
+
+    Returns:
+        Tangents at ``w``, same shape.
+
+    Raises:
+        ValueError: unknown metric, or shapes or dtypes of ``w`` and ``g`` that differ.
+
+    Reference: Edelman, Arias & Smith (1998), equation 2.53 and section 2.2.1.
+
+    >>> import torch
+    >>> from manifold_opt import project
+    >>> w = torch.eye(2)
+    >>> project(w, torch.tensor([[5.0, 1.0], [3.0, 7.0]]))
+    tensor([[ 0., -1.],
+            [ 1.,  0.]])
+    >>> project(torch.tensor([[1.0j]]), torch.tensor([[3.0 + 4.0j]]))  # the unit circle, at its top
+    tensor([[3.+0.j]])
+    """
+    check_metric("project", metric)
+    check_pair("project", w, g)
+    return _project(w, g, metric=metric)
+
+
+@wide
+def _project(w: Tensor, g: Tensor, *, metric: Metric) -> Tensor:
+    if metric == "canonical":
+        return g - w @ g.mH @ w
+    if w.shape[-2] == w.shape[-1]:
+        return skew(g @ w.mH) @ w
+    return g - sym(g @ w.mH) @ w
+
+
+def transport(w: Tensor, v: Tensor) -> Tensor:
+    r"""Bring ``v``, tangent at a nearby point, into the tangent space at ``w`` by orthogonal projection.
+
+    Reference: Absil, Mahony & Sepulchre (2008), section 8.1.3, vector transport by projection.
+    """
+    return _project(w, v, metric="euclidean")
+
+
+def coordinates(w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    r"""Coordinates :math:`(\Omega, N)` of the projection of ``g``, wide; :math:`(\Omega)` alone if square."""
+    along = g @ w.mH
+    return (skew(along),) if w.shape[-2] == w.shape[-1] else (skew(along), g - along @ w)
+
+
+def random(
+    *shape: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Points of shape ``(..., p, n)`` drawn from the uniform (Haar) distribution: unitary ones for a complex dtype."""
+    *batch, p, n = shape
+    dtype = dtype or torch.get_default_dtype()
+    gaussian = torch.randn(*batch, max(p, n), min(p, n), dtype=in_double(dtype), device=device, generator=generator)
+    q, r = torch.linalg.qr(gaussian)
+    # QR alone is not uniform: the phases of its diagonal depend on the algorithm (Mezzadri 2007).
+    q = q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)
+    return (q if p >= n else q.mT).to(dtype)
+
+
+def error(x: Tensor) -> Tensor:
+    r"""Distance from orthogonality, :math:`\|I - W W^\mathsf{H}\|_F` of each matrix, in float64: ``(...)``."""
+    x = float64(x)
+    gram = x.mH @ x if is_tall(x) else x @ x.mH
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.matrix_norm(identity - gram)
+
+
+def check_metric(name: str, metric: str) -> None:
+    """Raise a ValueError that lists the metrics, unless ``metric`` is one."""
+    if metric not in METRICS:
+        raise ValueError(f"{name}: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+
+
+def check_pair(name: str, w: Tensor, v: Tensor) -> None:
+    """Raise a ValueError unless ``w`` and ``v`` are matrices of one shape and one dtype of :data:`DTYPES`."""
+    check_whole(name, w)
+    check_whole(name, v)
+    if w.ndim < 2 or w.shape != v.shape or w.dtype != v.dtype or w.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: needs two floating-point tensors (..., p, n) of the same shape and dtype, float32, float64, "
+            "complex64 or complex128, got "
+            f"{tuple(w.shape)} {w.dtype} and {tuple(v.shape)} {v.dtype}."
+        )
