@@ -19,8 +19,8 @@ from .constraints.tag import constraint_of
 from .constraints.validation import unmark
 from .linalg.newton_schulz import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
-from .optim.check import check
 from .optim import SGD, Adam, AdamW
+from .optim.check import check
 from .stiefel.geometry import project
 from .stiefel.retractions import RETRACTIONS, Retraction, retract
 

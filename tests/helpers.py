@@ -104,7 +104,7 @@ def never_read(monkeypatch) -> None:
 
 def buckets_of(opt: torch.optim.Optimizer) -> list:
     """The buckets of an optimizer that has made a step."""
-    return [bucket for _, bucket in opt._plan.work]
+    return [bucket for _, bucket in opt._engine.plan.work]
 
 
 def blocks_of(parameter: Tensor) -> Tensor:

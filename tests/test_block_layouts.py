@@ -183,7 +183,7 @@ def test_the_parameter_stays_where_it_is_and_on_its_manifold(layout):
     for step in range(30):
         weight.grad = gaussian(*weight.shape, dtype=torch.float32, seed=step)
         opt.step()
-        plans.append(opt._plan)
+        plans.append(opt._engine.plan)
     assert weight.data_ptr() == pointer
     assert plans[-1] is plans[0]  # nothing is found anew, or converted, in a step
     assert all(float(error(block)) < rounding(block) for block in cut(weight.detach(), LAYOUTS[layout][1])[0])

@@ -155,7 +155,7 @@ def test_a_bucket_of_one_views_and_a_bucket_of_many_shares_its_state():
     run([large, *small], opt, 2)
     lone, shared = sorted(buckets_of(opt), key=lambda bucket: bucket.gathered)
     assert lone.moments["exp_avg"].data_ptr() == opt.state[large]["exp_avg"].data_ptr()
-    assert lone.view([large], "point", opt._plan.pool).data_ptr() == large.data_ptr()
+    assert lone.view([large], "point", opt._engine.plan.pool).data_ptr() == large.data_ptr()
     storages = {opt.state[p]["exp_avg"].untyped_storage().data_ptr() for p in small}
     assert storages == {shared.moments["exp_avg"].untyped_storage().data_ptr()}
     assert opt.state[small[2]]["exp_avg"].shape == (6, 6)
@@ -350,7 +350,7 @@ def transient_bytes(opt, weights, scale=1.0):
     events = sorted(
         (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
     )
-    return opt._plan.pool.nbytes() + max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+    return opt._engine.plan.pool.nbytes() + max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -412,7 +412,9 @@ def on_meta(weights):
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 def test_nothing_off_the_cpu_is_read(rule, retraction, options, monkeypatch):
     """Tensors without values: whoever asks for one is told off."""
-    monkeypatch.setattr(step_module, "_restore", lambda *_: None)  # looks at weights written to from outside only
+    monkeypatch.setattr(
+        step_module, "restore_overwritten", lambda *_: None
+    )  # looks at weights written to from outside only
     weights = list(on_meta([*a_zoo()[:12], parameter(40, 40), parameter(33, 70)]))
     opt = RULES[rule](weights, retraction=retraction, **options)
     for _ in range(2):
@@ -474,7 +476,7 @@ def test_a_fixed_number_of_products_is_exact_at_any_rate(rule, rate, dtype, monk
 
 def test_a_captured_step_counts_on_the_device(monkeypatch):
     """From when it is asked for: another device than the host's, here one without values."""
-    monkeypatch.setattr(step_module, "_restore", lambda *_: None)
+    monkeypatch.setattr(step_module, "restore_overwritten", lambda *_: None)
     (weight,) = on_meta([parameter(4, 4)])
     weight.grad = torch.empty_like(weight)
     opt = Adam([weight], lr=torch.tensor(0.01))

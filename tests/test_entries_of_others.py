@@ -77,7 +77,9 @@ def test_other_entries_are_loaded_as_torch_loads_them(rule):
     resumed = RULES[rule]([weight])
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert resumed.state[weight]["z"].dtype == torch.bfloat16
-    assert {resumed.state[weight][key].dtype for key in opt._state_keys if key in opt.state[weight]} == {torch.float32}
+    assert {resumed.state[weight][key].dtype for key in opt._algorithm.state_keys if key in opt.state[weight]} == {
+        torch.float32
+    }
 
 
 def test_a_point_kept_by_a_wrapper_is_no_moment():

@@ -91,7 +91,7 @@ def test_parameters_that_have_left_are_freed(way, mark, rule):
         step(opt)
     assert sum(old() is not None for old in alive) == 0
     here = {id(p) for group in opt.param_groups for p in group["params"]}
-    assert {id(p) for p in opt._marks} <= here
+    assert {id(p) for p in opt._engine.constraints} <= here
 
 
 def test_a_free_parameter_that_leaves_is_freed_at_once():

@@ -694,9 +694,9 @@ def test_where_nothing_can_be_read_every_block_is_corrected_in_every_step(dtype,
         if step == 0:
             weight.data *= 1.05
     assert float(geometry.error(weight.detach().view(5, 4, 4)).max()) <= matrices.error_at_rounding(4, 4, dtype)
-    assert opt._tally.total("clamped_steps") == 0
+    assert opt._engine.counters.total("clamped_steps") == 0
     opt.param_groups[0]["lr"] = 10.0
     give(weight, 8)
     weight.grad[:4] *= 1e-6
     opt.step()
-    assert opt._tally.total("clamped_steps") == 4
+    assert opt._engine.counters.total("clamped_steps") == 4

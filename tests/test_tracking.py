@@ -292,7 +292,7 @@ def test_a_step_of_no_group_is_none():
     opt.param_groups.clear()
     opt.state.clear()
     opt.step()
-    assert not opt._marks
+    assert not opt._engine.constraints
 
 
 def test_a_group_that_lacks_an_option_is_said_to():

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
@@ -25,6 +25,12 @@ from .tag import attach, constraint_of, free, is_sharded, was_unmarked
 
 _RECORD = "_manifold_opt_record"
 _lock = threading.RLock()  # of what follows: modules are copied and marked in several threads
+
+
+class ConstraintTable(Protocol):
+    """What an optimizer remembers of its parameters: the constraint of each, None for one that was unmarked."""
+
+    constraints: dict[Tensor, Manifold | None]
 
 
 class ModuleRecord:
@@ -52,7 +58,7 @@ class ModuleRecord:
 
 
 _records: weakref.WeakSet[ModuleRecord] = weakref.WeakSet()  # of all modules that are alive
-_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+_tables: weakref.WeakSet[ConstraintTable] = weakref.WeakSet()  # of all optimizers that are alive
 
 
 def _register(record: ModuleRecord) -> None:
@@ -60,10 +66,10 @@ def _register(record: ModuleRecord) -> None:
         _records.add(record)
 
 
-def remember_optimizer(optimizer: Any) -> None:
-    """Let an optimizer be told when a parameter is unmarked: it remembers marks itself."""
+def register_table(table: ConstraintTable) -> None:
+    """Let ``table.constraints`` be changed where a parameter in it is unmarked."""
     with _lock:
-        _optimizers.add(optimizer)
+        _tables.add(table)
 
 
 def record(module: nn.Module, name: str, constraint: Manifold, label: str) -> None:
@@ -149,10 +155,9 @@ def forget(parameters: Iterable[Tensor]) -> None:
     parameters = list(parameters)
     known = {id(known.parameters[name]) for known, name in _set_in_records(parameters, None)}
     with _lock:
-        for optimizer in _optimizers:
-            marks = optimizer._marks
-            for p in marks.keys() & set(parameters):
-                marks[p] = None
+        for table in _tables:
+            for p in table.constraints.keys() & set(parameters):
+                table.constraints[p] = None
                 known.add(id(p))
     for p in parameters:
         if constraint_of(p) is not None or id(p) in known:

@@ -1,5 +1,6 @@
 """Optimizers of torch.optim that keep marked parameters on their manifold."""
 
-from .optimizers import SGD, Adam, AdamW
+from .adam import Adam, AdamW
+from .sgd import SGD
 
 __all__ = ["SGD", "Adam", "AdamW"]

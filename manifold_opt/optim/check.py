@@ -16,6 +16,7 @@ from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
 from ..manifolds.geoopt import kept_by
 from ..stiefel.retractions import RETRACTIONS
+from .engine.optimizer import ManifoldOptimizer
 from .engine.state import check_owner, check_shapes
 from .options import (
     check_finite,
@@ -67,7 +68,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
             f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
             f"{type(opt).__name__}."
         )
-    ours = [one for one in opts if hasattr(one, "_plan")]
+    ours = [one for one in opts if isinstance(one, ManifoldOptimizer)]
     owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
     refusals = _refusals(ours)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -122,7 +123,7 @@ def _optimizers_in(opt: Any) -> list[Any]:
             some = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
             visited = [visit(y) for y in some] if len(some) < _MAX_ENTRIES else []
             return any(visited)
-        known = hasattr(x, "_plan") or type(x).__module__.startswith("torch.optim.")
+        known = isinstance(x, ManifoldOptimizer) or type(x).__module__.startswith("torch.optim.")
         # Properties of Accelerate's and Lightning's wrappers, and of ZeroRedundancyOptimizer.
         inner = [getattr(x, "optimizer", None), getattr(x, "optim", None)]
         own = [y for key, y in getattr(x, "__dict__", {}).items() if key not in ("param_groups", "state")]
@@ -237,7 +238,7 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
     adjective = _adjective(constraint)
     if opt is None and p.requires_grad:
         yield f"{name} is marked, but in no optimizer that check was given, so none of them updates it."
-    if opt is not None and not hasattr(opt, "_plan"):
+    if opt is not None and not isinstance(opt, ManifoldOptimizer):
         if not kept_by(opt, p):
             yield _not_kept(name, adjective, opt)
         return
@@ -269,10 +270,10 @@ def _pruned(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
 
 def _unwell_state(name: str, p: Tensor, opt: Any) -> Iterator[str]:
     """What is wrong with the state of a marked parameter in an optimizer of this package."""
-    if constraint_of(p) is None or p.is_meta or not hasattr(opt, "_plan"):
+    if constraint_of(p) is None or p.is_meta or not isinstance(opt, ManifoldOptimizer):
         return
     dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number per block is real
-    for key in (*opt._state_keys, MASTER):
+    for key in (*opt._algorithm.state_keys, MASTER):
         value = opt.state.get(p, {}).get(key)
         if not isinstance(value, Tensor):
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from ..constraints.diagnostics import largest, orthogonality_error
 from ..constraints.tag import constraint_of
@@ -12,10 +11,11 @@ from ..linalg.precision import FullPrecision, working_dtype
 from ..manifolds import Orthogonal
 from ..manifolds.layout import point_norm, points_of
 from .engine.counters import NAMES
+from .engine.optimizer import ManifoldOptimizer
 
 
 @torch.no_grad()
-def metrics(self: Optimizer) -> dict[str, float]:
+def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     r"""How the marked parameters are doing. Nothing of it is computed unless this is called.
 
     Returns:
@@ -44,7 +44,7 @@ def metrics(self: Optimizer) -> dict[str, float]:
         "orthogonality_error": largest(map(orthogonality_error, orthogonal)),
         "manifold_error": largest(map(_error, set(marked) - set(orthogonal))),
         "tangent_norm": largest(map(_tangent_norm, marked)),
-        **{name: self._tally.total(name) for name in NAMES},  # type: ignore[attr-defined]
+        **{name: self._engine.counters.total(name) for name in NAMES},
     }
 
 

@@ -17,15 +17,15 @@ from ..manifolds import Manifold
 from ..manifolds.layout import overlap_problem, point_norm, points_of
 from ..stiefel.retractions import check_retraction
 from .directions.stiefel import SECOND_MOMENTS
+from .engine.optimizer import Group, ManifoldOptimizer
 
-Group = dict[str, Any]
 # Options of this package, which a group of torch.optim does not have.
 OPTIONS = ("retraction", "metric", "orthogonal_lr_scale", "second_moment", "beta", "correction_steps", "on_fault")
-OnFault = Literal["skip", "raise"]
-ON_FAULT: tuple[str, ...] = get_args(OnFault)
+Nonfinite = Literal["skip", "raise"]
+NONFINITE: tuple[str, ...] = get_args(Nonfinite)
 
 
-def with_options(params: ParamsT, options: Group) -> ParamsT:
+def merge_into_groups(params: ParamsT, options: Group) -> ParamsT:
     """Put the package's options into every group: torch's constructors let them through there."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         return params  # torch says what is wrong with that, or first with an option
@@ -39,21 +39,21 @@ def with_options(params: ParamsT, options: Group) -> ParamsT:
     return groups
 
 
-def add_param_group(self: Optimizer, param_group: Group) -> None:
+def add_param_group(self: ManifoldOptimizer, param_group: Group) -> None:
     """Add a parameter group, as in torch.optim; it may set any option of the constructor."""
     if isinstance(param_group, dict):
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
         param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
-        if hasattr(self, "_plan"):  # or the constructor does it, once for all groups
+        if hasattr(self, "_engine"):  # or the constructor does it, once for all groups
             restore_marks(self, _tensors_in(param_group["params"]))
         check_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
-    if hasattr(self, "_plan"):
+    if hasattr(self, "_engine"):
         _store_marks(self, self.param_groups[-1]["params"])
 
 
-def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
+def restore_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
     """Mark the parameters that should have a mark and have none, unless they were unmarked, and return them.
 
     One has had a mark that this optimizer knows of: torch.utils.swap_tensors, by which a module may convert or load its
@@ -63,8 +63,8 @@ def restore_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
     places = remembered(bare) if bare else {}
     restored = []
     for p in bare:
-        if p in optimizer._marks:
-            constraint = optimizer._marks[p]
+        if p in optimizer._engine.constraints:
+            constraint = optimizer._engine.constraints[p]
         elif id(p) in places and p.requires_grad:
             label, constraint = places[id(p)]
             if constraint is not None:
@@ -91,29 +91,31 @@ def check_restored(name: str, label: str, parameter: Tensor, constraint: Manifol
         )
 
 
-def remember_marks(optimizer: Any, parameters: list[Tensor]) -> list[Tensor]:
+def remember_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
     """Give parameters the marks that they should have, store the marks of all, and return those that got one."""
     restored = restore_marks(optimizer, parameters)
     _store_marks(optimizer, parameters)
     return restored
 
 
-def _store_marks(optimizer: Any, parameters: list[Tensor]) -> None:
+def _store_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> None:
     for p in parameters:
         constraint = constraint_of(p)
         if constraint is not None:
-            optimizer._marks[p] = constraint
+            optimizer._engine.constraints[p] = constraint
             adopt(p)
         elif was_unmarked(p):
-            optimizer._marks[p] = None
+            optimizer._engine.constraints[p] = None
         else:
-            optimizer._marks.pop(p, None)
+            optimizer._engine.constraints.pop(p, None)
 
 
-def forget_marks(optimizer: Any) -> None:
+def forget_marks(optimizer: ManifoldOptimizer) -> None:
     """Forget parameters that have left the optimizer, so that they are freed."""
     here = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    optimizer._marks = {p: constraint for p, constraint in optimizer._marks.items() if id(p) in here}
+    optimizer._engine.constraints = {
+        p: constraint for p, constraint in optimizer._engine.constraints.items() if id(p) in here
+    }
 
 
 def check_group(name: str, group: Group) -> None:
@@ -164,8 +166,8 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
         raise ValueError(
             f"{name}: second_moment must be one of {', '.join(SECOND_MOMENTS)}, got {group['second_moment']!r}."
         )
-    if group["on_fault"] not in ON_FAULT:
-        raise ValueError(f"{name}: on_fault must be one of {', '.join(ON_FAULT)}, got {group['on_fault']!r}.")
+    if group["on_fault"] not in NONFINITE:
+        raise ValueError(f"{name}: on_fault must be one of {', '.join(NONFINITE)}, got {group['on_fault']!r}.")
     for option in ("differentiable", "fused"):
         if marked and group.get(option):
             raise ValueError(
@@ -266,7 +268,7 @@ def check_finite(
             before += len(points)
 
 
-def fill_options(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+def fill_options(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> None:
     """Give loaded groups the options that they lack, from the groups whose place they take.
 
     A checkpoint of torch.optim lacks those of this package. One that is loaded by name, to parameters in other groups,

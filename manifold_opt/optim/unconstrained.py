@@ -13,10 +13,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ..linalg.precision import MASTER, working_dtype
-from .engine.plan import SCALED, Rest
-from .options import Group
+from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists
+from .engine.plan import FreeRows
 
-Lists = tuple[Any, ...]
 _ADAM_CAN_DECOUPLE = "decoupled_weight_decay" in inspect.signature(adam).parameters  # not that of torch 2.6
 
 
@@ -25,7 +24,7 @@ def lists_of_sgd(_: Any, __: Group) -> Lists:
     return [], [], []
 
 
-def step_unmarked_sgd(optimizer: Any, group: Group, lists: Lists, has_sparse_grad: bool) -> None:
+def step_unconstrained_sgd(optimizer: Any, group: Group, lists: Lists, has_sparse_grad: bool) -> None:
     """torch.optim.SGD.step of one group, without its hooks."""
     params, _, buffers = lists
     _sgd(group, lists, has_sparse_grad, *_scaling(optimizer))
@@ -34,21 +33,21 @@ def step_unmarked_sgd(optimizer: Any, group: Group, lists: Lists, has_sparse_gra
             optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
-def step_rests_sgd(optimizer: Any, group: Group, rests: list[Rest]) -> None:
+def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> None:
     """The same of rows that are in no block of their marked parameters."""
-    states = [optimizer.state[rest.parameter] for rest in rests] if group["momentum"] != 0 else []
-    held = [rest.of(state["momentum_buffer"]) for rest, state in zip(rests, states, strict=False)]
-    buffers: list[Any] = [None if rest.fresh else buffer for rest, buffer in zip(rests, held, strict=False)]
-    buffers = buffers or [None] * len(rests)
-    values, gradients = _views(optimizer, rests)
+    states = [optimizer.state[rows.parameter] for rows in free] if group["momentum"] != 0 else []
+    held = [rows.view(state["momentum_buffer"]) for rows, state in zip(free, states, strict=False)]
+    buffers: list[Any] = [None if rows.fresh else buffer for rows, buffer in zip(free, held, strict=False)]
+    buffers = buffers or [None] * len(free)
+    values, gradients = _views(optimizer, free)
     before = _copies(optimizer, values, held)
     _sgd(group, (values, gradients, buffers), False)
-    for rest, buffer, new in zip(rests, held, buffers, strict=False):
-        if rest.fresh:
+    for rows, buffer, new in zip(free, held, buffers, strict=False):
+        if rows.fresh:
             buffer.copy_(new)
-            rest.fresh = False
+            rows.fresh = False
     _put_back(optimizer, before)
-    _round(rests, values)
+    _round(free, values)
 
 
 def _sgd(
@@ -69,34 +68,34 @@ def _sgd(
     )
 
 
-def _views(optimizer: Any, rests: list[Rest]) -> tuple[list[Tensor], list[Tensor]]:
+def _views(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
     """The rows, and their gradients, without the scale that a GradScaler leaves to a fused step: this is none."""
     scale, _ = _scaling(optimizer)
-    gradients = [rest.of(rest.parameter.grad) for rest in rests]  # type: ignore[arg-type]
+    gradients = [rows.view(rows.parameter.grad) for rows in free]  # type: ignore[arg-type]
     gradients = [gradient.to(working_dtype(gradient.dtype)) for gradient in gradients]
     gradients = gradients if scale is None else [gradient / scale.to(gradient) for gradient in gradients]
-    return [_rows_of(optimizer, rest) for rest in rests], gradients
+    return [_rows_of(optimizer, rows) for rows in free], gradients
 
 
-def _rows_of(optimizer: Any, rest: Rest) -> Tensor:
+def _rows_of(optimizer: Any, free: FreeRows) -> Tensor:
     """The rows, or of a parameter of low precision their values in float32, which follow what is written to it."""
-    rows, master = rest.of(rest.parameter), optimizer.state[rest.parameter].get(MASTER)
+    rows, master = free.view(free.parameter), optimizer.state[free.parameter].get(MASTER)
     if master is None:
         return rows
-    held = rest.of(master)
+    held = free.view(master)
     return held.copy_(torch.where(held.to(rows.dtype) == rows, held, rows.to(held.dtype)))
 
 
-def _round(rests: list[Rest], values: list[Tensor]) -> None:
+def _round(free: list[FreeRows], values: list[Tensor]) -> None:
     """Parameters of low precision as the rounding of what is held."""
-    for rest, value in zip(rests, values, strict=True):
-        if value.dtype != rest.parameter.dtype:
-            rest.of(rest.parameter).copy_(value)
+    for rows, value in zip(free, values, strict=True):
+        if value.dtype != rows.parameter.dtype:
+            rows.view(rows.parameter).copy_(value)
 
 
 def _scaling(optimizer: Any) -> tuple[Tensor | None, ...]:
     """What a GradScaler leaves to a fused step: the scale of the gradients, and whether one has overflown."""
-    return getattr(optimizer, SCALED[0], None), getattr(optimizer, SCALED[1], None)
+    return getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None), getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
 
 
 def _copies(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -120,7 +119,7 @@ def lists_of_adam(optimizer: Any, group: Group) -> Lists:
     return ([], [], *amsgrad, [], [], [], [])
 
 
-def step_unmarked_adam(optimizer: Any, group: Group, lists: Lists, has_complex: bool) -> None:
+def step_unconstrained_adam(optimizer: Any, group: Group, lists: Lists, has_complex: bool) -> None:
     """torch.optim.Adam.step or AdamW.step of one group, without its hooks."""
     _adam(optimizer, group, lists, has_complex, *_scaling(optimizer))
 
@@ -151,16 +150,16 @@ def _adam(
     )
 
 
-def step_rests_adam(optimizer: Any, group: Group, rests: list[Rest]) -> None:
+def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> None:
     """The same of rows that are in no block of their marked parameters, whose steps are counted elsewhere."""
-    states = [optimizer.state[rest.parameter] for rest in rests]
+    states = [optimizer.state[rows.parameter] for rows in free]
     keys = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
-    moments = [[rest.of(state[key]) for rest, state in zip(rests, states, strict=True)] for key in keys]
+    moments = [[rows.view(state[key]) for rows, state in zip(free, states, strict=True)] for key in keys]
     largest: list[list[Tensor]] = [] if group["amsgrad"] else [[]]
     steps = [state["step"].clone() for state in states]
-    has_complex = any(rest.parameter.is_complex() for rest in rests)
-    values, gradients = _views(optimizer, rests)
+    has_complex = any(rows.parameter.is_complex() for rows in free)
+    values, gradients = _views(optimizer, free)
     before = _copies(optimizer, values, *moments)
     _adam(optimizer, group, (values, gradients, *moments, *largest, steps), has_complex)
     _put_back(optimizer, before)
-    _round(rests, values)
+    _round(free, values)

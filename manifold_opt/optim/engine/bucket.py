@@ -22,6 +22,7 @@ from ...linalg.products import host_can_branch
 from ...linalg.workspace import Pool, Workspace
 from ...manifolds import Manifold, Orthogonal
 from ...manifolds.layout import Blocks, Part, Slices, can_be_viewed, point_norm, points_of
+from .optimizer import Group
 
 Scalar = float | Tensor
 Key = tuple[int, bool, float | None]
@@ -311,9 +312,18 @@ class Bucket:
         first = self.parameters[0]
         return BATCH // 4 if host_can_branch(first) else max(BATCH, first.nbytes * len(self.parameters) // _PIECES)
 
-    def a_point(self, values: Tensor) -> Tensor:
-        """One value a member, as one a point that broadcasts: ``(B, 1, ..)``, or ``(1, 1, ..)`` of a lone member."""
-        spread = values.repeat_interleave(self.each) if self.gathered else values
+    def scale(self, group: Group) -> Scalar:
+        """Return minus the learning rate of points, of which the blocks are a multiple."""
+        lr = group["lr"]
+        if type(lr) is not float and isinstance(lr, Tensor):
+            lr = lr.reshape(())
+        return -group["orthogonal_lr_scale"] / self.gain * lr
+
+    def steps_per_block(self) -> Tensor:
+        """Return step counts ``(B, 1, ..)`` on the device of the parameters, or ``(1, 1, ..)`` for a lone one."""
+        assert self.steps is not None
+        steps = self.steps.to(self.parameters[0].device, self.real, non_blocking=True)
+        spread = steps.repeat_interleave(self.each) if self.gathered else steps
         return spread.view(-1, *[1] * len(self.point))
 
 

@@ -16,10 +16,11 @@ from ...constraints.tag import CONSTRAINED, constraint_of
 from ...linalg.precision import LOW, MASTER
 from ...manifolds.records import record_in
 from ..options import remember_marks
+from .optimizer import ManifoldOptimizer
 from .state import converted
 
 
-def state_dict(self: Optimizer) -> dict[str, Any]:
+def state_dict(self: ManifoldOptimizer) -> dict[str, Any]:
     """Return the state of the optimizer, as in torch.optim, held under the constraints that parameters have now.
 
     So the state of a parameter that has been unmarked is one of torch.optim. The optimizer's own state stays as it is.
@@ -30,13 +31,13 @@ def state_dict(self: Optimizer) -> dict[str, Any]:
     remember_marks(self, _members(self))  # a conversion of the module may have dropped some since the last step
     own: dict[Tensor, Any] = {}
 
-    def convert(optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
+    def convert(_: Optimizer) -> None:
+        for group in self.param_groups:
             for p in group["params"]:
                 # A state of torch.optim's waits for the first step, which knows the value that it is for.
-                new = converted(optimizer, group, p) if CONSTRAINED in optimizer.state.get(p, ()) else None
+                new = converted(self, group, p) if CONSTRAINED in self.state.get(p, ()) else None
                 if new is not None:
-                    own[p], optimizer.state[p] = optimizer.state[p], new
+                    own[p], self.state[p] = self.state[p], new
 
     hook = self.register_state_dict_pre_hook(convert)  # behind those of others, which may mark
     try:
@@ -46,7 +47,7 @@ def state_dict(self: Optimizer) -> dict[str, Any]:
         self.state.update(own)
 
 
-def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
+def load_state_dict(self: ManifoldOptimizer, state_dict: dict[str, Any]) -> None:
     """Load the state of an optimizer, as in torch.optim.
 
     torch casts every entry to the dtype of its parameter. The moments of a marked parameter in bfloat16 or float16, and
@@ -56,7 +57,7 @@ def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
     given: dict[str, Any] = {}
     hooks = (
         self.register_load_state_dict_pre_hook(lambda _, seen: given.update(seen)),
-        self.register_load_state_dict_post_hook(lambda opt: _as_saved(opt, given), prepend=True),
+        self.register_load_state_dict_post_hook(lambda _: _as_saved(self, given), prepend=True),
     )
     try:
         Optimizer.load_state_dict(self, state_dict)
@@ -65,11 +66,11 @@ def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
             hook.remove()
 
 
-def _members(optimizer: Optimizer) -> list[Tensor]:
+def _members(optimizer: ManifoldOptimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _as_saved(optimizer: Any, given: dict[str, Any]) -> None:
+def _as_saved(optimizer: ManifoldOptimizer, given: dict[str, Any]) -> None:
     ids, parameters = (
         itertools.chain.from_iterable(group["params"] for group in groups)
         for groups in (given["param_groups"], optimizer.param_groups)
@@ -80,6 +81,6 @@ def _as_saved(optimizer: Any, given: dict[str, Any]) -> None:
             optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.float32, copy=True)
         if constraint_of(parameter) is None or parameter.dtype not in LOW:
             continue
-        for name in (*optimizer._state_keys, MASTER):
+        for name in (*optimizer._algorithm.state_keys, MASTER):
             if isinstance(saved.get(name), Tensor):
                 optimizer.state[parameter][name] = saved[name].to(parameter.device, torch.float32, copy=True)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...constraints import tag as constraint
-from ...constraints.persistence import remember_optimizer
+from ...constraints.persistence import register_table
 from ...constraints.tag import CONSTRAINED, TAG, constraint_of
 from ...linalg import products
 from ...linalg.workspace import Pool
 from ...stiefel.retractions import RETRACTIONS
 from ..options import (
     OPTIONS,
-    Group,
     check_finite,
     check_gradients,
     check_marked,
@@ -29,10 +28,9 @@ from ..options import (
     remember_marks,
 )
 from .bucket import Bucket, build_buckets
-from .counters import Counters
+from .optimizer import GRAD_SCALER_ATTRIBUTES, Engine, Group, ManifoldOptimizer
 from .state import check_shapes, convert, hold, leave
 
-SCALED = ("grad_scale", "found_inf")  # what a GradScaler sets on a fused optimizer for the time of a step
 Values = dict[int, tuple[Any, ...]]  # of parameters by id: version, address and dtype
 
 _members, _version, _attributes = itemgetter("params"), attrgetter("_version"), attrgetter("__dict__")
@@ -44,7 +42,7 @@ _FLAGS = ("amsgrad", "capturable", "differentiable", "fused")  # they decide abo
 
 
 @dataclass
-class Rest:
+class FreeRows:
     """Rows or columns of a marked parameter that are outside every block: unmarked, for torch to step.
 
     Attributes:
@@ -59,7 +57,7 @@ class Rest:
     length: int
     fresh: bool
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def view(self, tensor: Tensor) -> Tensor:
         """Return the same rows or columns of a tensor of the parameter's shape, a view."""
         return tensor.detach().narrow(self.dim, self.start, self.length)
 
@@ -83,7 +81,7 @@ class Plan:
         needs_care: whether one of the last three is so.
     """
 
-    def __init__(self, optimizer: Any, old: Plan | None, *, merge: bool) -> None:
+    def __init__(self, optimizer: ManifoldOptimizer, old: Plan | None, *, merge: bool) -> None:
         groups = optimizer.param_groups
         everything = [p for group in groups for p in group["params"]]
         self._typed = [p for p in everything if type(p) is not nn.Parameter]  # they may have a manifold of geoopt's
@@ -111,7 +109,7 @@ class Plan:
         self._facts = self._look(optimizer)
 
     @torch.no_grad()
-    def _fill(self, optimizer: Any, live: list[list[Tensor]], old: Plan | None) -> None:
+    def _fill(self, optimizer: ManifoldOptimizer, live: list[list[Tensor]], old: Plan | None) -> None:
         """Make buckets, and give them their moments and buffers."""
         groups = optimizer.param_groups
         waiting = set() if old is None else old.waiting()
@@ -126,28 +124,28 @@ class Plan:
         self.work = [(alike, bucket) for (alike, _, _), bucket in build_buckets(parameters, keys)]
         self.free_rows = []
         for position, members in enumerate(live):
-            rests = [
-                Rest(p, mark.dim, start, length, id(p) in first)
+            free = [
+                FreeRows(p, mark.dim, start, length, id(p) in first)
                 for p in members
                 if (mark := constraint_of(p)) is not None
                 for start, length in mark.rest(p.shape)
             ]
-            if rests:
-                self.free_rows.append((position, rests))
+            if free:
+                self.free_rows.append((position, free))
         for _, bucket in () if old is None else old.work:
             leave(optimizer, bucket, {id(p) for _, new in self.work if new.gathered for p in new.parameters})
         for position, bucket in self.work:
             group = groups[position]
-            optimizer._tally.prepare(bucket.parameters[0].device)
+            optimizer._engine.counters.prepare(bucket.parameters[0].device)
             hold(optimizer, group, bucket, *optimizer._algorithm.moments(group))
             bucket.reserve(self.pool)
 
     def waiting(self) -> set[int]:
         """Return the ids of parameters whose first gradient is still to enter the momentum."""
         buckets = {id(p) for _, bucket in self.work if bucket.fresh for p in bucket.parameters}
-        return buckets | {id(rest.parameter) for _, rests in self.free_rows for rest in rests if rest.fresh}
+        return buckets | {id(rows.parameter) for _, free in self.free_rows for rows in free if rows.fresh}
 
-    def is_current(self, optimizer: Any) -> bool:
+    def is_current(self, optimizer: ManifoldOptimizer) -> bool:
         """Return True if nothing has changed that the plan depends on."""
         for _, bucket in self.work:
             if bucket.fresh or (bucket.counted is not None and bucket.counted != bucket.steps._version):  # type: ignore[union-attr]
@@ -172,7 +170,7 @@ class Plan:
         values = zip(self._versions, self._facts[-1], self._dtypes, strict=True)
         return dict(zip(map(id, self.active), values, strict=True))
 
-    def _look(self, optimizer: Any) -> tuple[Any, ...]:
+    def _look(self, optimizer: ManifoldOptimizer) -> tuple[Any, ...]:
         """Return what decides whether the plan holds.
 
         By passes in C that make few tuples, which Python's garbage collector would have to visit: there may be ten
@@ -213,7 +211,7 @@ def value_of(parameter: Tensor) -> tuple[Any, ...]:
 class StateBackup:
     """The state of an optimizer before a step, for when getting ready for it fails."""
 
-    def __init__(self, optimizer: Any, *, entries: bool) -> None:
+    def __init__(self, optimizer: ManifoldOptimizer, *, entries: bool) -> None:
         self._optimizer = optimizer
         pairs = optimizer.state.items()
         self._state = [(p, dict(state)) for p, state in pairs] if entries else list(pairs)
@@ -222,15 +220,15 @@ class StateBackup:
         """Put the state back: all entries, or if these were not to change, which parameters have one."""
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
-        reset_plan(self._optimizer)
+        reset_engine(self._optimizer)
 
 
-def reset_plan(optimizer: Any) -> None:
+def reset_engine(optimizer: ManifoldOptimizer) -> None:
     """Start without a plan: the state may be another one now."""
-    if not hasattr(optimizer, "_tally"):
-        optimizer._tally, optimizer._marks = Counters(), {}
-    optimizer._plan, optimizer._values = None, {}
-    remember_optimizer(optimizer)
+    if not hasattr(optimizer, "_engine"):
+        optimizer._engine = Engine()
+        register_table(optimizer._engine)
+    optimizer._engine.plan, optimizer._engine.values = None, {}
     restored = set(remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
     for group in optimizer.param_groups if restored else ():
         for p in restored.intersection(group["params"]):
@@ -239,24 +237,24 @@ def reset_plan(optimizer: Any) -> None:
     forget_marks(optimizer)
 
 
-def make_plan(optimizer: Any, *, merge: bool = True) -> Plan:
+def make_plan(optimizer: ManifoldOptimizer, *, merge: bool = True) -> Plan:
     """Check everything that a step can refuse, and plan anew. State is brought into the form that the plan needs.
 
     Groups with equal options share buckets if ``merge``.
     """
-    old = optimizer._plan
+    old = optimizer._engine.plan
     if old is not None:
-        optimizer._values.update(old.values())
+        optimizer._engine.values.update(old.values())
     check_before_step(optimizer)
     for group in optimizer.param_groups:
         convert(optimizer, group)
-    plan = optimizer._plan = Plan(optimizer, old, merge=merge)
+    plan = optimizer._engine.plan = Plan(optimizer, old, merge=merge)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    optimizer._values = {key: value for key, value in optimizer._values.items() if key in known}
+    optimizer._engine.values = {key: value for key, value in optimizer._engine.values.items() if key in known}
     return plan
 
 
-def check_before_step(optimizer: Any) -> None:
+def check_before_step(optimizer: ManifoldOptimizer) -> None:
     """Raise what a step would, before anything has been written."""
     name, groups = type(optimizer).__name__, optimizer.param_groups
     everything = [p for group in groups for p in group["params"]]
@@ -274,9 +272,9 @@ def check_before_step(optimizer: Any) -> None:
     check_gradients_finite(optimizer)
 
 
-def check_gradients_finite(optimizer: Any) -> None:
+def check_gradients_finite(optimizer: ManifoldOptimizer) -> None:
     """Raise a FloatingPointError for a gradient that a step cannot take, in the groups that ask for that."""
-    scale, overflow = (getattr(optimizer, key, None) for key in SCALED)
+    scale, overflow = (getattr(optimizer, key, None) for key in GRAD_SCALER_ATTRIBUTES)
     if overflow is not None and float(overflow) != 0:
         return  # a GradScaler has seen it, and nothing will move
     for group in optimizer.param_groups:
@@ -285,24 +283,24 @@ def check_gradients_finite(optimizer: Any) -> None:
             check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
-def without_marked(optimizer: Any, group: Group) -> Group:
+def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:
     """Return a group without its marked parameters, for torch's own ``_init_group``, with a plan made for these.
 
     A graph that is traced does not merge groups: nothing in it would depend on the options of the second.
     """
-    plan = optimizer._plan
+    plan = optimizer._engine.plan
     if plan is None or plan.merges or not plan.is_current(optimizer):
         make_plan(optimizer, merge=False)
     return {**group, "params": [p for p in group["params"] if constraint_of(p) is None]}
 
 
-def ask_for_memory(optimizer: Any, plan: Plan) -> None:
+def ask_for_memory(optimizer: ManifoldOptimizer, plan: Plan) -> None:
     """Let the allocators of accelerators find the memory of a step before anything is written."""
     for position, bucket in plan.work:
         bucket.ask_for(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temporaries)
 
 
-def _alike(optimizer: Any) -> list[int]:
+def _alike(optimizer: ManifoldOptimizer) -> list[int]:
     """Return for every group the position of the first one with the same options. Tensors are compared by identity."""
     first: dict[Any, int] = {}
     return [
@@ -334,7 +332,7 @@ def _unmarked(groups: list[Group]) -> Iterator[tuple[int, list[Tensor] | None]]:
             yield position, free if len(free) < len(group["params"]) else None
 
 
-def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+def _states(optimizer: ManifoldOptimizer, buckets: list[Bucket]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
     """Yield what takes an entry that a plan shows out of a state, and all states that have this entry."""
     having: dict[str, list[dict[str, Any]]] = {}
     for bucket in buckets:
@@ -344,7 +342,7 @@ def _states(optimizer: Any, buckets: list[Bucket]) -> Iterator[tuple[Any, list[d
         yield itemgetter(key), states
 
 
-def _steps_so_far(optimizer: Any, parameter: Tensor) -> float | None:
+def _steps_so_far(optimizer: ManifoldOptimizer, parameter: Tensor) -> float | None:
     """Return the step count of a parameter, None where it may not be read.
 
     SGD needs it only to know when the error is to be measured, in every fourth step.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from ...constraints.tag import CONSTRAINED, constraint_of, off_manifold, put_back_, was_unmarked
 from ...linalg.precision import LOW, MASTER, FullPrecision, working_dtype
@@ -31,11 +30,12 @@ from ...manifolds.records import (
     record_of,
 )
 from ..directions.stiefel import from_frame, to_frame
-from ..options import Group, shape_in
+from ..options import shape_in
 from .bucket import Bucket
+from .optimizer import Group, ManifoldOptimizer
 
 
-def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
+def hold(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket, keys: list[str], scalars: list[str]) -> None:
     """Give a bucket its moments: those its members have, zeros for those they lack.
 
     ``keys`` are those of all moments, ``scalars`` of those that hold one number a block, ``(blocks, 1, 1)`` a member.
@@ -59,7 +59,7 @@ def hold(optimizer: Optimizer, group: Group, bucket: Bucket, keys: list[str], sc
             optimizer.state[parameter][CONSTRAINED] = record_as_tensor(record)
 
 
-def _hold_master(optimizer: Optimizer, bucket: Bucket) -> None:
+def _hold_master(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
     """Give members of low precision their values in float32: those they have, new ones from the nearest points."""
     bucket.master = None
     if not bucket.low:
@@ -101,7 +101,7 @@ def _lying(part: Part, moment: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
-def _hold_count(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
+def _hold_count(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket) -> None:
     # torch's Adam counts on the host unless it is capturable; its SGD does not count.
     device = bucket.parameters[0].device if group.get("capturable", True) else torch.device("cpu")
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -115,7 +115,7 @@ def _hold_count(optimizer: Optimizer, group: Group, bucket: Bucket) -> None:
         optimizer.state[parameter]["step"] = count
 
 
-def convert(optimizer: Any, group: Group) -> None:
+def convert(optimizer: ManifoldOptimizer, group: Group) -> None:
     """Bring the state of a group from the constraints that it is held under to those of today."""
     for parameter in group["params"]:
         new = converted(optimizer, group, parameter)
@@ -126,7 +126,7 @@ def convert(optimizer: Any, group: Group) -> None:
 
 
 @torch.no_grad()
-def converted(optimizer: Any, group: Group, parameter: Tensor) -> dict[str, Any] | None:
+def converted(optimizer: ManifoldOptimizer, group: Group, parameter: Tensor) -> dict[str, Any] | None:
     """The state of a parameter as its mark of today asks, in a new dictionary; None if it is so already.
 
     An entry of an earlier version does not say under which constraint the state is held, and code that resets or
@@ -148,13 +148,15 @@ def converted(optimizer: Any, group: Group, parameter: Tensor) -> dict[str, Any]
         return state
     check_shapes(optimizer, group, parameter, state, constraint if said is None else constraint_in(said))
     if said is not None:
-        _change(state, optimizer._state_keys, parameter, said, from_frame)
-    _change(state, optimizer._state_keys, parameter, new, to_frame)
+        _change(state, optimizer._algorithm.state_keys, parameter, said, from_frame)
+    _change(state, optimizer._algorithm.state_keys, parameter, new, to_frame)
     state[CONSTRAINED] = record_as_tensor(new)
     return state
 
 
-def _give_to_torch(optimizer: Any, group: Group, parameter: Tensor, state: dict[str, Any], said: Record | None) -> None:
+def _give_to_torch(
+    optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, state: dict[str, Any], said: Record | None
+) -> None:
     """Moments of a parameter that is marked no more as torch holds them, in its own dtype.
 
     They are in the frame of the point that it was. Where it is none any more, nor near one, they start anew.
@@ -163,21 +165,21 @@ def _give_to_torch(optimizer: Any, group: Group, parameter: Tensor, state: dict[
         if said is None:
             raise ValueError("the state does not say under which constraint it was held.")
         check_shapes(optimizer, group, parameter, state, constraint_in(said))
-        _change(state, optimizer._state_keys, parameter, said, from_frame)
+        _change(state, optimizer._algorithm.state_keys, parameter, said, from_frame)
     except (ValueError, RuntimeError) as reason:
         warnings.warn(
             f"{type(optimizer).__name__}: the moments of an unmarked parameter of shape {shape_in(group, parameter)} "
             f"cannot be converted to those of torch.optim, and start anew: {reason}",
             stacklevel=2,
         )
-        for key in optimizer._state_keys:
+        for key in optimizer._algorithm.state_keys:
             if isinstance(state.pop(key, None), Tensor) and key != "momentum_buffer":
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if "step" in state:
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
     state.pop(MASTER, None)
     del state[CONSTRAINED]
-    for key in optimizer._state_keys:
+    for key in optimizer._algorithm.state_keys:
         if isinstance(state.get(key), Tensor) and parameter.dtype in LOW:
             state[key] = state[key].to(parameter.dtype)
 
@@ -197,13 +199,13 @@ def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any
 
 
 def check_shapes(
-    optimizer: Any, group: Group, parameter: Tensor, state: dict[str, Any], constraint: Manifold | None
+    optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, state: dict[str, Any], constraint: Manifold | None
 ) -> None:
     """Raise a RuntimeError unless every moment has one entry for each of the parameter, or one for each point."""
     if constraint is None:
         return
     points = sum(len(points_of(part, parameter.detach())) for part in constraint.parts(parameter.shape))
-    for key in optimizer._state_keys:
+    for key in optimizer._algorithm.state_keys:
         moment = state.get(key)
         if isinstance(moment, Tensor) and moment.shape != parameter.shape and moment.numel() not in (1, points):
             raise RuntimeError(
@@ -219,7 +221,7 @@ def check_shapes(
         )
 
 
-def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+def check_checkpoint(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> None:
     """Raise a ValueError unless the parameters are marked as those were whose state is to be loaded.
 
     In a checkpoint, that is: a copy of an optimizer knows what its state is, whatever has been marked since.
@@ -250,7 +252,7 @@ def check_recorded(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
                 )
 
 
-def upgrade(optimizer: Optimizer) -> None:
+def upgrade(optimizer: ManifoldOptimizer) -> None:
     """Let every state that has come say under which constraint it is held, as this version writes it.
 
     Earlier ones have a single one there, and the constraints in ``group["constraints"]``, ``(position, name, ...)``
@@ -275,7 +277,7 @@ def _records_of_groups(groups: list[Group]) -> dict[Tensor, Record]:
     }
 
 
-def leave(optimizer: Optimizer, bucket: Bucket, staying: set[int]) -> None:
+def leave(optimizer: ManifoldOptimizer, bucket: Bucket, staying: set[int]) -> None:
     """Take the state of members that a bucket loses out of the storage it shares."""
     for index, parameter in enumerate(bucket.parameters):
         state = optimizer.state.get(parameter, {})

@@ -1,17 +1,19 @@
-"""One step of a bucket of orthogonal blocks.
+"""One step of a bucket: of orthogonal blocks here, of points of other manifolds by points.py.
 
-A step takes one of two paths. On the common one, every block of a batch has a finite gradient, and moves in place.
-Otherwise the blocks with a finite gradient are picked by index, moved, and written back. One comparison chooses the
-path, before any weight or moment is changed. (Where no value may be read there is one path for all, with masks.)
+A step of blocks takes one of two paths. On the common one, every block of a batch has a finite gradient, and moves in
+place. Otherwise the blocks with a finite gradient are picked by index, moved, and written back. One comparison chooses
+the path, before any weight or moment is changed. (Where no value may be read there is one path for all, with masks.)
 
-A batch (buckets.py) has points, moments and a workspace ``ws``, whose buffers a, b, c and so on are overwritten in
-every step. A rule (rules.py) makes a direction of the gradient and updates the moments; ``retract_`` (retractions.py)
-moves the points along it.
+A batch (bucket.py) has points, moments and a workspace ``ws``, whose buffers a, b, c and so on are overwritten in
+every step. A rule (sgd.py, adam.py) makes a direction of the gradient and updates the moments; ``retract_``
+(retractions.py) moves the points along it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,14 @@ from ...linalg.products import host_can_branch, largest_norm, norm
 from ...linalg.workspace import Workspace
 from ...stiefel.retractions import Settings, retract_
 from ...stiefel.rotation import CORRECTION_INTERVAL
-from ..options import LARGEST_GRADIENT, Group
-from ..rules import Rule
+from ..options import LARGEST_GRADIENT
 from .bucket import Batch, Bucket
 from .context import StepContext, finite_points
+from .optimizer import Group
+from .points import update_points
+
+# A function of the gradient in the frame for square blocks, one of point and gradient for others, and their options.
+Rule = tuple[Callable[..., Tensor], Callable[..., Tensor], Any]
 
 
 @dataclass
@@ -43,17 +49,20 @@ class Step:
     context: StepContext
 
 
-def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext) -> None:
-    """Take one step with all blocks of a bucket."""
-    count = bucket.shared_step
-    correct = count is None or count % CORRECTION_INTERVAL[bucket.working] == 0
-    retraction = Settings(group["retraction"], group, context.counters.count, correct)
-    step = Step(rule, retraction, group["maximize"], context)
+def update_bucket(bucket: Bucket, group: Group, rule: Any, context: StepContext) -> None:
+    """Take one step with all points of a bucket."""
     views = bucket.gather(context.pool)
     gradients = bucket.gradients(context.pool)
+    if bucket.stiefel:
+        count = bucket.shared_step
+        correct = count is None or count % CORRECTION_INTERVAL[bucket.working] == 0
+        retraction = Settings(group["retraction"], group, context.counters.count, correct)
+        step = Step(rule, retraction, group["maximize"], context)
     for batch in views.batches:
         g = gradients if len(views.batches) == 1 else gradients[batch.rows]
-        if bucket.plain and context.grad_scale is None and not step.maximize:
+        if not bucket.stiefel:
+            update_points(batch, g, bucket, group, rule, context)
+        elif bucket.plain and context.grad_scale is None and not step.maximize:
             update(batch.points, g, batch.moments, batch.ws, step)
         else:
             _update_scaled(batch, g, bucket.gain, step)

@@ -1,6 +1,6 @@
-"""The walk of one bucket on any manifold but the orthogonal one: gradient -> tangent -> retraction -> transport.
+"""One step of points of any manifold but the orthogonal one: gradient -> tangent -> retraction -> transport.
 
-As in update.py, nothing on the way depends on a value where reading one would make the host wait.
+As in update.py, no value is read where that would make the host wait.
 """
 
 from __future__ import annotations
@@ -16,50 +16,49 @@ from ...linalg.precision import working_dtype
 from ...linalg.products import host_can_branch
 from ..directions.stiefel import Moments, Scalar
 from ..directions.tangent import TANGENT
-from ..options import Group
-from .bucket import Bucket
+from .bucket import Batch, Bucket
 from .context import StepContext, finite_gradient
+from .optimizer import Group
+
+Rule = Callable[..., tuple[Tensor, Moments]]
 
 _LEFT = 1e-6  # of a point, by decoupled decay that would leave nothing
 
 
-def move(bucket: Bucket, group: Group, rule: Callable[..., tuple[Tensor, Moments]], context: StepContext) -> None:
-    """Move every point of a bucket along its tangent, and its moments with it."""
-    views = bucket.gather(context.pool)
-    gradients = bucket.gradients(context.pool)
+def update_points(
+    batch: Batch, gradients: Tensor, bucket: Bucket, group: Group, rule: Rule, context: StepContext
+) -> None:
+    """Move the points of a batch along their tangents, and their moments with them."""
     manifold, dims, lr = bucket.constraint, bucket.part.dims, group["lr"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     decoupled = group.get("decoupled_weight_decay", context.decoupled)
     decay = group["weight_decay"] if (manifold.decays if decoupled else manifold.penalized) else 0
-    for batch in views.batches:
-        x, values, held = batch.points, batch.values, batch.moments
-        g, moments = gradients[batch.rows].to(x.dtype), held
-        g, finite = finite_gradient(g if context.grad_scale is None else g / context.grad_scale.to(g), dims, context)
-        g = -g if group["maximize"] else g
-        start = x
-        if decay and decoupled:
-            start = x * _share(lr * decay)
-            moments = {k: manifold.transport(x, start, m) if k in TANGENT else m for k, m in held.items()}
-        elif decay:
-            g = g + decay * x
-        v, new = rule(start, g, moments, length=-lr)
-        stepped = ~_all(v == 0 if start is x else (v == 0) & (start == x), dims)
-        kept = _kept([v, *new.values()], finite, dims, context)
-        for key in list(new):
-            held[key].copy_(_chosen(kept, new.pop(key), held[key]))
-        end = manifold.retract(start, v if kept is None else torch.where(kept, v, 0))
-        del v, g, moments
-        moved = _moved(end.to(bucket.dtype), kept, stepped, dims, context)
-        end = _chosen(moved, end, x)
-        carried = {key: manifold.transport(start, end, held[key]) for key in TANGENT if key in held}
-        moved = _carried(list(carried.values()), moved, dims, context)
-        for key in list(carried):
-            held[key].copy_(_chosen(moved, carried.pop(key), held[key]))
-        x.copy_(_chosen(moved, end, x))
-        if values is not None:
-            values.copy_(_chosen(moved, end.to(values), values))
-    if bucket.gathered:
-        bucket.scatter_(views)
+    x, values, held = batch.points, batch.values, batch.moments
+    g, moments = gradients.to(x.dtype), held
+    g, finite = finite_gradient(g if context.grad_scale is None else g / context.grad_scale.to(g), dims, context)
+    g = -g if group["maximize"] else g
+    start = x
+    if decay and decoupled:
+        start = x * _share(lr * decay)
+        moments = {k: manifold.transport(x, start, m) if k in TANGENT else m for k, m in held.items()}
+    elif decay:
+        g = g + decay * x
+    v, new = rule(start, g, moments, length=-lr)
+    stepped = ~_all(v == 0 if start is x else (v == 0) & (start == x), dims)
+    kept = _kept([v, *new.values()], finite, dims, context)
+    for key in list(new):
+        held[key].copy_(_chosen(kept, new.pop(key), held[key]))
+    end = manifold.retract(start, v if kept is None else torch.where(kept, v, 0))
+    del v, g, moments
+    moved = _moved(end.to(bucket.dtype), kept, stepped, dims, context)
+    end = _chosen(moved, end, x)
+    carried = {key: manifold.transport(start, end, held[key]) for key in TANGENT if key in held}
+    moved = _carried(list(carried.values()), moved, dims, context)
+    for key in list(carried):
+        held[key].copy_(_chosen(moved, carried.pop(key), held[key]))
+    x.copy_(_chosen(moved, end, x))
+    if values is not None:
+        values.copy_(_chosen(moved, end.to(values), values))
 
 
 def _share(t: Scalar) -> Scalar:

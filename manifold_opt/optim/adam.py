@@ -1,0 +1,220 @@
+"""Adam and AdamW: those of torch.optim that keep marked parameters on their manifold."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..linalg.products import host_can_branch
+from ..stiefel.geometry import Metric
+from .base import BaseOptimizer
+from .directions import stiefel, tangent
+from .directions.stiefel import AdamCoefficients, AdamOptions, Scalar, SecondMoment
+from .engine.bucket import Bucket
+from .engine.optimizer import Algorithm, Group
+from .options import Nonfinite
+from .unconstrained import lists_of_adam, step_free_rows_adam, step_unconstrained_adam
+
+
+def _moments(group: Group) -> tuple[list[str], list[str]]:
+    """Return the keys of the moments that the options of a group ask for, and of those with one number per block."""
+    squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
+
+
+def _rule(group: Group, bucket: Bucket) -> Any:
+    """Return the direction of torch.optim.Adam's options."""
+    beta1, beta2 = group["betas"]
+    if not type(beta1) is type(beta2) is float:
+        beta1, beta2 = _to_float(beta1), _to_float(beta2)
+    # None yet is possible: a GradScaler has skipped the first.
+    steps: Scalar = bucket.steps_per_block() if bucket.shared_step is None else bucket.shared_step or 1
+    coefficients = AdamCoefficients(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps, group["eps"])
+    if not bucket.stiefel:
+        return functools.partial(tangent.adam, bucket.constraint, dims=bucket.part.dims, coefficients=coefficients)
+    options = AdamOptions(bucket.scale(group), group["metric"], coefficients)
+    if group["second_moment"] == "block":
+        return stiefel.adam_block_square, stiefel.adam_block_wide, options
+    return stiefel.adam_square, stiefel.adam_wide, options
+
+
+def _to_float(beta: Scalar) -> Scalar:
+    return float(beta) if not isinstance(beta, Tensor) or host_can_branch(beta) else beta
+
+
+ALGORITHM = Algorithm(
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    _moments,
+    _rule,
+    lists_of_adam,
+    step_unconstrained_adam,
+    step_free_rows_adam,
+)
+
+
+class Adam(BaseOptimizer, torch.optim.Adam):
+    r"""torch.optim.Adam that keeps marked parameters on their manifold: orthogonal ones orthogonal.
+
+    Unmarked parameters train bit for bit as with torch.optim.Adam. The direction of a marked one is made
+    tangent, and it is retracted onto the manifold in every step. Weight decay does not act on orthogonal ones
+    and those of unit norm: their length is fixed.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay: as in torch.optim.Adam.
+        foreach, maximize, capturable, differentiable, fused: as in torch.optim.Adam. The last two must be off in a
+            group with marked parameters.
+        retraction: a name in :data:`~manifold_opt.RETRACTIONS`: how a marked block moves along its direction.
+        metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
+            canonical one is twice as long.
+        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's, at least 0.
+        second_moment: ``"element"`` holds one mean square an entry, as torch does, and learns fastest.
+            ``"block"`` holds one mean square a block, equivariant under rotations (Becigneul & Ganea 2019).
+        beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
+        correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
+        on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
+            the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
+            FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
+            accelerator it waits, and in a compiled step it is ``"skip"``.)
+
+    All keyword-only options can also be set in a parameter group.
+
+    Raises:
+        ValueError: an option out of range, or one that a marked parameter cannot honour.
+
+    >>> import torch
+    >>> from manifold_opt import Adam, mark_orthogonal, orthogonality_error
+    >>> gru = torch.nn.GRU(4, 16)
+    >>> weight = mark_orthogonal(gru.weight_hh_l0, blocks=3)
+    >>> opt = Adam(gru.parameters(), lr=1e-3)
+    >>> gru(torch.ones(5, 1, 4))[0].sum().backward()
+    >>> opt.step()
+    >>> orthogonality_error(weight) < 1e-5
+    True
+    """
+
+    _algorithm = ALGORITHM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        retraction: str = "orthographic",
+        metric: Metric = "euclidean",
+        orthogonal_lr_scale: float = 1.0,
+        second_moment: SecondMoment = "element",
+        beta: float = 0.5,
+        correction_steps: int = 1,
+        on_fault: Nonfinite = "skip",
+    ) -> None:
+        options = {
+            "retraction": retraction,
+            "metric": metric,
+            "orthogonal_lr_scale": orthogonal_lr_scale,
+            "second_moment": second_moment,
+            "beta": beta,
+            "correction_steps": correction_steps,
+            "on_fault": on_fault,
+        }
+        # torch 2.6 does not have it yet.
+        newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
+        super().__init__(
+            params,
+            options,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            **newer,
+        )
+
+
+class AdamW(BaseOptimizer, torch.optim.AdamW):
+    r"""torch.optim.AdamW that keeps marked parameters on their manifold: orthogonal ones orthogonal.
+
+    Everything as in :class:`Adam`, but that weight decay is decoupled, on by default (0.01). It acts on unmarked
+    parameters, and on those whose manifold it does not lead away from: of bounded spectral norm, and positive ones.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
+            as in torch.optim.AdamW.
+        retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps, on_fault: as in :class:`Adam`.
+
+    Raises:
+        ValueError: an option out of range, or one that a marked parameter cannot honour.
+
+    >>> import torch
+    >>> from manifold_opt import AdamW, mark_orthogonal
+    >>> layer = torch.nn.Linear(16, 16)
+    >>> _ = mark_orthogonal(layer, "weight")
+    >>> isinstance(AdamW(layer.parameters()), torch.optim.AdamW)
+    True
+    """
+
+    _algorithm = ALGORITHM._replace(decoupled=True)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        retraction: str = "orthographic",
+        metric: Metric = "euclidean",
+        orthogonal_lr_scale: float = 1.0,
+        second_moment: SecondMoment = "element",
+        beta: float = 0.5,
+        correction_steps: int = 1,
+        on_fault: Nonfinite = "skip",
+    ) -> None:
+        options = {
+            "retraction": retraction,
+            "metric": metric,
+            "orthogonal_lr_scale": orthogonal_lr_scale,
+            "second_moment": second_moment,
+            "beta": beta,
+            "correction_steps": correction_steps,
+            "on_fault": on_fault,
+        }
+        super().__init__(
+            params,
+            options,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
