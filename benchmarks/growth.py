@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from rounds import Plan, side_by_side
-from rows import DEFAULT, FLOOR, POOL, Problem, Work, builds
+from timing import DEFAULT, FLOOR, Plan, Problem, Work, side_by_side
 
 NAMES = (DEFAULT, FLOOR, "pogo", "geoopt, euclidean")
 SIZES, COUNTS, SMALL = (32, 64, 128, 256, 512, 1024, 2048), (1, 10, 100, 1000, 10_000), 16
@@ -15,26 +13,23 @@ TOY_SIZES, TOY_COUNTS, TOY_SMALL = (2, 4, 8), (1, 2, 4), 3
 MARKS = ("o", "s", "^", "D")
 
 
-def measure(plan: Plan, lr: float, dtype: torch.dtype, sets: int = POOL, *, toy: bool = False) -> dict[str, Any]:
+def measure(plan: Plan, *, toy: bool = False) -> dict[str, Any]:
     """Print both panels as they come, and return ``{panel: {"x": ..., "rows": {name: {"ms", "exponent"}}}}``."""
     small = TOY_SMALL if toy else SMALL
     by_size = {n: Work(1, 1, n, n) for n in (TOY_SIZES if toy else SIZES)}
     by_count = {count: Work(count, 1, small, small) for count in (TOY_COUNTS if toy else COUNTS)}
     panels = {"one matrix n x n": by_size, f"parameters {small} x {small}": by_count}
-    return {title: panel(title, works, plan, lr, dtype, sets) for title, works in panels.items()}
+    return {title: panel(title, works, plan) for title, works in panels.items()}
 
 
-def panel(
-    title: str, works: dict[int, Work], plan: Plan, lr: float, dtype: torch.dtype, sets: int
-) -> dict[str, object]:
+def panel(title: str, works: dict[int, Work], plan: Plan) -> dict[str, object]:
     """Milliseconds a step of every row, for every work; and how they grow."""
     print(f"\nGrowth, {title}: ms a step.")
     print(f"{'':>7}" + "".join(f"{name:>20}" for name in NAMES), flush=True)
     ms: dict[str, list[float | None]] = {name: [] for name in NAMES}
     failures: dict[str, str | None] = {}
     for x, work in works.items():
-        problem = Problem(work, lr, dtype, plan.device, sets)
-        results = side_by_side(builds(problem, NAMES), plan)
+        results = side_by_side(NAMES, Problem(work, plan), plan)
         for name in NAMES:
             median = results[name].median
             ms[name].append(None if median is None else 1e3 * median)

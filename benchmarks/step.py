@@ -3,8 +3,9 @@
     python benchmarks/step.py --works gru256 params1000 --rows orthographic geoopt floor
 
 In every round every row has a turn of about 50 ms, one step at least, with new gradients for every step; a figure is
-the median over the rounds. A parametrization is timed for its forward, its backward and the Adam step underneath. Peers
-that are not installed, or that raise, say so in their row: pip install "manifold-opt[compare]" installs them.
+the median over the rounds. A parametrization is timed for its forward, its backward and the Adam step underneath. The
+learning rates of peers are those of the comparison, at which their steps are as long as this package's. Peers that are
+not installed, or that raise, say so in their row: pip install "manifold-opt[compare]" installs them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from typing import Any, NoReturn
 import growth
 import torch
 import training
-from rounds import Plan, Result, side_by_side
-from rows import DEFAULT, FLOOR, POOL, ROWS, TOYS, WORKS, Problem, builds
+from timing import DEFAULT, FLOOR, POOL, ROWS, TOYS, WORKS, Plan, Problem, Result, side_by_side
 
 PEERS = ("geoopt", "geotorch", "pogo-torch")
 LR, TURN, TOY_TURN = 1e-3, 0.05, 0.001
@@ -35,8 +35,6 @@ LEGEND = """\
 ms, spread     median and interquartile range of the rounds, a step
 x floor        multiple of the floor: the four p x n by n x p products that a step needs at least, with torch.bmm
 default / this part of this row's time that "Adam, orthographic" takes: below 1 it is the faster one
-held, peak     what stays between steps (weights, moments, workspaces; no gradients), and what one step takes beyond
-               that at its worst moment; multiples of the bytes of the weights; by {counter}
 error          largest ||I - W W^T|| over all blocks at the end, Frobenius
 steps          how many were timed; fewer where the budget ran out"""
 
@@ -188,7 +186,7 @@ def print_environment(env: dict[str, Any]) -> None:
     print(f"{threads(env)} on {env['machine']}; device {env['device']}", flush=True)
 
 
-def figures(work: str, results: dict[str, Result], weight_bytes: int) -> list[dict[str, Any]]:
+def figures(work: str, results: dict[str, Result]) -> list[dict[str, Any]]:
     """One dict a row; None where there is no figure."""
     floor = results[FLOOR].median if FLOOR in results else None
     default = results[DEFAULT].median if DEFAULT in results else None
@@ -204,8 +202,6 @@ def figures(work: str, results: dict[str, Result], weight_bytes: int) -> list[di
             "spread_ms": over(result.spread, 1e-3),
             "times_floor": over(result.median, floor),
             "default_over_this": over(default, result.median),
-            "held": over(result.held, weight_bytes),
-            "peak": over(result.peak, weight_bytes),
             "error": result.error,
             "steps": result.steps,
             "rounds": len(result.times),
@@ -220,8 +216,6 @@ COLUMNS = (  # title, width, format, key
     ("spread", 9, ".4f", "spread_ms"),
     ("x floor", 11, ".2f", "times_floor"),
     ("default / this", 15, ".3g", "default_over_this"),
-    ("held", 9, ".2f", "held"),
-    ("peak", 8, ".2f", "peak"),
     ("error", 9, ".1e", "error"),
     ("steps", 7, "d", "steps"),
 )
@@ -241,30 +235,22 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def warm_up(args: argparse.Namespace, plan: Plan) -> None:
     """Run every row on a toy first, for what is set up once: imports, handles, tables, workspaces of libraries."""
-    problem = Problem(TOYS["gru8"], LR, getattr(torch, args.dtype), plan.device, sets=1)
-    side_by_side(builds(problem, args.rows), replace(plan, rounds=1, turn=0.0))
+    toy = replace(plan, rounds=1, turn=0.0, sets=1, lr=LR)
+    side_by_side(args.rows, Problem(TOYS["gru8"], toy), toy)
 
 
 def compare(args: argparse.Namespace, plan: Plan, report: dict[str, Any], save: Callable[[], None]) -> None:
     """A table a work."""
     works = TOYS if args.toy else WORKS
-    counter = "the CUDA allocator" if plan.device.type == "cuda" else "torch.profiler"
     if args.works:
-        print(f"\n{LEGEND.format(counter=counter)}", flush=True)
+        print(f"\n{LEGEND}", flush=True)
         warm_up(args, plan)
     for work in args.works:
-        problem = Problem(works[work], args.lr, getattr(torch, args.dtype), plan.device, sets(args))
         print(f"\n{work}: {works[work]}, {args.dtype}, {args.gradient} gradient", flush=True)
-        results = side_by_side(builds(problem, args.rows), plan)
-        rows = figures(work, results, problem.start.nbytes)
+        rows = figures(work, side_by_side(args.rows, Problem(works[work], plan), plan))
         print_table(rows)
         report["rows"] += rows
         save()
-
-
-def sets(args: argparse.Namespace) -> int:
-    """How many gradient sets there are."""
-    return POOL if args.gradient == "pool" else 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -273,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    plan = Plan(args.rounds, TOY_TURN if args.toy else TURN, args.budget, device)
+    sets, turn = POOL if args.gradient == "pool" else 1, TOY_TURN if args.toy else TURN
+    plan = Plan(args.rounds, turn, args.budget, device, dtype, args.lr, sets)
     report: dict[str, Any] = {"environment": environment(device), "arguments": vars(args), "rows": []}
     print_environment(report["environment"])
 
@@ -283,12 +270,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     save()
     compare(args, plan, report, save)
-    plan.memory = False
     if args.training:
-        report["training"] = training.report(training.measure(plan, dtype, args.toy))
+        report["training"] = training.measure(plan, toy=args.toy)
         save()
     if args.growth:
-        report["growth"] = growth.measure(plan, args.lr, dtype, sets(args), toy=args.toy)
+        report["growth"] = growth.measure(plan, toy=args.toy)
         save()
         if args.plot:
             env = report["environment"]

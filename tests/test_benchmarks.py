@@ -25,16 +25,16 @@ def failing(monkeypatch, step):
     """A row more, which raises at its second step."""
 
     def build(problem):
-        contender = step.ROWS["torch Adam, unconstrained"](problem)
-        steps = iter([contender.step])
+        steps = step.ROWS["torch Adam, unconstrained"](problem)
+        left = iter([steps.step])
 
         def once():
-            for first in steps:
+            for first in left:
                 return first()
             raise RuntimeError("no more\nthan one")
 
-        contender.step = once
-        return contender
+        steps.step = once
+        return steps
 
     monkeypatch.setitem(step.ROWS, "failing", build)
 
@@ -62,7 +62,7 @@ def test_every_row_has_its_figures_or_says_why_not(step, tmp_path, capsys):
     assert list(table) == list(rows)
     for name, row in rows.items():
         if name == "failing" or missing(name):
-            reason = "no more" if name == "failing" else f"No module named '{missing(name)}'"
+            reason = "no more than one" if name == "failing" else f"No module named '{missing(name)}'"
             assert row["failure"].endswith(reason)
             assert row["ms"] is None
             assert table[name].strip() == f"failed: {row['failure']}"
@@ -72,10 +72,8 @@ def test_every_row_has_its_figures_or_says_why_not(step, tmp_path, capsys):
         assert row["steps"] >= row["rounds"] == 2
         assert len(table[name].split()) == len(titles)
         assert row["default_over_this"] == pytest.approx(rows["Adam, orthographic"]["ms"] / row["ms"])
-        assert (row["error"] is None) == (name in ("torch Adam, unconstrained", "floor", "floor, one by one"))
-        assert row["error"] is None or row["error"] < 1e-3
-    # The weights, and what torch's Adam keeps: two moments, and a count of steps.
-    assert rows["torch Adam, unconstrained"]["held"] == pytest.approx(3, abs=0.1)
+        assert (row["error"] is None) == (name in ("floor", "floor, one by one"))
+        assert row["error"] is None or row["error"] < 1e-3 or name == "torch Adam, unconstrained"
 
 
 def test_training_and_growth(step, tmp_path, capsys):
@@ -97,11 +95,11 @@ def test_the_exponent_is_that_of_the_upper_half(step):
 
 
 def test_rows_leave_the_gradients_to_the_next(step):
-    problem = step.Problem(step.TOYS["params20"], 1e-3, torch.float32, torch.device("cpu"))
-    before = problem.gradients.clone(), problem.transposed.clone()
-    step.side_by_side(step.builds(problem, step.ROWS), step.Plan(1, 0.0, 1.0, torch.device("cpu"), memory=False))
-    assert torch.equal(problem.gradients, before[0])
-    assert torch.equal(problem.transposed, before[1])
+    plan = step.Plan(1, 0.0, 1.0, torch.device("cpu"))
+    problem = step.Problem(step.TOYS["params20"], plan)
+    before = problem.gradients.clone()
+    step.side_by_side(step.ROWS, problem, plan)
+    assert torch.equal(problem.gradients, before)
 
 
 @pytest.mark.parametrize(

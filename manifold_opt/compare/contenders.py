@@ -294,11 +294,11 @@ class Held(nn.Module):
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight that the model computes with, shaped as it was."""
-        constraint = self.place[0].constraint
-        blocks = self.blocks() * constraint.gain
+        constraint, blocks = self.place[0].constraint, self.blocks()
+        blocks = blocks if constraint.gain == 1 else constraint.gain * blocks
         rows = original.shape[0] // (len(blocks) if constraint.dim == 0 else 1)
         lying = blocks if blocks.shape[-2] == rows else blocks.mT
-        return torch.cat(list(lying), constraint.dim).reshape(original.shape)
+        return (lying if constraint.dim == 0 else lying.movedim(0, 1)).reshape(original.shape)
 
 
 def _computed(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import init, mark_orthogonal, orthogonality_error
+from .. import init, orthogonality_error
 from .contenders import PEERS, Contender, Settings, build
 from .results import Cost, in_one_line
+from .tasks import Matrix
 
 SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (1, 10, 100), 16
 ROUNDS, TURN = 7, 0.02  # turns of every scheme, and seconds of one; one step at least
@@ -37,39 +37,57 @@ def points(largest: int | None) -> list[tuple[str, int, int]]:
 def measure(
     point: tuple[str, int, int], schemes: tuple[str, ...], settings: Settings, device: torch.device, tell: Tell
 ) -> Iterator[Cost]:
-    """One point of the curve of every scheme, which take turns. One that fails says so, and the others go on."""
+    """Time a step of every scheme, in turns, for one number and size of matrices. One that fails has a failure."""
     varied, count, n = point
     costs = {scheme: Cost(scheme, varied, count, n, n, peer=scheme in PEERS) for scheme in schemes}
     turns: dict[str, Callable[[], float]] = {}
+    failures: dict[str, str] = {}
     with torch.random.fork_rng(), torch.enable_grad():
         for scheme in schemes:
             torch.manual_seed(0)
-            matrices = nn.ModuleList(_Matrix(init.orthogonal_(torch.empty(n, n))) for _ in range(count)).to(device)
+            matrices = nn.ModuleList(Matrix(init.orthogonal_(torch.empty(n, n))) for _ in range(count)).to(device)
             gradients = torch.randn(SETS, count, n, n, device=device)
-            made = _guarded(costs[scheme], functools.partial(_ready, scheme, matrices, gradients, settings))
+            made = attempt(failures, scheme, _ready, scheme, matrices, gradients, settings)
             if made is not None:
                 turns[scheme], costs[scheme].orthogonality_error = made
-        times: dict[str, list[float]] = {scheme: [] for scheme in turns}
-        for _ in range(ROUNDS):
-            for scheme, turn in list(turns.items()):
-                tell(scheme)
-                seconds = _guarded(costs[scheme], turn)
-                if seconds is None:
-                    del turns[scheme]
-                else:
-                    times[scheme].append(seconds)
-        for scheme in turns:
-            costs[scheme].milliseconds = 1e3 * statistics.median(times[scheme])
+        times = take_turns(turns, ROUNDS, failures, tell)
+    for scheme, cost in costs.items():
+        cost.failure = failures.get(scheme)
+        cost.milliseconds = None if cost.failure else 1e3 * statistics.median(times[scheme])
     yield from costs.values()
 
 
-class _Matrix(nn.Module):
-    """One orthogonal matrix."""
+def take_turns(
+    turns: Mapping[str, Callable[[], float | None]], rounds: int, failures: dict[str, str], tell: Tell = lambda _: None
+) -> dict[str, list[float]]:
+    """Call every turn once per round, so that a busy minute of the machine falls on all of them.
 
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(start)
-        mark_orthogonal(self, "weight")
+    Args:
+        turns: functions by name. Each makes some steps and returns the seconds per step, or None if it is done.
+        rounds: how often each is called.
+        failures: gets the error of a turn that raises, which is then not called again.
+        tell: called with the name before every turn.
+
+    Returns:
+        The seconds per step by name, one value per round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            if name not in failures:
+                tell(name)
+                seconds = attempt(failures, name, turn)
+                times[name] += [] if seconds is None else [seconds]
+    return times
+
+
+def attempt(failures: dict[str, str], name: str, work: Callable[..., T], *args: object) -> T | None:
+    """Return the result of some work; if it raises, None, and note the error under a name."""
+    try:
+        return work(*args)
+    except Exception as error:
+        failures[name] = in_one_line(error)
+        return None
 
 
 def _ready(
@@ -112,12 +130,3 @@ def _stepper(contender: Contender, matrices: nn.ModuleList, gradients: Tensor) -
         contender.step()
 
     return step
-
-
-def _guarded(cost: Cost, work: Callable[[], T]) -> T | None:
-    """The result of some work; None where it fails, and then it is written down why."""
-    try:
-        return work()
-    except Exception as error:
-        cost.failure = in_one_line(error)
-        return None

@@ -51,12 +51,12 @@ class Task:
 
 
 class Matrix(nn.Module):
-    """Nothing but an orthogonal matrix, p x n."""
+    """Orthogonal blocks, one below the other, and nothing else."""
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, blocks: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(start)
-        mark_orthogonal(self, "weight")
+        mark_orthogonal(self, "weight", blocks=blocks)
 
 
 def forever(batch: Batch) -> Iterator[Batch]:
