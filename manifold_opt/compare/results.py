@@ -148,7 +148,7 @@ class Summary:
         skipped: sum over the seeds.
         failure: of the first run that failed.
         best: names of the columns of times and errors in which it is the best of those that finished and stayed
-            orthogonal. (Which final measure is best may be undecided: see :func:`winners`.)
+            orthogonal. (Which final measure is best may be undecided.)
     """
 
     task: str

@@ -25,7 +25,7 @@ class BaseOptimizer(ManifoldOptimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # As torch.compile finds it: later it makes this method a slower one, which graphs leave out.
-        cls._collect_unconstrained = super(BaseOptimizer, cls)._init_group  # type: ignore[method-assign]
+        cls._collect_unconstrained = super()._init_group  # type: ignore[method-assign]
 
     def __init__(self, params: ParamsT, options: Group, *args: Any, **kwargs: Any) -> None:
         """Call torch's constructor with ``args`` and ``kwargs``, and put ``options`` into every group."""
