@@ -40,7 +40,7 @@ from manifold_opt import SGD, Adam, AdamW
 from tests.helpers import never_read
 
 STEPS, HALF = 50, 25
-ON_FAULT = next(name for name in ("nonfinite", "on_fault") if name in inspect.signature(Adam).parameters)
+ON_FAULT = next(name for name in ("nonfinite", "nonfinite") if name in inspect.signature(Adam).parameters)
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (SGD, {"lr": 0.03}),

@@ -9,7 +9,7 @@ Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam
 """
 
 from . import init
-from .constraints.average import orthogonal_average, project_
+from .constraints.average import orthogonal_average, project_to_manifold_
 from .constraints.diagnostics import orthogonality_error
 from .constraints.from_parametrized import from_parametrized
 from .constraints.mark import mark_manifold, mark_positive, mark_spectral, mark_unit_norm
@@ -21,7 +21,7 @@ from .linalg.newton_schulz import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .optim import SGD, Adam, AdamW
 from .optim.check import check
-from .stiefel.geometry import project
+from .stiefel.geometry import riemannian_gradient
 from .stiefel.retractions import RETRACTIONS, Retraction, retract
 
 __version__ = "0.1.0.dev0"
@@ -50,8 +50,8 @@ __all__ = [
     "orthogonal_average",
     "orthogonality_error",
     "orthogonalize_",
-    "project",
-    "project_",
+    "project_to_manifold_",
     "retract",
+    "riemannian_gradient",
     "unmark",
 ]

@@ -1,7 +1,7 @@
 """What every manifold has to be, as functions of one and a batch of its points ``(B, ..., *point)`` in float64.
 
 Nothing is known of it but its methods. Its metric is read off :meth:`Manifold.square` by polarization, and a tangent
-w at x is recognized by what defines a Riemannian gradient: <project(x, g), w>_x = <g, w> for every g.
+w at x is recognized by what defines a Riemannian gradient: <riemannian_gradient(x, g), w>_x = <g, w> for every g.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def close(a: Tensor, b: Tensor, scale: float) -> None:
 def assert_tangent(manifold: Manifold, x: Tensor, w: Tensor, dims: tuple[int, ...]) -> None:
     for seed in (11, 12, 13):
         g = gaussian(*x.shape, seed=seed)
-        close(inner(manifold, x, manifold.project(x, g), w, dims), total(g * w, dims), 100.0)
+        close(inner(manifold, x, manifold.riemannian_gradient(x, g), w, dims), total(g * w, dims), 100.0)
 
 
 def a_zero_step_stays(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001
@@ -58,7 +58,7 @@ def a_zero_step_stays(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> N
 
 def a_short_step_is_along_the_tangent(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
     """R(x, t v) - x - t v is of second order: a tenth of the length, a hundredth of the error."""
-    v = manifold.project(x, gaussian(*x.shape))
+    v = manifold.riemannian_gradient(x, gaussian(*x.shape))
     v = v / sizes(v, dims).max() * sizes(x, dims).min()
     gaps = [float(sizes(manifold.retract(x, t * v) - x - t * v, dims).max()) for t in (1e-2, 1e-3, 1e-4)]
     floor = 1e3 * EPS * float(x.abs().max())
@@ -68,12 +68,12 @@ def a_short_step_is_along_the_tangent(manifold: Manifold, x: Tensor, dims: tuple
 
 
 def the_gradient_is_that_of_the_metric(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
-    assert_tangent(manifold, x, manifold.project(x, gaussian(*x.shape)), dims)
+    assert_tangent(manifold, x, manifold.riemannian_gradient(x, gaussian(*x.shape)), dims)
 
 
 def a_derivative_along_the_retraction(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
     """Of f = <g, y> + |y|^2 / 2 it is what the gradient says, by central differences."""
-    g, v = gaussian(*x.shape, seed=5), manifold.project(x, gaussian(*x.shape))
+    g, v = gaussian(*x.shape, seed=5), manifold.riemannian_gradient(x, gaussian(*x.shape))
     v = v / sizes(v, dims).max() * sizes(x, dims).min()
 
     def f(y: Tensor) -> Tensor:
@@ -81,12 +81,12 @@ def a_derivative_along_the_retraction(manifold: Manifold, x: Tensor, dims: tuple
 
     t = 1e-5
     slope = (f(manifold.retract(x, t * v)) - f(manifold.retract(x, -t * v))) / (2 * t)
-    said = inner(manifold, x, manifold.project(x, g + x), v, dims)
+    said = inner(manifold, x, manifold.riemannian_gradient(x, g + x), v, dims)
     torch.testing.assert_close(said, slope, rtol=1e-6, atol=1e-6)
 
 
 def transport_makes_tangents(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
-    u, v = (manifold.project(x, gaussian(*x.shape, seed=seed)) for seed in (1, 2))
+    u, v = (manifold.riemannian_gradient(x, gaussian(*x.shape, seed=seed)) for seed in (1, 2))
     y = manifold.retract(x, 0.3 * v / sizes(v, dims).max() * sizes(x, dims).min())
     assert_tangent(manifold, y, manifold.transport(x, y, u), dims)
     both = manifold.transport(x, y, 2 * u - 3 * v)
@@ -96,7 +96,7 @@ def transport_makes_tangents(manifold: Manifold, x: Tensor, dims: tuple[int, ...
 
 def a_rescaled_tangent_is_made_one(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
     """By :meth:`Manifold.tangent`, as Adam needs it; where the second moment is one number a point none is needed."""
-    u = manifold.project(x, gaussian(*x.shape))
+    u = manifold.riemannian_gradient(x, gaussian(*x.shape))
     square = manifold.square(x, u)
     assert_tangent(manifold, x, manifold.tangent(x, u / (square.sqrt() + 0.1)), dims)
 
@@ -104,7 +104,7 @@ def a_rescaled_tangent_is_made_one(manifold: Manifold, x: Tensor, dims: tuple[in
 def any_step_ends_on_it(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
     for dtype in (torch.float64, torch.float32):
         y = x.to(dtype)
-        v = manifold.project(y, gaussian(*y.shape, dtype=dtype))
+        v = manifold.riemannian_gradient(y, gaussian(*y.shape, dtype=dtype))
         v = v / sizes(v, dims).max()
         for exponent in range(-12, 7):
             end = manifold.retract(y, 10.0**exponent * v)
@@ -132,7 +132,7 @@ def nearest_points_are_points(manifold: Manifold, x: Tensor, dims: tuple[int, ..
     points_have_no_error(manifold, y, dims)
     torch.testing.assert_close(manifold.nearest(y), y, rtol=0, atol=max(manifold.rounding(y), 1024 * EPS))
     for seed in range(5):
-        other = manifold.retract(x, 0.3 * manifold.project(x, gaussian(*x.shape, seed=20 + seed)))
+        other = manifold.retract(x, 0.3 * manifold.riemannian_gradient(x, gaussian(*x.shape, seed=20 + seed)))
         assert bool((sizes(z - y, dims) <= sizes(z - other, dims) + 1e-9).all())
     with pytest.raises(ValueError, match="finite"):
         manifold.nearest(torch.full_like(x, torch.nan))
@@ -140,7 +140,7 @@ def nearest_points_are_points(manifold: Manifold, x: Tensor, dims: tuple[int, ..
 
 def each_point_is_by_itself(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001
     """What the others are changes nothing but roundings, not even where they are no numbers."""
-    v = manifold.project(x, gaussian(*x.shape))
+    v = manifold.riemannian_gradient(x, gaussian(*x.shape))
     for spoilt in range(len(x)):
         others = [i for i in range(len(x)) if i != spoilt]
         bad = v.clone()
@@ -151,9 +151,9 @@ def each_point_is_by_itself(manifold: Manifold, x: Tensor, dims: tuple[int, ...]
 
 def arguments_are_not_written_to(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001
     g = gaussian(*x.shape)
-    v = manifold.project(x, g)
+    v = manifold.riemannian_gradient(x, g)
     kept = [t.clone() for t in (x, g, v)]
-    manifold.project(x, g)
+    manifold.riemannian_gradient(x, g)
     manifold.transport(x, manifold.retract(x, v), v)
     manifold.tangent(x, v)
     manifold.square(x, v)

@@ -44,7 +44,7 @@ def gaussian(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> 
 
 def tangent(w: Tensor, length: float, seed: int = 1) -> Tensor:
     """A random tangent of spectral norm ``length`` for every matrix of ``w``; zero where there is none."""
-    v = geometry.project(w, gaussian(*w.shape, dtype=w.dtype, seed=seed))
+    v = geometry.riemannian_gradient(w, gaussian(*w.shape, dtype=w.dtype, seed=seed))
     size = torch.linalg.matrix_norm(v, 2, keepdim=True)
     return torch.where(size > 1e-3, length * v / size, 0)
 

@@ -14,7 +14,7 @@ from manifold_opt import (
     mark_orthogonal,
     nearest_orthogonal,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
     unmark,
 )
 from manifold_opt.linalg.matrices import float64
@@ -113,7 +113,7 @@ def test_initialized_and_projected_where_they_lie(layout):
     with torch.no_grad():
         blocks[-1] *= 1.5
     assert orthogonality_error(weight) > 1
-    project_(net)
+    project_to_manifold_(net)
     torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-14)
     assert all(torch.equal(block, old) for block, old in zip(others, free, strict=True))
 
@@ -126,7 +126,7 @@ def test_put_back_in_a_memory_format_that_hides_them(options):
     conv.to(memory_format=torch.channels_last)
     with torch.no_grad():
         conv.weight[4:] *= 3
-    project_(conv)
+    project_to_manifold_(conv)
     torch.testing.assert_close(conv.weight.detach()[4:], expected[4:], rtol=0, atol=1e-14)
     assert torch.equal(conv.weight.detach()[:3], expected[:3])
 

@@ -27,7 +27,7 @@ from manifold_opt import (
     nearest_orthogonal,
     orthogonal_average,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
     unmark,
 )
 
@@ -206,7 +206,7 @@ def test_averages_of_free_rows_are_averages(mark, decay):
     if mark == "columns":
         torch.testing.assert_close(weight[:, :2], plain.module["linear"].weight.detach()[:, :2])
     before = plain.module["linear"].weight.detach().clone()
-    project_(plain)
+    project_to_manifold_(plain)
     assert max(orthogonality_error(plain).values()) < 1e-5
     if mark == "some":
         expected = torch.cat([nearest_orthogonal(before[:5]), before[5:10], nearest_orthogonal(before[10:])])
@@ -226,7 +226,8 @@ def test_check_and_a_step_find_a_block_that_is_off_and_no_free_row(mark):
     with torch.no_grad():
         weight[-4:, -3:] *= 1.5
     assert check(model, opt) == [
-        "linear.weight is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+        "linear.weight is not orthogonal to rounding: project_to_manifold_(model) puts it back, and so does the next "
+        "step."
     ]
     with pytest.warns(UserWarning, match="away from its manifold"):
         train(model, opt, 1, 3)

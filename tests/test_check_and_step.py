@@ -20,7 +20,7 @@ from manifold_opt import (
     mark_positive,
     mark_unit_norm,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
     unmark,
 )
 
@@ -158,7 +158,7 @@ def test_check_says_what_the_step_refuses(spoil):
     ("gradient", "options"),
     [
         (lambda _: torch.eye(12, 4, dtype=torch.float64).to_sparse(), {}),
-        (lambda p: torch.full_like(p, torch.nan), {"on_fault": "raise"}),
+        (lambda p: torch.full_like(p, torch.nan), {"nonfinite": "raise"}),
     ],
 )
 def test_check_says_what_the_step_refuses_of_a_gradient(gradient, options):
@@ -191,7 +191,7 @@ def test_what_check_says_that_the_next_step_puts_back_it_does(spoil):
     with torch.no_grad():
         spoil(net)
     (problem,) = check(net, opt)
-    assert problem.endswith("project_(model) puts it back, and so does the next step.")
+    assert problem.endswith("project_to_manifold_(model) puts it back, and so does the next step.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step(net, opt)
@@ -358,8 +358,10 @@ def test_check_sees_a_frozen_copy_that_has_left_the_manifold():
     assert check(agent, opt) == []
     with torch.no_grad():
         target.gates.lerp_(net.gates, 0.5)
-    assert check(agent, opt) == ["target.gates is not orthogonal to rounding: project_(model) puts it back."]
-    project_(agent)
+    assert check(agent, opt) == [
+        "target.gates is not orthogonal to rounding: project_to_manifold_(model) puts it back."
+    ]
+    project_to_manifold_(agent)
     assert check(agent, opt) == []
     target.gates.data.zero_()
     assert "target.gates cannot be kept orthogonal: block 0: the matrix" in check(agent, opt)[0]

@@ -137,7 +137,7 @@ def test_the_recipes_for_a_distributed_checkpoint_of_torchs_optimizer(way, tmp_p
 def test_a_distributed_checkpoint_from_before_an_option_existed(tmp_path):
     net, opt = build()
     run(net, opt)
-    saved_by_dcp(net, opt, tmp_path / "old", without=["on_fault", "metric"])
+    saved_by_dcp(net, opt, tmp_path / "old", without=["nonfinite", "metric"])
     dcp_to_torch_save(tmp_path / "old", tmp_path / "old.pt")
     loaded = torch.load(tmp_path / "old.pt", weights_only=True)
     other, resumed = build()
@@ -149,10 +149,10 @@ def test_a_stock_checkpoint_leaves_a_group_its_own_options():
     """Ours, which it does not know; torch's own it brings."""
     net, _ = build()
     groups = [{"params": [p], "retraction": name} for p, name in zip(net[0].parameters(), ("qr", "exp"), strict=True)]
-    opt = Adam(groups, lr=0.5, on_fault="raise")
+    opt = Adam(groups, lr=0.5, nonfinite="raise")
     stock = torch.optim.Adam([{"params": [p]} for p in net[0].parameters()], lr=0.25)
     opt.load_state_dict(stock.state_dict())
-    assert [(g["retraction"], g["on_fault"], g["lr"]) for g in opt.param_groups] == [
+    assert [(g["retraction"], g["nonfinite"], g["lr"]) for g in opt.param_groups] == [
         ("qr", "raise", 0.25),
         ("exp", "raise", 0.25),
     ]
@@ -349,3 +349,14 @@ def test_an_entry_of_others_named_master_is_no_master_of_a_float32_parameter():
     ours.state[weight]["master"] = torch.zeros(3)
     ours.step()
     assert orthogonality_error(weight) < 1e-5
+
+
+def test_a_checkpoint_from_before_nonfinite_was_named_so_loads():
+    weight = mark_orthogonal(nn.Parameter(torch.eye(4)))
+    saved = Adam([weight], nonfinite="raise").state_dict()
+    for group in saved["param_groups"]:
+        group["on_fault"] = group.pop("nonfinite")
+    opt = Adam([weight])
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["nonfinite"] == "raise"
+    assert "on_fault" not in opt.param_groups[0]

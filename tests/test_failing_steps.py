@@ -19,7 +19,7 @@ from .test_faults import RULES, assert_unchanged, everything, give, net
 @pytest.mark.parametrize("rule", RULES)
 def test_an_error_of_a_lone_group_changes_nothing(rule):
     (group, _) = net()
-    opt = RULES[rule](group, on_fault="raise")
+    opt = RULES[rule](group, nonfinite="raise")
     give([group], 5)
     group[0].grad[7, 1] = float("nan")
     before = everything(opt)
@@ -30,7 +30,7 @@ def test_an_error_of_a_lone_group_changes_nothing(rule):
 
 def test_faults_are_errors_in_the_groups_that_ask_for_it_only():
     groups = net()
-    opt = Adam([{"params": groups[0], "on_fault": "raise"}, {"params": groups[1]}])
+    opt = Adam([{"params": groups[0], "nonfinite": "raise"}, {"params": groups[1]}])
     give(groups, 5)
     groups[1][0].grad[0, 0] = float("nan")
     opt.step()
@@ -39,7 +39,7 @@ def test_faults_are_errors_in_the_groups_that_ask_for_it_only():
 
 def test_blocks_that_are_too_long_only_together_are_no_fault():
     (group, _) = net()
-    opt = Adam(group, on_fault="raise")
+    opt = Adam(group, nonfinite="raise")
     give([group], 5)
     g = group[0].grad.view(3, 5, 5)
     g.mul_(0.9 * LARGEST_GRADIENT[g.dtype] / torch.linalg.matrix_norm(g)[:, None, None])
@@ -198,7 +198,7 @@ def test_parameters_of_one_bucket_are_each_put_back_to_their_own_nearest_point()
 def test_what_a_step_would_skip_is_what_is_raised(fault):
     """2.0: twice the largest gradient that a step takes, all of whose squares are finite still."""
     (group, _) = net()
-    opt = Adam(group, on_fault="raise")
+    opt = Adam(group, nonfinite="raise")
     give([group], 5)
     group[0].grad[12, 1] = fault if fault != 2.0 else 2 * LARGEST_GRADIENT[torch.float32]
     before = everything(opt)
@@ -209,7 +209,7 @@ def test_what_a_step_would_skip_is_what_is_raised(fault):
 
 def test_a_fault_in_a_gradient_of_another_memory_format_is_raised_as_one():
     weight = mark_orthogonal(nn.Parameter(point(8, 36, dtype=torch.float32).view(8, 4, 3, 3)))
-    opt = Adam([weight], on_fault="raise")
+    opt = Adam([weight], nonfinite="raise")
     weight.grad = torch.full_like(weight, float("nan")).contiguous(memory_format=torch.channels_last)
     with pytest.raises(FloatingPointError, match="block 0 "):
         opt.step()
@@ -295,7 +295,7 @@ def test_a_scaler_that_skips_the_first_step_of_all(rule, monkeypatch):
 def test_what_a_scaler_has_seen_is_no_fault():
     """An overflow is its to skip, and gradients are to be judged without their scale."""
     weight = net()[0][0]
-    opt = Adam([weight], on_fault="raise")
+    opt = Adam([weight], nonfinite="raise")
     before = weight.detach().clone()
     weight.grad = torch.full_like(weight, float("inf"))
     opt.grad_scale, opt.found_inf = torch.tensor(2.0**16), torch.tensor(1.0)

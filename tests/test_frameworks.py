@@ -19,7 +19,7 @@ from manifold_opt import (
     mark_recurrent,
     orthogonal_average,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
 )
 
 from .helpers import gaussian, rounding
@@ -155,7 +155,7 @@ def test_lightnings_averages(kind, ours, tmp_path):
     assert (check(module, opt) == []) == ours
     if kind == "WeightAveraging":
         assert (module.validated < 1e-5) == ours
-    assert off(project_(module)) < 1
+    assert off(project_to_manifold_(module)) < 1
 
 
 # Accelerate.
@@ -321,7 +321,7 @@ def test_timm_trains_and_resumes(tmp_path):
     assert check(model, opt) == []
     assert off(model) < 1
     assert off(averaged.module) > 1
-    assert off(project_(averaged.module)) < 1
+    assert off(project_to_manifold_(averaged.module)) < 1
     utils.CheckpointSaver(model, opt, checkpoint_dir=str(tmp_path)).save_checkpoint(0)
     other = vision_transformer(seed=1)
     resumed = optimizer_of(other)

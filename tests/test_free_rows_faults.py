@@ -56,7 +56,7 @@ def test_a_fault_in_a_block_leaves_the_free_rows_alone(name, options):
 
 def test_a_fault_that_raises_has_moved_nothing():
     weight, _ = pair("in the middle")
-    opt = build("Adam", [weight], on_fault="raise")
+    opt = build("Adam", [weight], nonfinite="raise")
     give([weight], 0)
     weight.grad[10, 3] = torch.nan  # a free row's is no block's
     opt.step()

@@ -229,7 +229,7 @@ def test_a_plain_load_that_swaps_keeps_the_mark(form):
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert (constraint_of(layer.weight) is not None) == (form == "by name")
     assert check(layer, opt) == [
-        "weight is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+        "weight is not orthogonal to rounding: project_to_manifold_(model) puts it back, and so does the next step."
     ]
     with pytest.warns(UserWarning, match="away from its manifold"):
         step(opt)

@@ -18,7 +18,7 @@ from manifold_opt import (
     mark_orthogonal,
     orthogonality_error,
 )
-from manifold_opt import project_ as project_model
+from manifold_opt import project_to_manifold_ as project_model
 
 from .helpers import gaussian
 

@@ -28,7 +28,7 @@ from manifold_opt import (
     mark_unit_norm,
     orthogonal_average,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
     unmark,
 )
 
@@ -154,9 +154,10 @@ def test_the_same_parameter_stays_marked(form, operation):
     assert constraint_of(weight_of(net)) == CONSTRAINT
     if operation == "initialize again":
         assert check(net, opt) == [
-            "rnn.weight_hh_l0 is not orthogonal to rounding: project_(model) puts it back, and so does the next step."
+            "rnn.weight_hh_l0 is not orthogonal to rounding: project_to_manifold_(model) puts it back, and so does the "
+            "next step."
         ]
-        project_(net)
+        project_to_manifold_(net)
     train(net, opt)
     assert check(net, opt) == []
     assert orthogonality_error(weight_of(net)) < 1e-5
@@ -330,7 +331,7 @@ def test_another_process(form):
     assert found == (True, True)
 
 
-# check, project_ and averaging.
+# check, project_to_manifold_ and averaging.
 
 
 def test_check_says_what_is_wrong():
@@ -373,7 +374,7 @@ def test_averages_stay_on_the_manifold(form, decay):
     assert max(orthogonality_error(plain).values()) > 1e-4
     if decay is None:  # biases are averaged as AveragedModel itself does
         torch.testing.assert_close(averaged.module.head.weight, plain.module.head.weight)
-    project_(plain)
+    project_to_manifold_(plain)
     assert max(orthogonality_error(plain).values()) < 1e-5
     with pytest.raises(ValueError, match="decay must lie in"):
         orthogonal_average(net, 1.0)
@@ -388,7 +389,7 @@ def test_projecting_writes_all_or_nothing():
         net.extra.weight.zero_()
     before = weight_of(net).detach().clone()
     with pytest.raises(ValueError, match="rank-deficient"):
-        project_(net)
+        project_to_manifold_(net)
     assert torch.equal(weight_of(net), before)
 
 

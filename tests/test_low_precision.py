@@ -256,12 +256,12 @@ def test_a_fault_keeps_to_its_block(rule, mark, fault):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("on_fault", ["skip", "raise"])
-def test_a_long_gradient_in_float16_is_no_fault(rule, on_fault):
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_long_gradient_in_float16_is_no_fault(rule, nonfinite):
     """Its squares are beyond float16, whose largest number is 65504, not beyond float32."""
     weight = parameter("gates", torch.float16)
     start = weight.detach().clone()
-    opt = RULES[rule]([weight], on_fault=on_fault)
+    opt = RULES[rule]([weight], nonfinite=nonfinite)
     give([weight], 0)
     weight.grad *= 1e4 / float(weight.grad.float().norm())
     assert not bool(weight.grad.square().isfinite().all())

@@ -18,7 +18,7 @@ from manifold_opt import (
     mark_spectral,
     mark_unit_norm,
 )
-from manifold_opt import project_ as project_model
+from manifold_opt import project_to_manifold_ as project_model
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
 from manifold_opt.manifolds.layout import points_of
 
@@ -91,7 +91,7 @@ def assert_poison_is_contained(name, rule, fault):
 def test_a_fault_can_be_made_an_error_that_changes_nothing(name, rule):
     marked = parameter(OTHERS[name], torch.float32)
     params = [nn.Parameter(torch.ones(3)), marked]
-    opt = run(rule, params, 2, on_fault="raise")
+    opt = run(rule, params, 2, nonfinite="raise")
     give(params, 5)
     marked.grad.view(-1)[0] = torch.nan
     before = everything(opt)
@@ -162,7 +162,7 @@ class Wary(Manifold):
 
     dims = 1
 
-    def project(self, x, g):  # noqa: ARG002
+    def riemannian_gradient(self, x, g):  # noqa: ARG002
         return g * g * 1e8
 
     def retract(self, x, v):
@@ -290,8 +290,8 @@ def test_project_puts_back_and_check_says_so(make, leave):
     with torch.no_grad():
         leave(net.weight)
     assert check(net, opt) == [
-        f"weight is not on {constraint_of(net.weight)} to rounding: project_(model) puts it back, and so does the next "
-        "step."
+        f"weight is not on {constraint_of(net.weight)} to rounding: project_to_manifold_(model) puts it back, and "
+        "so does the next step."
     ]
     project_model(net)
     assert check(net, opt) == []

@@ -23,7 +23,7 @@ from manifold_opt import (
     orthogonal_average,
     unmark,
 )
-from manifold_opt import project_ as project_model
+from manifold_opt import project_to_manifold_ as project_model
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
 from manifold_opt.manifolds.layout import points_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import SGD, Adam, AdamW, check, constraint_of, mark_unit_norm, project_, unmark
+from manifold_opt import SGD, Adam, AdamW, check, constraint_of, mark_unit_norm, project_to_manifold_, unmark
 from manifold_opt.manifolds import UnitNorm
 
 from .helpers import gaussian, held_under
@@ -164,7 +164,7 @@ def test_projecting_and_unmarking_leave_the_row_alone():
     net = table(4)
     with torch.no_grad():
         net.weight.mul_(3)
-    project_(net)
+    project_to_manifold_(net)
     torch.testing.assert_close(norms(net)[others(4)], torch.ones(8, dtype=torch.float64))
     assert torch.equal(net.weight[4], torch.zeros(4, dtype=torch.float64))
     assert constraint_of(unmark(copy.deepcopy(net)).weight) is None

@@ -21,9 +21,9 @@ from manifold_opt import (
     nearest_orthogonal,
     orthogonality_error,
     orthogonalize_,
-    project,
-    project_,
+    project_to_manifold_,
     retract,
+    riemannian_gradient,
     unmark,
 )
 
@@ -205,7 +205,7 @@ def test_left_out_of_fsdp1_it_is_kept():
         orthogonality_error,
         orthogonalize_,
         init.orthogonal_,
-        lambda x: project(x, x),
+        lambda x: riemannian_gradient(x, x),
         lambda x: retract(x, x, "qr"),
         lambda x: mark_orthogonal(nn.Parameter(x)),
     ],
@@ -222,5 +222,5 @@ def test_a_model_with_shards_beside_marked_weights_is_projected(mesh):
     fully_shard(net[2], mesh=mesh)
     with torch.no_grad():
         net[0].weight.mul_(2)
-    project_(net)
+    project_to_manifold_(net)
     assert orthogonality_error(net)["0.weight"] < 1e-6

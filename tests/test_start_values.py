@@ -14,7 +14,7 @@ from manifold_opt import (
     mark_unit_norm,
     nearest_orthogonal,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
 )
 from manifold_opt.linalg.matrices import error_at_rounding
 from manifold_opt.stiefel.geometry import error, random
@@ -158,7 +158,7 @@ def test_a_message_names_the_block(mark, shape, row, said):
 
 
 def test_a_step_names_the_parameter_and_the_block_that_has_been_written_to():
-    """Of several that move as one batch; and so does project_."""
+    """Of several that move as one batch; and so does project_to_manifold_."""
     params = [mark_orthogonal(nn.Parameter(gaussian(8, 4, seed=k)), blocks=2) for k in range(3)]
     opt = Adam([(f"layer{k}", p) for k, p in enumerate(params)], lr=0.1)
     for p in params:
@@ -170,7 +170,7 @@ def test_a_step_names_the_parameter_and_the_block_that_has_been_written_to():
     with pytest.raises(ValueError, match=r"\(8, 4\) \(layer2\) has been written to: block 1: the matrix of shape \(4"):
         opt.step()
     with pytest.raises(ValueError, match=r"block 1: the matrix of shape \(4, 4\) is rank-deficient"):
-        project_(nn.ParameterList(params))
+        project_to_manifold_(nn.ParameterList(params))
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_block_among_all():
@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_block_among_all():
     weight.grad = gaussian(12, 4)
     weight.grad[9] = torch.inf
     with pytest.raises(FloatingPointError, match="gradient of block 2 of"):
-        Adam([weight], on_fault="raise").step()
+        Adam([weight], nonfinite="raise").step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ from manifold_opt import (
     mark_orthogonal,
     mark_unit_norm,
     orthogonality_error,
-    project_,
+    project_to_manifold_,
     unmark,
 )
 from manifold_opt.constraints import persistence as survival
@@ -80,7 +80,7 @@ def test_looking_at_a_state_dict_changes_nothing(between):
             with torch.inference_mode():
                 opt.state_dict()
         net.load_state_dict(values)
-        project_(net)
+        project_to_manifold_(net)
         step(opt, 7)
         ends.append(net.weight.detach())
     assert torch.equal(*ends)
@@ -298,8 +298,8 @@ def test_a_step_of_no_group_is_none():
 def test_a_group_that_lacks_an_option_is_said_to():
     net = layer()
     opt = Adam(net.parameters())
-    del opt.param_groups[0]["on_fault"]
-    assert check(net, opt) == ["group 0 of the optimizer lacks on_fault."]
+    del opt.param_groups[0]["nonfinite"]
+    assert check(net, opt) == ["group 0 of the optimizer lacks nonfinite."]
 
 
 # What check says of memory and of optimizers that hold others.
@@ -359,8 +359,10 @@ def test_the_shape_of_a_tall_block_is_as_it_lies_in_the_parameter():
 def test_projecting_names_the_parameter():
     net = nn.Sequential(layer(), layer())
     net[1].weight.data.zero_()
-    with pytest.raises(ValueError, match=r"project_: 1\.weight: the matrix of shape \(4, 4\) is rank-deficient"):
-        project_(net)
+    with pytest.raises(
+        ValueError, match=r"project_to_manifold_: 1\.weight: the matrix of shape \(4, 4\) is rank-deficient"
+    ):
+        project_to_manifold_(net)
 
 
 # Conversions that swap the contents of parameters drop what is an attribute of them.
@@ -466,7 +468,7 @@ def test_project_and_the_error_see_a_mark_that_a_conversion_has_dropped():
     with torch.no_grad():
         made.weight.mul_(1.5)
     assert orthogonality_error(made)["weight"] > 1
-    assert orthogonality_error(project_(made))["weight"] < 1e-5
+    assert orthogonality_error(project_to_manifold_(made))["weight"] < 1e-5
 
 
 def test_marks_of_many_modules_are_found_in_one_pass(monkeypatch):

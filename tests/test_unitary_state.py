@@ -27,7 +27,7 @@ from manifold_opt import (
     orthogonal_average,
     orthogonality_error,
     orthogonalize_,
-    project_,
+    project_to_manifold_,
     unmark,
 )
 
@@ -191,7 +191,7 @@ def test_a_poisoned_block_stays_and_its_neighbours_do_not_notice(rule, shape, fa
 @pytest.mark.parametrize("rule", RULES)
 def test_a_fault_can_be_made_an_error_that_changes_nothing(rule):
     weight = parameter((9, 3), 3)
-    opt = build(rule, [weight], on_fault="raise")
+    opt = build(rule, [weight], nonfinite="raise")
     run([weight], opt, 2)
     before, state = weight.detach().clone(), copy.deepcopy(opt.state_dict()["state"])
     give([weight], 2)
@@ -271,7 +271,7 @@ def test_a_model_is_initialized_checked_projected_averaged_and_copied(dtype):
         for p in model.parameters():
             p.mul_(1.1 + 0.2j)
     assert len(check(model, opt)) == 2
-    project_(model)
+    project_to_manifold_(model)
     assert check(model, opt) == []
     assert torch.equal(model["part"].weight, free * (1.1 + 0.2j))
     init.orthogonal_(model["gates"].weight, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 
 
 @torch.no_grad()
-def project_(model: nn.Module) -> nn.Module:
+def project_to_manifold_(model: nn.Module) -> nn.Module:
     """Put every marked parameter of a module back on its manifold, to the nearest point, in place.
 
     The thing to do after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep
@@ -30,12 +30,12 @@ def project_(model: nn.Module) -> nn.Module:
         ValueError: one is not finite or rank-deficient; nothing has been written then.
 
     >>> import torch
-    >>> from manifold_opt import mark_orthogonal, orthogonality_error, project_
+    >>> from manifold_opt import mark_orthogonal, orthogonality_error, project_to_manifold_
     >>> layer = torch.nn.Linear(4, 4)
     >>> _ = mark_orthogonal(layer, "weight")
     >>> with torch.no_grad():
     ...     _ = layer.weight.mul_(1.1)
-    >>> orthogonality_error(project_(layer))["weight"] < 1e-5
+    >>> orthogonality_error(project_to_manifold_(layer))["weight"] < 1e-5
     True
     """
     found = []
@@ -46,7 +46,7 @@ def project_(model: nn.Module) -> nn.Module:
             try:
                 found.append((p, off_manifold(p, constraint)))
             except ValueError as refusal:
-                raise ValueError(f"project_: {name}: {refusal}") from None
+                raise ValueError(f"project_to_manifold_: {name}: {refusal}") from None
     for p, off in found:
         put_back_(p, off)
     return model
@@ -93,7 +93,7 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
             raise ValueError(
                 "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "
                 "another device. Give it the model that update_parameters gets; for averages on another device, "
-                "average as torch does and call project_(averaged_model) afterwards."
+                "average as torch does and call project_to_manifold_(averaged_model) afterwards."
             )
         constraint = marks[current.data_ptr()]
         if constraint is not None:

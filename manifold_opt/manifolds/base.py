@@ -16,8 +16,8 @@ class Manifold:
 
     Every function takes a batch of points ``x``, ``(B, ..., *point)``, decides about each point by itself, and is
     pure. A subclass is a frozen dataclass of what it is made of, numbers, strings and tuples of such, which a
-    checkpoint records, and has at least :meth:`project`, :meth:`retract`, :meth:`nearest` and :meth:`error`. With one
-    line in :data:`~manifold_opt.MANIFOLDS` it is known by its name.
+    checkpoint records, and has at least :meth:`riemannian_gradient`, :meth:`retract`, :meth:`nearest`
+    and :meth:`error`. With one line in :data:`~manifold_opt.MANIFOLDS` it is known by its name.
 
     Attributes:
         dims: how many dimensions of a parameter, the last ones, are one point; those before count points.
@@ -32,7 +32,7 @@ class Manifold:
     >>> @dataclass(frozen=True)
     ... class Centred(Manifold):  # vectors whose entries add up to zero
     ...     dims = 1
-    ...     def project(self, x, g):
+    ...     def riemannian_gradient(self, x, g):
     ...         return g - g.mean(-1, keepdim=True)
     ...     def retract(self, x, v):
     ...         return self.nearest(x + v)
@@ -66,7 +66,7 @@ class Manifold:
         """Start and length along ``dim`` of what is in no part of it, and is trained as torch trains it."""
         return []
 
-    def project(self, x: Tensor, g: Tensor) -> Tensor:
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """The Riemannian gradient at ``x`` of a function with Euclidean gradient ``g``."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Manifold:
 
         The gradient of the surrounding space is projected so too, where the metric is that of the surrounding space.
         """
-        return self.project(x, d)
+        return self.riemannian_gradient(x, d)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         """The tangent ``v`` at ``x`` as one at ``y``, where a step has led to; linear in ``v``."""

@@ -48,7 +48,7 @@ class Geoopt(Manifold):
         """The last dimensions are a point, the others a batch."""
         return (Slices(dims=self.manifold.ndim),)
 
-    def project(self, x: Tensor, g: Tensor) -> Tensor:
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """``egrad2rgrad``."""
         return _point_by_point(self.manifold.egrad2rgrad, x, g.clone())  # Lorentz writes to what it is given
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linalg.matrices import error_at_rounding
 from ..linalg.newton_schulz import nearest_orthogonal
-from ..stiefel.geometry import error, project
+from ..stiefel.geometry import error, riemannian_gradient
 from ..stiefel.schemes import polar
 from .base import Manifold
 from .layout import Blocks, Shape, can_be_moved
@@ -86,9 +86,9 @@ class Orthogonal(Manifold):
         marked = range(len(sizes)) if self.which is None else self.which
         return [(size, k in marked, (start, size)) for k, (size, start) in enumerate(zip(sizes, starts, strict=True))]
 
-    def project(self, x: Tensor, g: Tensor) -> Tensor:
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """The Riemannian gradient in the Euclidean metric."""
-        return project(x / self.gain, g)
+        return riemannian_gradient(x / self.gain, g)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """The polar retraction; the optimizers take the one that their ``retraction`` says."""

@@ -22,7 +22,7 @@ class Positive(Manifold):
 
     decays = penalized = True
 
-    def project(self, x: Tensor, g: Tensor) -> Tensor:
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """:math:`x^2 g`."""
         return x * (x * g)
 

@@ -34,7 +34,7 @@ class Spectral(Manifold):
         """One matrix ``(1, p, n)``."""
         return (Blocks(shape[self.dim], first=self.dim),)
 
-    def project(self, x: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
         """The gradient itself: the space is flat."""
         return g
 

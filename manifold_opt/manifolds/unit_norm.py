@@ -51,7 +51,7 @@ class UnitNorm(Manifold):
         """The index of a slice among all."""
         return point if self.padding_idx is None or point < self.padding_idx else point + 1
 
-    def project(self, x: Tensor, g: Tensor) -> Tensor:
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         r""":math:`g - \langle x, g\rangle x`."""
         return g - _dot(x, g) * x
 

@@ -75,7 +75,7 @@ class Adam(BaseOptimizer, torch.optim.Adam):
             ``"block"`` holds one mean square a block, equivariant under rotations (Becigneul & Ganea 2019).
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
-        on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
+        nonfinite: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
             the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
             FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
             accelerator it waits, and in a compiled step it is ``"skip"``.)
@@ -119,7 +119,7 @@ class Adam(BaseOptimizer, torch.optim.Adam):
         second_moment: SecondMoment = "element",
         beta: float = 0.5,
         correction_steps: int = 1,
-        on_fault: Nonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
     ) -> None:
         options = {
             "retraction": retraction,
@@ -128,7 +128,7 @@ class Adam(BaseOptimizer, torch.optim.Adam):
             "second_moment": second_moment,
             "beta": beta,
             "correction_steps": correction_steps,
-            "on_fault": on_fault,
+            "nonfinite": nonfinite,
         }
         # torch 2.6 does not have it yet.
         newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
@@ -158,7 +158,7 @@ class AdamW(BaseOptimizer, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
             as in torch.optim.AdamW.
-        retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps, on_fault: as in :class:`Adam`.
+        retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps, nonfinite: as in :class:`Adam`.
 
     Raises:
         ValueError: an option out of range, or one that a marked parameter cannot honour.
@@ -193,7 +193,7 @@ class AdamW(BaseOptimizer, torch.optim.AdamW):
         second_moment: SecondMoment = "element",
         beta: float = 0.5,
         correction_steps: int = 1,
-        on_fault: Nonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
     ) -> None:
         options = {
             "retraction": retraction,
@@ -202,7 +202,7 @@ class AdamW(BaseOptimizer, torch.optim.AdamW):
             "second_moment": second_moment,
             "beta": beta,
             "correction_steps": correction_steps,
-            "on_fault": on_fault,
+            "nonfinite": nonfinite,
         }
         super().__init__(
             params,

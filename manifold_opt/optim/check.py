@@ -227,7 +227,7 @@ def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
     check_shapes(opt, group, p, opt.state.get(p, {}), constraint)
     if p.grad is not None:
         check_gradients(name, group, [p], [p.grad])
-        if group["on_fault"] == "raise" and not p.is_meta:
+        if group["nonfinite"] == "raise" and not p.is_meta:
             check_finite(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
 
 
@@ -249,7 +249,7 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
         return
     if off and _is_exact(constraint, p, opt):
         yield (
-            f"{name} is not {adjective} to rounding: project_(model) puts it back"
+            f"{name} is not {adjective} to rounding: project_to_manifold_(model) puts it back"
             f"{', and so does the next step' if opt is not None else ''}."
         )
 

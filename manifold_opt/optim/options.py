@@ -20,7 +20,7 @@ from .directions.stiefel import SECOND_MOMENTS
 from .engine.optimizer import Group, ManifoldOptimizer
 
 # Options of this package, which a group of torch.optim does not have.
-OPTIONS = ("retraction", "metric", "orthogonal_lr_scale", "second_moment", "beta", "correction_steps", "on_fault")
+OPTIONS = ("retraction", "metric", "orthogonal_lr_scale", "second_moment", "beta", "correction_steps", "nonfinite")
 Nonfinite = Literal["skip", "raise"]
 NONFINITE: tuple[str, ...] = get_args(Nonfinite)
 
@@ -166,8 +166,8 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
         raise ValueError(
             f"{name}: second_moment must be one of {', '.join(SECOND_MOMENTS)}, got {group['second_moment']!r}."
         )
-    if group["on_fault"] not in NONFINITE:
-        raise ValueError(f"{name}: on_fault must be one of {', '.join(NONFINITE)}, got {group['on_fault']!r}.")
+    if group["nonfinite"] not in NONFINITE:
+        raise ValueError(f"{name}: nonfinite must be one of {', '.join(NONFINITE)}, got {group['nonfinite']!r}.")
     for option in ("differentiable", "fused"):
         if marked and group.get(option):
             raise ValueError(
@@ -262,7 +262,7 @@ def check_finite(
                 index = constraint.index_of(before + int((~sound).nonzero()[0, 0]))
                 raise FloatingPointError(
                     f"{name}: the gradient of {constraint.point_name} {index} of a marked parameter of shape "
-                    f"{shape_in(group, p)} is not finite, or its squares are not, and on_fault='raise'. Nothing was "
+                    f"{shape_in(group, p)} is not finite, or its squares are not, and nonfinite='raise'. Nothing was "
                     "changed."
                 )
             before += len(points)
@@ -275,6 +275,8 @@ def fill_options(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> None:
     may leave a group none at all, which torch would stumble over in the next step.
     """
     for k, group in enumerate(loaded.get("param_groups", ())):
+        if "on_fault" in group:  # its name in earlier versions
+            group["nonfinite"] = group.pop("on_fault")
         own = optimizer.param_groups[k] if hasattr(optimizer, "param_groups") else loaded["defaults"]
         for key in OPTIONS if "lr" in group else own:
             if key in own:

@@ -55,7 +55,7 @@ class SGD(BaseOptimizer, torch.optim.SGD):
         orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's, at least 0.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
-        on_fault: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
+        nonfinite: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
             the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
             FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
             accelerator it waits, and in a compiled step it is ``"skip"``.)
@@ -96,7 +96,7 @@ class SGD(BaseOptimizer, torch.optim.SGD):
         orthogonal_lr_scale: float = 1.0,
         beta: float = 0.5,
         correction_steps: int = 1,
-        on_fault: Nonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
     ) -> None:
         options = {
             "retraction": retraction,
@@ -104,7 +104,7 @@ class SGD(BaseOptimizer, torch.optim.SGD):
             "orthogonal_lr_scale": orthogonal_lr_scale,
             "beta": beta,
             "correction_steps": correction_steps,
-            "on_fault": on_fault,
+            "nonfinite": nonfinite,
         }
         super().__init__(
             params,

@@ -1,5 +1,5 @@
 """The Stiefel manifold: its geometry, and retractions."""
 
-from .geometry import coordinates, error, project, random, transport
+from .geometry import coordinates, error, random, riemannian_gradient, transport
 
-__all__ = ["coordinates", "error", "project", "random", "transport"]
+__all__ = ["coordinates", "error", "random", "riemannian_gradient", "transport"]

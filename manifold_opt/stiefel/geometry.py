@@ -31,7 +31,7 @@ Metric = Literal["euclidean", "canonical"]
 METRICS: tuple[str, ...] = get_args(Metric)
 
 
-def project(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
+def riemannian_gradient(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
     r"""Riemannian gradient at ``w`` of a function with Euclidean gradient ``g``.
 
     .. math::
@@ -56,16 +56,16 @@ def project(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
     Reference: Edelman, Arias & Smith (1998), equation 2.53 and section 2.2.1.
 
     >>> import torch
-    >>> from manifold_opt import project
+    >>> from manifold_opt import riemannian_gradient
     >>> w = torch.eye(2)
-    >>> project(w, torch.tensor([[5.0, 1.0], [3.0, 7.0]]))
+    >>> riemannian_gradient(w, torch.tensor([[5.0, 1.0], [3.0, 7.0]]))
     tensor([[ 0., -1.],
             [ 1.,  0.]])
-    >>> project(torch.tensor([[1.0j]]), torch.tensor([[3.0 + 4.0j]]))  # the unit circle, at its top
+    >>> riemannian_gradient(torch.tensor([[1.0j]]), torch.tensor([[3.0 + 4.0j]]))  # the unit circle, at its top
     tensor([[3.+0.j]])
     """
-    check_metric("project", metric)
-    check_pair("project", w, g)
+    check_metric("riemannian_gradient", metric)
+    check_pair("riemannian_gradient", w, g)
     return _project(w, g, metric=metric)
 
 

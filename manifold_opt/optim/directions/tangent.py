@@ -33,7 +33,7 @@ def sgd(
     nesterov: bool,
 ) -> tuple[Tensor, Moments]:
     r"""Riemannian gradient u, with momentum if asked: :math:`B \leftarrow \mu B + (1-\tau) u`."""
-    u = manifold.project(x, g)
+    u = manifold.riemannian_gradient(x, g)
     if not momentum:
         return length * u, {}
     buffer = state["momentum_buffer"] * momentum + (1 - dampening) * u
@@ -59,7 +59,7 @@ def adam(
     with the square that the manifold says (:meth:`Manifold.square`), or where V is one number a point, its mean over
     the last ``dims`` dimensions. Of complex entries the two parts have a V each.
     """
-    u = manifold.project(x, g)
+    u = manifold.riemannian_gradient(x, g)
     square, v = manifold.square(x, u), state["exp_avg_sq"]
     if v.shape != u.shape:
         square = torch.view_as_real(square).mean(-1) if square.is_complex() else square

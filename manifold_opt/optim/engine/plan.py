@@ -88,7 +88,7 @@ class Plan:
         self._idle = [p for p in everything if p.grad is None and constraint_of(p) is not None]
         named = [name for name in (*OPTIONS, *_FLAGS) if all(name in group for group in groups)]
         self._checked = itemgetter(*named)
-        self._momentum = itemgetter("momentum" if all("momentum" in group for group in groups) else "on_fault")
+        self._momentum = itemgetter("momentum" if all("momentum" in group for group in groups) else "nonfinite")
         self.merges = merge and len(groups) > 1
         self._alike = _alike(optimizer) if self.merges else list(range(len(groups)))
         self.pool = Pool()
@@ -100,7 +100,7 @@ class Plan:
         self.devices = {p.device.type for p in self.active}
         self.low = any(bucket.low for bucket in buckets)
         self.on_accelerator = not all(products.host_can_branch(p) for p in self.active)
-        self.raises = any(group["on_fault"] == "raise" for group in groups)
+        self.raises = any(group["nonfinite"] == "raise" for group in groups)
         self.needs_care = self.low or self.raises or self.on_accelerator
         self._states = list(_states(optimizer, buckets))
         self._shown = [entry for bucket in buckets for shown in bucket.shown.values() for entry in shown]
@@ -278,7 +278,7 @@ def check_gradients_finite(optimizer: ManifoldOptimizer) -> None:
     if overflow is not None and float(overflow) != 0:
         return  # a GradScaler has seen it, and nothing will move
     for group in optimizer.param_groups:
-        if group["on_fault"] == "raise":
+        if group["nonfinite"] == "raise":
             live = _live(group)
             check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 

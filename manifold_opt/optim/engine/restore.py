@@ -126,5 +126,5 @@ def _far_warnings(
         f"A block of shape {tuple(bucket.point)} of a marked parameter of shape {_label(optimizer, parameter)} was "
         f"{float(distances.max()):.2g} away from its manifold, {bucket.constraint}, changed outside the optimizer "
         "since it was marked or last stepped (load_state_dict?). It was put back to the nearest value, as "
-        "project_(model) does without a warning."
+        "project_to_manifold_(model) does without a warning."
     ]
