@@ -25,7 +25,7 @@ from .constraints.tag import constraint_of
 from .linalg.matrices import check_whole, in_double
 from .linalg.newton_schulz import check_determinant, determinant
 from .manifolds import Orthogonal
-from .manifolds.layout import overlap_problem, points_of, put_
+from .manifolds.layout import get_points, overlap_problem, set_points_
 from .stiefel.geometry import random
 
 T = TypeVar("T", bound=Tensor)
@@ -81,8 +81,8 @@ def orthogonal_(
     1.0
     """
     constraint = _checked(tensor, blocks, gain, scheme)
-    parts = constraint.parts(tensor.shape)
-    views = [points_of(part, tensor.detach()) for part in parts]
+    parts = constraint.layouts(tensor.shape)
+    views = [get_points(part, tensor.detach()) for part in parts]
     for view in views:
         if det is not None:
             check_determinant("init.orthogonal_", det, view)
@@ -91,7 +91,7 @@ def orthogonal_(
         drawn = _SCHEMES[scheme](count, p, n, in_double(view.dtype), generator)
         if det is not None:
             drawn[:, -1] *= det * determinant(drawn)[:, None]
-        put_(part, tensor.detach(), ..., constraint.gain * drawn.to(view))
+        set_points_(part, tensor.detach(), ..., constraint.gain * drawn.to(view))
     return tensor
 
 
@@ -114,7 +114,7 @@ def _checked(tensor: Tensor, blocks: int | Sequence[int] | None, gain: float | N
     given: dict[str, Any] = {name: value for name, value in (("blocks", blocks), ("gain", gain)) if value is not None}
     given["blocks"] = _as_tuple(given.get("blocks", present.blocks))
     constraint = replace(present, **given)
-    problem = overlap_problem(tensor) or constraint.problem(tensor)
+    problem = overlap_problem(tensor) or constraint.invalid_reason(tensor)
     if problem:
         raise ValueError(f"init.orthogonal_: the tensor {problem}")
     return constraint

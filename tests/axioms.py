@@ -1,7 +1,8 @@
 """What every manifold has to be, as functions of one and a batch of its points ``(B, ..., *point)`` in float64.
 
-Nothing is known of it but its methods. Its metric is read off :meth:`Manifold.square` by polarization, and a tangent
-w at x is recognized by what defines a Riemannian gradient: <riemannian_gradient(x, g), w>_x = <g, w> for every g.
+Nothing is known of it but its methods. Its metric is read off :meth:`Manifold.component_squares` by polarization, and a
+tangent w at x is recognized by what defines a Riemannian gradient: <riemannian_gradient(x, g), w>_x = <g, w> for
+every g.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EPS = torch.finfo(torch.float64).eps
 
 def dims_of(manifold: Manifold, x: Tensor) -> tuple[int, ...]:
     """Dimensions of one point in a batch."""
-    (part,) = {part.dims for part in manifold.parts(x.shape if x.ndim > 1 else (1, *x.shape))}
+    (part,) = {part.dims for part in manifold.layouts(x.shape if x.ndim > 1 else (1, *x.shape))}
     return tuple(range(-part, 0))
 
 
@@ -31,7 +32,7 @@ def inner(manifold: Manifold, x: Tensor, u: Tensor, v: Tensor, dims: tuple[int, 
     """The metric: <u, v> = (|u + v|^2 - |u - v|^2) / 4."""
 
     def squared(w: Tensor) -> Tensor:
-        square = manifold.square(x, w)
+        square = manifold.component_squares(x, w)
         return total(square, dims) if square.shape == w.shape else square.reshape(w.shape[: w.ndim - len(dims)])
 
     return (squared(u + v) - squared(u - v)) / 4
@@ -95,10 +96,10 @@ def transport_makes_tangents(manifold: Manifold, x: Tensor, dims: tuple[int, ...
 
 
 def a_rescaled_tangent_is_made_one(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
-    """By :meth:`Manifold.tangent`, as Adam needs it; where the second moment is one number a point none is needed."""
+    """By :meth:`Manifold.project_tangent`, as Adam needs it, unless the second moment is one number per point."""
     u = manifold.riemannian_gradient(x, gaussian(*x.shape))
-    square = manifold.square(x, u)
-    assert_tangent(manifold, x, manifold.tangent(x, u / (square.sqrt() + 0.1)), dims)
+    square = manifold.component_squares(x, u)
+    assert_tangent(manifold, x, manifold.project_tangent(x, u / (square.sqrt() + 0.1)), dims)
 
 
 def any_step_ends_on_it(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:
@@ -110,14 +111,14 @@ def any_step_ends_on_it(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) ->
             end = manifold.retract(y, 10.0**exponent * v)
             assert end.dtype == dtype
             assert bool(end.isfinite().all())
-            assert float(manifold.error(end).max()) <= manifold.rounding(end), exponent
+            assert float(manifold.error(end).max()) <= manifold.tolerance(end), exponent
 
 
 def points_have_no_error(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001
     error = manifold.error(x)
     assert error.dtype == torch.float64
-    assert float(error.max()) <= manifold.rounding(x)
-    off, values = manifold.off(x)
+    assert float(error.max()) <= manifold.tolerance(x)
+    off, values = manifold.find_off_manifold(x)
     assert not bool(off.any())
     assert len(values) == 0
 
@@ -126,16 +127,16 @@ def nearest_points_are_points(manifold: Manifold, x: Tensor, dims: tuple[int, ..
     """And no random point is nearer; where there is no nearest point it is a ValueError."""
     z = x + 0.5 * gaussian(*x.shape, seed=7)
     try:
-        y = manifold.nearest(z)
+        y = manifold.project_point(z)
     except ValueError:
         return
     points_have_no_error(manifold, y, dims)
-    torch.testing.assert_close(manifold.nearest(y), y, rtol=0, atol=max(manifold.rounding(y), 1024 * EPS))
+    torch.testing.assert_close(manifold.project_point(y), y, rtol=0, atol=max(manifold.tolerance(y), 1024 * EPS))
     for seed in range(5):
         other = manifold.retract(x, 0.3 * manifold.riemannian_gradient(x, gaussian(*x.shape, seed=20 + seed)))
         assert bool((sizes(z - y, dims) <= sizes(z - other, dims) + 1e-9).all())
     with pytest.raises(ValueError, match="finite"):
-        manifold.nearest(torch.full_like(x, torch.nan))
+        manifold.project_point(torch.full_like(x, torch.nan))
 
 
 def each_point_is_by_itself(manifold: Manifold, x: Tensor, dims: tuple[int, ...]) -> None:  # noqa: ARG001
@@ -145,7 +146,7 @@ def each_point_is_by_itself(manifold: Manifold, x: Tensor, dims: tuple[int, ...]
         others = [i for i in range(len(x)) if i != spoilt]
         bad = v.clone()
         bad[spoilt] = torch.nan
-        for move in (manifold.retract, manifold.project, lambda y, u: manifold.transport(y, y, u)):
+        for move in (manifold.retract, manifold.riemannian_gradient, lambda y, u: manifold.transport(y, y, u)):
             torch.testing.assert_close(move(x, bad)[others], move(x, v)[others], rtol=0, atol=16 * EPS)
 
 
@@ -155,8 +156,8 @@ def arguments_are_not_written_to(manifold: Manifold, x: Tensor, dims: tuple[int,
     kept = [t.clone() for t in (x, g, v)]
     manifold.riemannian_gradient(x, g)
     manifold.transport(x, manifold.retract(x, v), v)
-    manifold.tangent(x, v)
-    manifold.square(x, v)
+    manifold.project_tangent(x, v)
+    manifold.component_squares(x, v)
     manifold.error(x)
     assert all(torch.equal(a, b) for a, b in zip((x, g, v), kept, strict=True))
 

@@ -17,7 +17,7 @@ import manifold_opt
 from manifold_opt import RETRACTIONS
 from manifold_opt.constraints.tag import CONSTRAINED
 from manifold_opt.linalg import matrices, products
-from manifold_opt.manifolds.records import record_in
+from manifold_opt.manifolds.records import record_from_tensor
 from manifold_opt.stiefel import geometry
 
 EXACT = [name for name, scheme in RETRACTIONS.items() if scheme.exact]
@@ -61,7 +61,7 @@ def rounding(w: Tensor) -> float:
 def held_under(opt: torch.optim.Optimizer, parameter: Tensor) -> tuple | None:
     """The record of the constraint that the state of a parameter is held under; None if that is torch's own."""
     tag = opt.state.get(parameter, {}).get(CONSTRAINED)
-    return None if tag is None else record_in(tag)
+    return None if tag is None else record_from_tensor(tag)
 
 
 class Memory(TorchDispatchMode):
@@ -109,7 +109,7 @@ def buckets_of(opt: torch.optim.Optimizer) -> list:
 
 def blocks_of(parameter: Tensor) -> Tensor:
     """The wide blocks of a marked parameter whose blocks are all alike."""
-    (part,) = manifold_opt.constraint_of(parameter).parts(parameter.shape)
+    (part,) = manifold_opt.constraint_of(parameter).layouts(parameter.shape)
     return part.view(parameter.detach())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_opt import Manifold, Orthogonal, mark_manifold
 from manifold_opt.manifolds import Geoopt, Positive, Spectral, UnitNorm
-from manifold_opt.manifolds.layout import points_of
+from manifold_opt.manifolds.layout import get_points
 
 from .helpers import gaussian
 
@@ -78,5 +78,5 @@ def parameter(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
 def points(case: Case, seed: int = 0) -> Tensor:
     """All points of a parameter; those of a ball inside it."""
     x = parameter(case, seed=seed).detach()
-    (part,) = case.manifold.parts(x.shape)
-    return case.inside * points_of(part, x).clone()
+    (part,) = case.manifold.layouts(x.shape)
+    return case.inside * get_points(part, x).clone()

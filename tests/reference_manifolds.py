@@ -14,7 +14,7 @@ from torch import Tensor
 class Unit:
     """A vector of norm one, or a tensor that is one flattened. Absil, Mahony & Sepulchre (2008), 3.6.1, 4.1.1."""
 
-    decays = False
+    allows_decoupled_decay = False
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         return g - float((x * g).sum()) * x
@@ -27,14 +27,14 @@ class Unit:
     def carry(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         return self.gradient(y, v)
 
-    def square(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
+    def component_squares(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
         return u**2
 
 
 class Ball:
     """A matrix with singular values of at most ``bound``; its gradients and tangents are all matrices."""
 
-    decays = True
+    allows_decoupled_decay = True
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
@@ -52,19 +52,19 @@ class Ball:
     def carry(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         return v
 
-    def square(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
+    def component_squares(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
         return u**2
 
 
 class Logarithm:
     """A positive number: everything is what it is for its logarithm, times x."""
 
-    decays = True
+    allows_decoupled_decay = True
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         return x * x * g
 
-    def tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
+    def project_tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
         return d
 
     def step(self, x: Tensor, v: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Logarithm:
     def carry(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         return v / x * y
 
-    def square(self, x: Tensor, u: Tensor) -> Tensor:
+    def component_squares(self, x: Tensor, u: Tensor) -> Tensor:
         return (u / x) ** 2
 
 
@@ -102,10 +102,10 @@ def descend(
     for t, g in enumerate(gradients, 1):
         g = -g if maximize else g
         start = x
-        if weight_decay and geometry.decays and decoupled:
+        if weight_decay and geometry.allows_decoupled_decay and decoupled:
             start = (1 - lr * weight_decay) * x
             m = None if m is None else geometry.carry(x, start, m)
-        elif weight_decay and geometry.decays:
+        elif weight_decay and geometry.allows_decoupled_decay:
             g = g + weight_decay * x
         u = geometry.gradient(start, g)
         if rule == "sgd":
@@ -118,7 +118,7 @@ def descend(
             v = betas[1] * v + (1 - betas[1]) * square
             largest = v if largest is None else torch.maximum(largest, v)
             root = ((largest if amsgrad else v) / (1 - betas[1] ** t)).sqrt()
-            direction = geometry.tangent(start, m / (1 - betas[0] ** t) / (root + eps))
+            direction = geometry.project_tangent(start, m / (1 - betas[0] ** t) / (root + eps))
         y = geometry.step(start, -lr * direction)
         m, x = geometry.carry(start, y, m), y
     return x

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manifold_opt.manifolds.layout import Blocks, Slices, block_view
+from manifold_opt.manifolds.layout import BlockLayout, SliceLayout, block_view
 
 
 def test_gates_by_hand():
@@ -47,8 +47,18 @@ def test_writing_through_the_view_writes_the_tensor(shape, dim, layout):
 
 
 @pytest.mark.parametrize(
-    "part", [Slices(3), Slices(3, 0), Slices(3, 1), Slices(3, 2), Slices(4), Slices(0), Blocks(2), Blocks(3, first=1)]
+    "part",
+    [
+        SliceLayout(3),
+        SliceLayout(3, 0),
+        SliceLayout(3, 1),
+        SliceLayout(3, 2),
+        SliceLayout(4),
+        SliceLayout(0),
+        BlockLayout(2),
+        BlockLayout(3, first=1),
+    ],
 )
 def test_rows_and_back(part):
     x = torch.arange(120.0).view(2, 3, 4, 5)
-    assert torch.equal(part.unlike(part.rows(x, copy=True), x.shape), x)
+    assert torch.equal(part.from_rows(part.rows(x, copy=True), x.shape), x)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from manifold_opt import SGD, Adam, check, mark_orthogonal, mark_recurrent, mark_unit_norm, orthogonality_error
-from manifold_opt.manifolds.records import record_as_tensor, record_in
+from manifold_opt.manifolds.records import record_from_tensor, record_to_tensor
 
 from .helpers import gaussian, held_under
 
@@ -163,7 +163,9 @@ def as_of_before(opt):
     older = copy.deepcopy(opt.state_dict())
     for group in older["param_groups"]:
         held = [(i, older["state"][i].get("constrained")) for i in group["params"] if i in older["state"]]
-        group["constraints"] = tuple((group["params"].index(i), *record_in(tag)) for i, tag in held if tag is not None)
+        group["constraints"] = tuple(
+            (group["params"].index(i), *record_from_tensor(tag)) for i, tag in held if tag is not None
+        )
     for state in older["state"].values():
         if "constrained" in state:
             state["constrained"] = torch.ones(())
@@ -333,7 +335,7 @@ def test_a_checkpoint_of_before_of_a_table_with_a_padding_row_loads():
     table.weight.grad = gaussian(5, 3, seed=2).float()
     opt.step()
     saved = copy.deepcopy(opt.state_dict())
-    saved["state"][0]["constrained"] = record_as_tensor(("unit_norm", 0))
+    saved["state"][0]["constrained"] = record_to_tensor(("unit_norm", 0))
     opt.load_state_dict(saved)
     opt.step()
     assert held_under(opt, table.weight) == ("unit_norm", 0, 0)

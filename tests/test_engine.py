@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, Orthogonal, mark_orthogonal, orthogonality_error, unmark
-from manifold_opt.constraints.tag import attach, constraint_of
+from manifold_opt.constraints.tag import constraint_of, set_constraint
 from manifold_opt.optim.engine import bucket as buckets
 from manifold_opt.optim.engine import step as step_module
 from manifold_opt.optim.engine.bucket import Bucket
@@ -391,7 +391,7 @@ def test_temporaries_are_what_a_retraction_claims(rule, retraction, shape, block
     monkeypatch.setattr(Bucket, "ask_for", lambda *_: None)
     with Memory() as memory:
         opt.step()
-    pieces = [next(bucket.pieces()).stop * bucket.p * bucket.n * 4 for bucket in buckets_of(opt)]
+    pieces = [next(bucket.chunks()).stop * bucket.p * bucket.n * 4 for bucket in buckets_of(opt)]
     assert 0 < memory.peak <= RETRACTIONS[retraction].temporaries * max(pieces)
 
 
@@ -401,7 +401,7 @@ def test_temporaries_are_what_a_retraction_claims(rule, retraction, shape, block
 def on_meta(weights):
     for weight in weights:
         twin = nn.Parameter(weight.detach().to("meta"))
-        attach(twin, constraint_of(weight))
+        set_constraint(twin, constraint_of(weight))
         yield twin
 
 

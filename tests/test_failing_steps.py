@@ -10,7 +10,7 @@ import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, unmark
 from manifold_opt.optim.engine import counters as tally
 from manifold_opt.optim.engine import plan
-from manifold_opt.optim.options import LARGEST_GRADIENT
+from manifold_opt.optim.options import MAX_GRAD_NORM
 
 from .helpers import gaussian, never_read, point
 from .test_faults import RULES, assert_unchanged, everything, give, net
@@ -42,7 +42,7 @@ def test_blocks_that_are_too_long_only_together_are_no_fault():
     opt = Adam(group, nonfinite="raise")
     give([group], 5)
     g = group[0].grad.view(3, 5, 5)
-    g.mul_(0.9 * LARGEST_GRADIENT[g.dtype] / torch.linalg.matrix_norm(g)[:, None, None])
+    g.mul_(0.9 * MAX_GRAD_NORM[g.dtype] / torch.linalg.matrix_norm(g)[:, None, None])
     opt.step()
     assert opt.metrics()["skipped_blocks"] == 0
 
@@ -200,7 +200,7 @@ def test_what_a_step_would_skip_is_what_is_raised(fault):
     (group, _) = net()
     opt = Adam(group, nonfinite="raise")
     give([group], 5)
-    group[0].grad[12, 1] = fault if fault != 2.0 else 2 * LARGEST_GRADIENT[torch.float32]
+    group[0].grad[12, 1] = fault if fault != 2.0 else 2 * MAX_GRAD_NORM[torch.float32]
     before = everything(opt)
     with pytest.raises(FloatingPointError, match="block 2 "):
         opt.step()

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import manifold_opt
 from manifold_opt import constraint_of, mark_orthogonal, orthogonality_error
-from manifold_opt.manifolds.layout import points_of
+from manifold_opt.manifolds.layout import get_points
 
 from .helpers import UNMOVED, buckets_of, gaussian, never_read
 
@@ -142,8 +142,8 @@ def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
     for parameters, opt in zip((hurt, sane), optimizers, strict=True):
         give(parameters, 4)
         if parameters is hurt:
-            hit = constraint_of(hurt[3]).parts(hurt[3].shape)[-1]
-            points_of(hit, hurt[3].grad)[-1, -1, -1] = torch.nan
+            hit = constraint_of(hurt[3]).layouts(hurt[3].shape)[-1]
+            get_points(hit, hurt[3].grad)[-1, -1, -1] = torch.nan
         opt.step()
     for k, (p, q) in enumerate(zip(hurt, sane, strict=True)):
         if k != 3:  # products of another batch may be summed in another order
@@ -152,11 +152,11 @@ def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
             two = state_of(optimizers[1], q)
             for key, value in state_of(optimizers[0], p).items():
                 torch.testing.assert_close(value, two[key], **close)
-    assert torch.equal(points_of(hit, hurt[3].data)[-1], points_of(hit, before)[-1])
-    assert not torch.equal(hurt[3], before) or points_of(hit, before).numel() == before.numel()
+    assert torch.equal(get_points(hit, hurt[3].data)[-1], get_points(hit, before)[-1])
+    assert not torch.equal(hurt[3], before) or get_points(hit, before).numel() == before.numel()
     for key, value in state_of(optimizers[0], hurt[3]).items():
         if value.shape == before.shape:
-            assert torch.equal(points_of(hit, value)[-1], points_of(hit, held[key])[-1]), key
+            assert torch.equal(get_points(hit, value)[-1], get_points(hit, held[key])[-1]), key
         elif key not in UNMOVED:
             assert torch.equal(value[-1], held[key][-1]), key
     assert optimizers[0].metrics()["skipped_blocks"] == 1

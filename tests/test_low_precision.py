@@ -49,7 +49,7 @@ def parameter(mark, dtype, seed=0):
 def nearest(weight):
     """The nearest value in float32 of what a marked parameter holds, part by part."""
     value, constraint = weight.detach().float(), constraint_of(weight)
-    for part in constraint.parts(weight.shape):
+    for part in constraint.layouts(weight.shape):
         blocks = part.view(value)
         blocks.copy_(constraint.gain * nearest_orthogonal(blocks / constraint.gain))
     return value
@@ -224,7 +224,7 @@ def test_a_zero_gradient_keeps_every_bit(rule, mark, dtype):
         give([weight], 0, scale=0.0)
         opt.step()
         assert torch.equal(weight, start)
-    parts = constraint_of(weight).parts(weight.shape)
+    parts = constraint_of(weight).layouts(weight.shape)
     give([weight], 1)
     parts[-1].view(weight.grad)[-1] = 0
     opt.step()

@@ -20,7 +20,7 @@ from manifold_opt import (
 )
 from manifold_opt import project_to_manifold_ as project_model
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
-from manifold_opt.manifolds.layout import points_of
+from manifold_opt.manifolds.layout import get_points
 
 from .helpers import UNMOVED, gaussian, never_read
 from .manifold_cases import CASES, parameter
@@ -32,13 +32,13 @@ POISONED = ["sgd", "momentum", "nesterov", "amsgrad", "block", "adamw"]
 
 
 def points_in(p, tensor):
-    (part,) = constraint_of(p).parts(p.shape)
-    return points_of(part, tensor)
+    (part,) = constraint_of(p).layouts(p.shape)
+    return get_points(part, tensor)
 
 
 def picture(opt, parameters):
     """Every point of every parameter with its moments, along one dimension."""
-    (part,) = constraint_of(parameters[0]).parts(parameters[0].shape)
+    (part,) = constraint_of(parameters[0]).layouts(parameters[0].shape)
     rows = [points_in(p, p.detach()).flatten(0, -1 - part.dims).clone() for p in parameters]
     seen = [torch.cat(rows)]
     for key in opt.state[parameters[0]]:
@@ -170,7 +170,7 @@ class Wary(Manifold):
             raise AssertionError("was given what is no tangent")
         return x + v
 
-    def nearest(self, x):
+    def project_point(self, x):
         return x
 
     def error(self, x):
@@ -246,7 +246,7 @@ def test_a_value_from_outside_is_put_back(name, retraction):
     give([p], 3)
     opt.step()
     points = points_in(p, p.detach())
-    assert float(case.manifold.error(points).max()) <= case.manifold.rounding(points)
+    assert float(case.manifold.error(points).max()) <= case.manifold.tolerance(points)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -25,7 +25,7 @@ from manifold_opt import (
 )
 from manifold_opt import project_to_manifold_ as project_model
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
-from manifold_opt.manifolds.layout import points_of
+from manifold_opt.manifolds.layout import get_points
 
 from .helpers import gaussian
 from .test_lifecycle import REPLACES, saved, sent
@@ -301,5 +301,5 @@ def test_a_compiled_step_is_one_graph(rule, rate):
 
 def test_points_of_a_marked_parameter_lie_where_it_says():
     p = mark_manifold(nn.Parameter(gaussian(3, 4)), UnitNorm(1))
-    (part,) = constraint_of(p).parts(p.shape)
-    assert torch.equal(points_of(part, p.detach()), p.detach().mT)
+    (part,) = constraint_of(p).layouts(p.shape)
+    assert torch.equal(get_points(part, p.detach()), p.detach().mT)

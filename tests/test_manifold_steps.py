@@ -8,7 +8,7 @@ from torch import nn
 
 from manifold_opt import SGD, Adam, AdamW, constraint_of, mark_positive, mark_spectral, mark_unit_norm
 from manifold_opt.manifolds import Orthogonal, Positive, Spectral, UnitNorm
-from manifold_opt.manifolds.layout import points_of
+from manifold_opt.manifolds.layout import get_points
 from manifold_opt.optim.engine import bucket as buckets_module
 
 from .helpers import Memory, buckets_of, gaussian, never_read
@@ -66,14 +66,14 @@ GEOMETRIES = {
 def test_steps_are_those_of_the_oracle(name, rule):
     case = OWN[name]
     p = parameter(case)
-    (part,) = case.manifold.parts(p.shape)
-    begin = points_of(part, p.detach()).clone()
+    (part,) = case.manifold.layouts(p.shape)
+    begin = get_points(part, p.detach()).clone()
     run(rule, [p], 8)
     kind, options = RULES[rule]
-    gradients = [points_of(part, gaussian(*p.shape, seed=1000 + 100 * step)) for step in range(8)]
+    gradients = [get_points(part, gaussian(*p.shape, seed=1000 + 100 * step)) for step in range(8)]
     if isinstance(case.manifold, Positive):
         begin, gradients = begin.flatten(), [g.flatten() for g in gradients]
-    end = points_of(part, p.detach()).reshape(begin.shape)
+    end = get_points(part, p.detach()).reshape(begin.shape)
     for i, x in enumerate(begin):
         expected = descend(
             GEOMETRIES[type(case.manifold)](case.manifold),
@@ -140,7 +140,7 @@ def test_neighbours_gradients_and_memory_are_left_alone(name, rule):
         assert torch.equal(marked.grad, kept[0])
         assert torch.equal(plain.grad, kept[1])
     assert before == (marked.data_ptr(), marked.stride(), id(marked), constraint_of(marked))
-    assert opt.metrics()["manifold_error"] <= constraint_of(marked).rounding(marked.detach()[None])
+    assert opt.metrics()["manifold_error"] <= constraint_of(marked).tolerance(marked.detach()[None])
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "block"])
@@ -256,12 +256,12 @@ def test_large_parameters_are_worked_on_in_pieces(monkeypatch):
     monkeypatch.setattr(buckets_module, "BATCH", 2**11)
     monkeypatch.setattr(buckets_module, "SMALL", 0)
     opt = run("adam", parts)
-    assert all(len(list(bucket.pieces())) > 3 for bucket in buckets_of(opt))
+    assert all(len(list(bucket.chunks())) > 3 for bucket in buckets_of(opt))
     never_read(monkeypatch)  # as on an accelerator, where every piece costs the host a dozen kernels
-    assert all(len(list(bucket.pieces())) <= 17 for bucket in buckets_of(opt))
+    assert all(len(list(bucket.chunks())) <= 17 for bucket in buckets_of(opt))
     monkeypatch.undo()
     never_read(monkeypatch)
-    assert all(len(list(bucket.pieces())) == 1 for bucket in buckets_of(opt))
+    assert all(len(list(bucket.chunks())) == 1 for bucket in buckets_of(opt))
     for p, q in zip(parts, whole, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-13, atol=1e-13)
 

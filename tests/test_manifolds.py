@@ -26,7 +26,7 @@ def test_axioms(name, axiom):
     case = CASES[name]
     if axiom.__name__ in case.breaks:
         pytest.skip("geoopt does not promise it")
-    (part,) = case.manifold.parts(case.shape)
+    (part,) = case.manifold.layouts(case.shape)
     axiom(case.manifold, points(case), tuple(range(-part.dims, 0)))
 
 
@@ -35,11 +35,11 @@ def test_what_is_off_has_an_error(name):
     case = CASES[name]
     x = points(case) / case.inside
     x = case.leave(x)
-    assert bool((case.manifold.error(x) > case.manifold.rounding(x)).all())
+    assert bool((case.manifold.error(x) > case.manifold.tolerance(x)).all())
     if not isinstance(case.manifold, Positive):
-        off, values = case.manifold.off(x)
+        off, values = case.manifold.find_off_manifold(x)
         assert bool(off.all())
-        assert float(case.manifold.error(values).max()) <= case.manifold.rounding(values)
+        assert float(case.manifold.error(values).max()) <= case.manifold.tolerance(values)
     spoilt = x.clone()
     spoilt[0] = torch.nan
     assert bool(case.manifold.error(spoilt)[0].isnan().all())
@@ -56,11 +56,11 @@ def test_projections_are_idempotent(name):
 def test_a_manifold_is_what_it_is_made_of():
     """Equal, hashed, told apart and shown by its options."""
     for kind, other in ((UnitNorm(1), UnitNorm()), (Spectral(2.0), Spectral()), (Orthogonal(2), Orthogonal())):
-        again = type(kind)(*kind.options())
+        again = type(kind)(*kind.config())
         assert again == kind != other
         assert hash(again) == hash(kind)
         assert repr(kind) != repr(other)
-        assert kind.unfit() is None
+        assert kind.unserializable_reason() is None
 
 
 # By hand.
@@ -130,7 +130,7 @@ def test_zero_is_not_positive():
 def test_a_step_too_long_to_be_squared_leaves_the_norm_at_one(length):
     x = points(CASES["unit rows"]).float()
     end = UnitNorm().retract(x, length * gaussian(*x.shape, dtype=torch.float32))
-    assert float(UnitNorm().error(end).max()) <= UnitNorm().rounding(end)
+    assert float(UnitNorm().error(end).max()) <= UnitNorm().tolerance(end)
 
 
 @pytest.mark.parametrize("shape", [(2, 100_000), (100_000, 2)])

@@ -22,7 +22,7 @@ from manifold_opt import (
     unmark,
 )
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
-from manifold_opt.manifolds.layout import Slices
+from manifold_opt.manifolds.layout import SliceLayout
 
 from .helpers import gaussian, held_under
 
@@ -148,7 +148,7 @@ class Cube(Manifold):
     def retract(self, x, v):
         return (x + v).clamp(-self.side, self.side)
 
-    def nearest(self, x):
+    def project_point(self, x):
         return self.retract(x, 0 * x)
 
     def error(self, x):
@@ -190,7 +190,7 @@ class Pairs(Cube):
 
 
 def test_what_a_manifold_says_of_its_points():
-    assert Pairs().parts((3, 4, 5)) == (Slices(2),)
+    assert Pairs().layouts((3, 4, 5)) == (SliceLayout(2),)
     with pytest.raises(ValueError, match=r"has shape \(3,\); a point of Pairs\(side=1.0\) has 2 dimensions"):
         mark_manifold(weight(3), Pairs())
 

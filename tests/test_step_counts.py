@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_opt import RETRACTIONS, SGD, Adam, constraint_of, mark_orthogonal
-from manifold_opt.constraints.tag import attach
+from manifold_opt.constraints.tag import set_constraint
 from manifold_opt.optim.engine import step as step_module
 from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
 
@@ -134,7 +134,7 @@ def test_a_step_that_reads_nothing_launches_few_kernels(shape, blocks, retractio
     )  # looks at weights written to from outside only
     weight = mark_orthogonal(nn.Parameter(torch.eye(shape[1]).repeat(blocks, 1)[: shape[0]]), blocks=blocks)
     twin = nn.Parameter(weight.detach().to("meta"))
-    attach(twin, constraint_of(weight))
+    set_constraint(twin, constraint_of(weight))
     opt = Adam([twin], retraction=retraction)
     for _ in range(3):
         twin.grad = torch.empty_like(twin)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .persistence import restore_all
-from .tag import constraint_of, off_manifold, put_back_
+from .tag import constraint_of, find_off_manifold, write_points_
 
 AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 
@@ -44,11 +44,11 @@ def project_to_manifold_(model: nn.Module) -> nn.Module:
         constraint = constraint_of(p)
         if constraint is not None:
             try:
-                found.append((p, off_manifold(p, constraint)))
+                found.append((p, find_off_manifold(p, constraint)))
             except ValueError as refusal:
                 raise ValueError(f"project_to_manifold_: {name}: {refusal}") from None
     for p, off in found:
-        put_back_(p, off)
+        write_points_(p, off)
     return model
 
 
@@ -97,7 +97,7 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
             )
         constraint = marks[current.data_ptr()]
         if constraint is not None:
-            put_back_(mean, off_manifold(mean, constraint))
+            write_points_(mean, find_off_manifold(mean, constraint))
         return mean
 
     return average

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..linalg.matrices import float64
 from ..manifolds import Orthogonal
-from ..manifolds.layout import points_of
+from ..manifolds.layout import get_points
 from ..stiefel.geometry import error
 from .orthogonalize import matrices_of
 from .persistence import restore_all
@@ -66,12 +66,14 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> f
     matrices = matrices_of(x, "orthogonality_error")
     if blocks is not None:
         cut = Orthogonal(blocks if isinstance(blocks, int) else tuple(blocks))
-        if cut.problem(x) or (isinstance(mark, Orthogonal) and mark.blocks != cut.blocks):
+        if cut.invalid_reason(x) or (isinstance(mark, Orthogonal) and mark.blocks != cut.blocks):
             raise ValueError(
                 f"orthogonality_error: blocks={blocks} must divide dim 0 of shape {tuple(x.shape)}, and be those of "
                 f"its mark if it has one, here {mark}."
             )
-        matrices = matrices if mark is not None else [(points_of(part, x.detach()), 1.0) for part in cut.parts(x.shape)]
+        matrices = (
+            matrices if mark is not None else [(get_points(part, x.detach()), 1.0) for part in cut.layouts(x.shape)]
+        )
     return largest(float(error(float64(w) / gain).max()) for w, gain in matrices if w.numel())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..manifolds import Positive, Spectral, UnitNorm
 from ..manifolds.geoopt import constraint_from
-from .validation import marked, named_parameter
+from .validation import get_parameter, marked
 
 T = TypeVar("T", bound=Tensor)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,7 +56,7 @@ def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0, padding_idx: 
     tensor(True)
     """
     if isinstance(target, nn.Module):
-        named_parameter("mark_unit_norm", target, name)  # or it says what is wrong with the name
+        get_parameter("mark_unit_norm", target, name)  # or it says what is wrong with the name
         owner = target.get_submodule(name.rpartition(".")[0])
         if padding_idx is None and dim == 0 and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
             padding_idx = owner.padding_idx
@@ -112,7 +112,7 @@ def mark_spectral(target: Any, name: Any = None, bound: Any = None, *, dim: int 
     if dim is None:
         dim = 0
         if isinstance(target, nn.Module):
-            named_parameter("mark_spectral", target, name)  # or it says what is wrong with the name
+            get_parameter("mark_spectral", target, name)  # or it says what is wrong with the name
             dim = 1 if isinstance(target.get_submodule(name.rpartition(".")[0]), _TRANSPOSED) else 0
     bound = float(bound) if isinstance(bound, Real) and not isinstance(bound, bool) else bound
     return marked("mark_spectral", target, name, Spectral(1.0 if bound is None else bound, dim))
@@ -188,7 +188,7 @@ def mark_manifold(target: Any, name: Any = None, manifold: Any = None) -> Any:
     tensor([0.6000, 0.8000], requires_grad=True)
     """
     if isinstance(target, nn.Module):
-        named_parameter("mark_manifold", target, name)  # or it says what is wrong with the name
+        get_parameter("mark_manifold", target, name)  # or it says what is wrong with the name
     elif manifold is None:
         name, manifold = None, name
     return marked("mark_manifold", target, name, constraint_from(manifold))

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex, TypeVar, overload
 from torch import Tensor, nn
 
 from ..manifolds import Orthogonal
-from .validation import check_markable, label_of, mark, mark_found, named_parameter
+from .validation import constrain_all, get_parameter, mark, param_label, validate_parameter
 
 _GATES: dict[type[nn.Module], int] = {
     nn.RNN: 1,
@@ -119,18 +119,18 @@ def mark_orthogonal(
     (True, True)
     """
     if isinstance(target, nn.Module):
-        parameter: T | nn.Parameter = named_parameter("mark_orthogonal", target, name)
+        parameter: T | nn.Parameter = get_parameter("mark_orthogonal", target, name)
         blocks = blocks if blocks is not None or not flatten else _gates_of(target, str(name))
     else:
         if isinstance(name, str) or (name is not None and blocks is not None):
             raise ValueError("mark_orthogonal: a tensor takes no name; give mark_orthogonal(param, blocks=...).")
         parameter = target
         blocks = name if blocks is None else blocks
-    label = label_of(target, name)
+    label = param_label(target, name)
     gain = float(gain) if isinstance(gain, Real) else gain
     sizes = 1 if blocks is None else _whole_numbers(blocks)
     constraint = Orthogonal(sizes, _whole(dim), gain, _numbered(which, sizes), flatten)
-    check_markable("mark_orthogonal", parameter, constraint, label)
+    validate_parameter("mark_orthogonal", parameter, constraint, label)
     stack = _looks_like(target, parameter) if blocks is None and flatten else None
     if stack:
         warnings.warn(
@@ -184,8 +184,8 @@ def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gai
         for name in sorted({hit[1] for n in names if (hit := _RECURRENT.match(n))}):
             label = f"{path}.{name}" if path else name
             constraint = Orthogonal(gates, gain=float(gain), which=_numbered(which, gates))
-            parameter = named_parameter("mark_orthogonal", child, name)
-            check_markable("mark_orthogonal", parameter, constraint, label)
+            parameter = get_parameter("mark_orthogonal", child, name)
+            validate_parameter("mark_orthogonal", parameter, constraint, label)
             found.append((parameter, constraint, label))
     if not found:
         raise ValueError(
@@ -193,7 +193,7 @@ def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gai
             f"{type(module).__name__}; mark other weights one by one with mark_orthogonal(module, name, blocks), also "
             "one that weight_hh is computed from, like the weight_hh_l0_raw of a weight drop."
         )
-    return mark_found("mark_recurrent", module, found)
+    return constrain_all("mark_recurrent", module, found)
 
 
 def mark_attention(module: nn.Module, which: str = "qk", *, per_head: bool = True, gain: float = 1.0) -> list[str]:
@@ -236,15 +236,15 @@ def mark_attention(module: nn.Module, which: str = "qk", *, per_head: bool = Tru
             own = {f"{letter}_proj_weight": Orthogonal(heads, gain=gain) for letter in "qkv" if letter in which}
         for name, constraint in own.items():
             label = f"{path}.{name}" if path else name
-            parameter = named_parameter("mark_attention", child, name)
-            check_markable("mark_attention", parameter, constraint, label)
+            parameter = get_parameter("mark_attention", child, name)
+            validate_parameter("mark_attention", parameter, constraint, label)
             found.append((parameter, constraint, label))
     if not found:
         raise ValueError(
             f"mark_attention: found no nn.MultiheadAttention in {type(module).__name__}; mark the weight of other "
             "attentions with mark_orthogonal(module, name, blocks=3 * heads, which=...)."
         )
-    return mark_found("mark_attention", module, found)
+    return constrain_all("mark_attention", module, found)
 
 
 def _whole(number: SupportsIndex) -> int:

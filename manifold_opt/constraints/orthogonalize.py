@@ -12,7 +12,7 @@ from ..linalg.matrices import check_whole
 from ..linalg.newton_schulz import basin, orthogonalizer, spectral_bound
 from ..linalg.precision import FullPrecision, working_dtype
 from ..manifolds import Orthogonal
-from ..manifolds.layout import overlap_problem, points_of, put_
+from ..manifolds.layout import get_points, overlap_problem, set_points_
 from .tag import DTYPES, constraint_of
 
 T = TypeVar("T", bound=Tensor)
@@ -58,11 +58,11 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
     for matrices, gain in found:
         _check_basin(matrices.to(dtype) / gain, beta)
     mark = constraint_of(tensor)
-    parts = mark.parts(tensor.shape) if isinstance(mark, Orthogonal) else ()
+    parts = mark.layouts(tensor.shape) if isinstance(mark, Orthogonal) else ()
     for (matrices, gain), part in itertools.zip_longest(found, parts):
         with FullPrecision(tensor.device.type):
             new = (gain * orthogonalizer(matrices.to(dtype) / gain, beta=beta, steps=steps)).to(tensor.dtype)
-        matrices.copy_(new) if part is None else put_(part, tensor.detach(), ..., new)
+        matrices.copy_(new) if part is None else set_points_(part, tensor.detach(), ..., new)
     return tensor
 
 
@@ -84,7 +84,7 @@ def matrices_of(tensor: Tensor, name: str) -> list[tuple[Tensor, float]]:
     check_whole(name, tensor)
     constraint = constraint_of(tensor)
     if isinstance(constraint, Orthogonal):
-        return [(points_of(part, tensor.detach()), constraint.gain) for part in constraint.parts(tensor.shape)]
+        return [(get_points(part, tensor.detach()), constraint.gain) for part in constraint.layouts(tensor.shape)]
     if tensor.ndim < 2 or tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name}: needs a marked parameter or matrices (..., p, n) of a floating-point or complex dtype, got shape "

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.serialization import add_safe_globals
 
 from ..manifolds import MANIFOLDS, Manifold
-from .tag import attach, constraint_of, free, is_sharded, was_unmarked
+from .tag import constraint_of, free, is_sharded, set_constraint, was_unmarked
 
 _RECORD = "_manifold_opt_record"
 _lock = threading.RLock()  # of what follows: modules are copied and marked in several threads
@@ -91,7 +91,7 @@ def _record_of(module: nn.Module) -> ModuleRecord | None:
     return known
 
 
-def records_of(module: nn.Module) -> dict[str, Manifold]:
+def module_records(module: nn.Module) -> dict[str, Manifold]:
     """What a module remembers, by the names of its own parameters."""
     known = _record_of(module)
     if known is None:
@@ -99,7 +99,7 @@ def records_of(module: nn.Module) -> dict[str, Manifold]:
     return {name: constraint for name, constraint in known.constraints.items() if constraint is not None}
 
 
-def has_remembered(model: nn.Module) -> bool:
+def has_records(model: nn.Module) -> bool:
     """Whether a parameter of a model has been marked by name once, whatever has become of it."""
     return any(_RECORD in module.__dict__ for module in model.modules())
 
@@ -119,7 +119,7 @@ def restore(module: nn.Module, *_: Any) -> None:
         if constraint is None:
             free(now)
         else:
-            attach(now, constraint)
+            set_constraint(now, constraint)
 
 
 def restore_all(model: nn.Module) -> None:
@@ -164,7 +164,7 @@ def forget(parameters: Iterable[Tensor]) -> None:
             free(p)
 
 
-def remark(parameter: Tensor) -> None:
+def update_records(parameter: Tensor) -> None:
     """Let the modules that remember a parameter remember it as it is marked now."""
     _set_in_records([parameter], constraint_of(parameter))
 
@@ -176,7 +176,7 @@ def _set_in_records(parameters: list[Tensor], constraint: Manifold | None) -> li
     return places
 
 
-def forget_module(module: nn.Module) -> None:
+def forget_module_constraints(module: nn.Module) -> None:
     """The same of every parameter of a module, and of what it and its submodules remember and have no more."""
     forget(module.parameters())
     for child in module.modules():
@@ -185,7 +185,7 @@ def forget_module(module: nn.Module) -> None:
             known.constraints = dict.fromkeys(known.constraints)
 
 
-def sharded_marks(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, Manifold]]:
+def sharded_constraints(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, Manifold]]:
     """Shards that stand where a module remembers a marked parameter: each with its name there, and the constraint.
 
     FSDP2, tensor parallel and replicate put a DTensor there; FSDP1 has one flat parameter, which says of what.
@@ -199,7 +199,7 @@ def sharded_marks(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, M
         if kept is not None:
             yield p, label, kept
         for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ())):
-            constraint = records_of(info.module).get(info.param_name)
+            constraint = module_records(info.module).get(info.param_name)
             if constraint is not None:
                 yield p, info.module.__dict__[_RECORD].labels[info.param_name], constraint
 
@@ -212,7 +212,7 @@ def _deepcopy_with_mark(self: nn.Parameter, memo: dict[int, Any]) -> nn.Paramete
     copied: nn.Parameter = _deepcopy(self, memo)  # type: ignore[no-untyped-call]
     constraint = constraint_of(self)
     if constraint is not None:
-        attach(copied, copy.deepcopy(constraint, memo))  # what is learnt of it is the copy's own
+        set_constraint(copied, copy.deepcopy(constraint, memo))  # what is learnt of it is the copy's own
     elif was_unmarked(self):
         free(copied)
     return copied
@@ -230,7 +230,7 @@ def _rebuild_with_mark(constraint: Manifold | None, rebuild: Any, arguments: Any
     if constraint is None:
         free(parameter)
     else:
-        attach(parameter, constraint)
+        set_constraint(parameter, constraint)
     return parameter
 
 

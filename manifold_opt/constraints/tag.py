@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..linalg.precision import LOW
 from ..manifolds import Manifold
-from ..manifolds.geoopt import constraint_of_geoopt, release
-from ..manifolds.layout import Blocks, Part, points_of, put_
-from ..manifolds.records import constraint_of_tag, tag_of
+from ..manifolds.geoopt import constraint_of_geoopt, make_euclidean
+from ..manifolds.layout import BlockLayout, Layout, get_points, set_points_
+from ..manifolds.records import constraint_from_tag, constraint_to_tag
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
 
@@ -23,10 +23,13 @@ CONSTRAINED = "constrained"  # key in an optimizer's state of a parameter: under
 TAG = "_manifold_opt_constraint"  # attribute of a marked parameter
 marks_made = "0"  # changes with every mark; a string, for a compiled step is compiled anew when it changes
 T = TypeVar("T", bound=Tensor)
+Corrections = list[tuple[Layout, Tensor, Tensor]]  # where points lie, which of them are off, and the nearest values
 
 
 @torch.no_grad()
-def off_manifold(parameter: Tensor, constraint: Manifold, slack: float = 0.0) -> list[tuple[Part, Tensor, Tensor]]:
+def find_off_manifold(
+    parameter: Tensor, constraint: Manifold, slack: float = 0.0
+) -> list[tuple[Layout, Tensor, Tensor]]:
     """Of every part of a parameter which points are off their manifold, and the nearest values of those.
 
     Off by more than rounding, or where ``slack`` allows for more, than that. Empty if none is.
@@ -37,14 +40,14 @@ def off_manifold(parameter: Tensor, constraint: Manifold, slack: float = 0.0) ->
     """
     if parameter.is_meta:
         return []  # it has no value yet; the first step puts it back
-    parts = constraint.parts(parameter.shape)
-    batches = [points_of(part, parameter.detach()) for part in parts]
+    parts = constraint.layouts(parameter.shape)
+    batches = [get_points(part, parameter.detach()) for part in parts]
     before, found = 0, []
     for part, points in zip(parts, batches, strict=True):
         try:
-            off, values = constraint.off(points, slack)
+            off, values = constraint.find_off_manifold(points, slack)
         except ValueError as refusal:
-            if isinstance(part, Blocks) and part.tall(part.rows(parameter.detach(), copy=True)):
+            if isinstance(part, BlockLayout) and part.is_tall(part.rows(parameter.detach(), copy=True)):
                 points = points.mT  # as they lie in the parameter, for their shape to be said
             place, reason = _first_refused(constraint, points, slack) or (0, refusal)
             alone = sum(map(len, batches)) == 1
@@ -62,23 +65,23 @@ def _first_refused(constraint: Manifold, points: Tensor, slack: float) -> tuple[
     while len(points) > 1:
         half = points[: len(points) // 2]
         try:
-            constraint.off(half, slack)
+            constraint.find_off_manifold(half, slack)
         except ValueError:
             points = half
         else:
             first, points = first + len(half), points[len(half) :]
     try:
-        constraint.off(points, slack)
+        constraint.find_off_manifold(points, slack)
     except ValueError as refusal:
         return first, refusal
     return None  # only together, whatever that means to a manifold of somebody else
 
 
 @torch.no_grad()
-def put_back_(parameter: Tensor, found: list[tuple[Part, Tensor, Tensor]]) -> None:
-    """Write what :func:`off_manifold` has found."""
+def write_points_(parameter: Tensor, found: Corrections) -> None:
+    """Write what :func:`find_off_manifold` has found."""
     for part, off, values in found:
-        put_(part, parameter.detach(), off, values)
+        set_points_(part, parameter.detach(), off, values)
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -86,9 +89,9 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
 
 
-def attach(parameter: Tensor, constraint: Manifold) -> None:
+def set_constraint(parameter: Tensor, constraint: Manifold) -> None:
     """Tag a parameter. What it promises has to be true already: marking.py sees to that."""
-    _set_tag(parameter, tag_of(constraint))
+    _set_tag(parameter, constraint_to_tag(constraint))
 
 
 def _set_tag(parameter: Tensor, tag: Any) -> None:
@@ -100,15 +103,15 @@ def _set_tag(parameter: Tensor, tag: Any) -> None:
 def free(parameter: Tensor) -> None:
     """Take the tag off a parameter and let it say so. A geoopt.ManifoldParameter gets the Euclidean manifold."""
     if constraint_of(parameter) is not None:
-        release(parameter)
+        make_euclidean(parameter)
     _set_tag(parameter, None)
 
 
-def adopt(parameter: Tensor) -> None:
+def tag_geoopt_parameter(parameter: Tensor) -> None:
     """Tag a parameter that says by itself what it is: a graph that torch.compile traces sees the tag, not the rest."""
     constraint = constraint_of(parameter)
     if constraint is not None and not hasattr(parameter, TAG):
-        attach(parameter, constraint)
+        set_constraint(parameter, constraint)
 
 
 def was_unmarked(parameter: Tensor) -> bool:
@@ -143,7 +146,7 @@ def constraint_of(x: Any) -> Any:
     """
     found = getattr(x, TAG, None)
     if type(found) is tuple:
-        found = constraint_of_tag(found)
+        found = constraint_from_tag(found)
     if type(x) is nn.Parameter or (found is None and hasattr(x, TAG)):
         return found
     if isinstance(x, nn.Module):

@@ -12,28 +12,28 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..manifolds import Manifold
 from ..manifolds.layout import overlap_problem
-from .persistence import forget, forget_module, record, remark
-from .tag import DTYPES, attach, constraint_of, is_sharded, off_manifold, put_back_, was_unmarked
+from .persistence import forget, forget_module_constraints, record, update_records
+from .tag import DTYPES, constraint_of, find_off_manifold, is_sharded, set_constraint, was_unmarked, write_points_
 
 T = TypeVar("T", bound=Tensor)
 
 
-def label_of(target: Any, name: Any) -> str:
+def param_label(target: Any, name: Any) -> str:
     """What a parameter is called in a message."""
     return f"{type(target).__name__}.{name}" if isinstance(target, nn.Module) else "the parameter"
 
 
 def mark(function: str, target: Any, name: Any, parameter: T, constraint: Manifold) -> T:
     """Mark one parameter, given as ``(module, name)`` or by itself, that has been checked."""
-    _mark_all(function, [(parameter, constraint, label_of(target, name))])
+    _project_and_tag(function, [(parameter, constraint, param_label(target, name))])
     if isinstance(target, nn.Module):
         _remember(target, [(parameter, constraint, name)])
     return parameter
 
 
-def mark_found(function: str, module: nn.Module, found: Sequence[tuple[nn.Parameter, Manifold, str]]) -> list[str]:
+def constrain_all(function: str, module: nn.Module, found: Sequence[tuple[nn.Parameter, Manifold, str]]) -> list[str]:
     """Mark parameters that have been found inside a module and checked; their names."""
-    _mark_all(function, found)
+    _project_and_tag(function, found)
     _remember(module, found)
     return [label for _, _, label in found]
 
@@ -68,11 +68,11 @@ def unmark(target: M, name: str | None = None) -> M:
     if not isinstance(target, (nn.Module, Tensor)):
         raise TypeError(f"unmark: needs a parameter or a module, got {type(target).__name__}.")
     if isinstance(target, nn.Module) and name is not None:
-        forget([named_parameter("unmark", target, name)])
+        forget([get_parameter("unmark", target, name)])
     elif name is not None:
         raise ValueError("unmark: a tensor takes no name; give unmark(param).")
     elif isinstance(target, nn.Module):
-        forget_module(target)
+        forget_module_constraints(target)
     else:
         forget([target])
     return target
@@ -82,8 +82,8 @@ def marked(function: str, target: Any, name: Any, constraint: Manifold) -> Any:
     """Check and mark a parameter that is given as ``(param)`` or ``(module, name)``."""
     if not isinstance(target, nn.Module) and name is not None:
         raise ValueError(f"{function}: a tensor takes no name; give {function}(param).")
-    parameter = named_parameter(function, target, name) if isinstance(target, nn.Module) else target
-    check_markable(function, parameter, constraint, label_of(target, name))
+    parameter = get_parameter(function, target, name) if isinstance(target, nn.Module) else target
+    validate_parameter(function, parameter, constraint, param_label(target, name))
     return mark(function, target, name, parameter, constraint)
 
 
@@ -102,7 +102,7 @@ def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) 
                 record(owner, leaf, constraint, label)
 
 
-def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:
+def get_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:
     """The parameter of a module by its name; a ValueError that says what there is, unless it is one."""
     if not isinstance(name, str):
         raise ValueError(
@@ -135,7 +135,7 @@ def named_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter
     return value
 
 
-def check_markable(function: str, parameter: Tensor, constraint: Manifold, label: str) -> None:
+def validate_parameter(function: str, parameter: Tensor, constraint: Manifold, label: str) -> None:
     """Raise a ValueError that names the rule and the remedy, unless ``parameter`` can be so marked."""
     problem = _problem(parameter, constraint)
     if problem:
@@ -172,11 +172,11 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
             f"has dtype {parameter.dtype}; only these can be marked: float32, float64, bfloat16, float16, complex64, "
             "complex128. Replace it: module.weight = nn.Parameter(module.weight.float())."
         )
-    if parameter.is_complex() and not constraint.complex:
+    if parameter.is_complex() and not constraint.allows_complex:
         return f"has dtype {parameter.dtype}; {type(constraint).__name__} is for real parameters."
     if parameter.numel() == 0:
         return f"is empty, shape {shape}."
-    problem = overlap_problem(parameter) or constraint.problem(parameter)
+    problem = overlap_problem(parameter) or constraint.invalid_reason(parameter)
     if problem:
         return problem
     present = constraint_of(parameter)
@@ -186,18 +186,18 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
 
 
 @torch.no_grad()
-def _mark_all(function: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> None:
+def _project_and_tag(function: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> None:
     """Project and mark all, or none."""
     marks = list(marks)
     projected = []
     for parameter, constraint, label in marks:
         try:
-            projected.append(off_manifold(parameter, constraint))
+            projected.append(find_off_manifold(parameter, constraint))
         except ValueError as refusal:
             raise ValueError(f"{function}: {label}: {refusal}") from None
     for (parameter, constraint, _), found in zip(marks, projected, strict=True):
-        put_back_(parameter, found)
+        write_points_(parameter, found)
         again = was_unmarked(parameter)
-        attach(parameter, constraint)
+        set_constraint(parameter, constraint)
         if again:
-            remark(parameter)
+            update_records(parameter)

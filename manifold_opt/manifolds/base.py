@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.precision import working_dtype
-from .layout import Part, Shape, Slices
+from .layout import Layout, Shape, SliceLayout
 
 
 class Manifold:
@@ -16,12 +16,12 @@ class Manifold:
 
     Every function takes a batch of points ``x``, ``(B, ..., *point)``, decides about each point by itself, and is
     pure. A subclass is a frozen dataclass of what it is made of, numbers, strings and tuples of such, which a
-    checkpoint records, and has at least :meth:`riemannian_gradient`, :meth:`retract`, :meth:`nearest`
+    checkpoint records, and has at least :meth:`riemannian_gradient`, :meth:`retract`, :meth:`project_point`
     and :meth:`error`. With one line in :data:`~manifold_opt.MANIFOLDS` it is known by its name.
 
     Attributes:
         dims: how many dimensions of a parameter, the last ones, are one point; those before count points.
-        dim: the dimension along which :meth:`rest` counts.
+        dim: the dimension along which :meth:`free_rows` counts.
         decays: whether decoupled weight decay acts: :math:`(1 - t) x` of a point is one, :math:`0 \le t < 1`.
         penalized: whether an L2 penalty does: by its gradient.
         complex: whether complex parameters can be points.
@@ -35,8 +35,8 @@ class Manifold:
     ...     def riemannian_gradient(self, x, g):
     ...         return g - g.mean(-1, keepdim=True)
     ...     def retract(self, x, v):
-    ...         return self.nearest(x + v)
-    ...     def nearest(self, x):
+    ...         return self.project_point(x + v)
+    ...     def project_point(self, x):
     ...         return x - x.mean(-1, keepdim=True)
     ...     def error(self, x):
     ...         return x.double().sum(-1).abs()
@@ -49,20 +49,20 @@ class Manifold:
 
     dims = 0
     dim = 0
-    decays = False
-    penalized = False
-    complex = False
+    allows_decoupled_decay = False
+    allows_l2_penalty = False
+    allows_complex = False
     point_name = "point"  # in messages
 
-    def parts(self, shape: Shape) -> tuple[Part, ...]:  # noqa: ARG002
+    def layouts(self, shape: Shape) -> tuple[Layout, ...]:  # noqa: ARG002
         """Where the points of a parameter of this shape lie, if not in its last dimensions.
 
-        :class:`~manifold_opt.manifolds.layout.Slices` along another dimension, or
-        :class:`~manifold_opt.manifolds.layout.Blocks`.
+        :class:`~manifold_opt.manifolds.layout.SliceLayout` along another dimension, or
+        :class:`~manifold_opt.manifolds.layout.BlockLayout`.
         """
-        return (Slices(self.dims),)
+        return (SliceLayout(self.dims),)
 
-    def rest(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
+    def free_rows(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
         """Start and length along ``dim`` of what is in no part of it, and is trained as torch trains it."""
         return []
 
@@ -74,7 +74,7 @@ class Manifold:
         """The next point, ``x`` for a zero tangent ``v``, and to first order ``x + v``."""
         raise NotImplementedError
 
-    def tangent(self, x: Tensor, d: Tensor) -> Tensor:
+    def project_tangent(self, x: Tensor, d: Tensor) -> Tensor:
         """The tangent at ``x`` that is nearest to ``d``: an element-wise rescaled one, or one from elsewhere.
 
         The gradient of the surrounding space is projected so too, where the metric is that of the surrounding space.
@@ -83,9 +83,9 @@ class Manifold:
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
         """The tangent ``v`` at ``x`` as one at ``y``, where a step has led to; linear in ``v``."""
-        return self.tangent(y, v)
+        return self.project_tangent(y, v)
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def project_point(self, x: Tensor) -> Tensor:
         """The nearest point, from anywhere. A ValueError where there is none."""
         raise NotImplementedError
 
@@ -93,11 +93,11 @@ class Manifold:
         """How far from the manifold, ``(B, ...)``, in float64."""
         raise NotImplementedError
 
-    def rounding(self, x: Tensor) -> float:
+    def tolerance(self, x: Tensor) -> float:
         """Largest error that is of rounding."""
         return 16 * torch.finfo(x.dtype).eps * max(1, x[0].numel()) ** 0.5
 
-    def square(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
+    def component_squares(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
         """What Adam's second moment averages of a Riemannian gradient ``u``.
 
         The square of every entry in the metric, which add up to that of its length; or the square of its length, one
@@ -105,32 +105,32 @@ class Manifold:
         """
         return torch.complex(u.real.square(), u.imag.square()) if u.is_complex() else u * u
 
-    def problem(self, tensor: Tensor) -> str | None:
+    def invalid_reason(self, tensor: Tensor) -> str | None:
         """Why a parameter cannot be marked so, as the end of a sentence that begins with its name."""
         if tensor.ndim < self.dims:
             return f"has shape {tuple(tensor.shape)}; a point of {self} has {self.dims} dimensions."
         return None
 
-    def off(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+    def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """Which points are off by more than rounding and ``slack``, and the nearest values of those."""
-        off = ~(self.error(x) <= max(self.rounding(x), slack))  # a NaN is off
-        return off, self.nearest(x[off].to(working_dtype(x.dtype))).to(x) if bool(off.any()) else x[off]
+        off = ~(self.error(x) <= max(self.tolerance(x), slack))  # a NaN is off
+        return off, self.project_point(x[off].to(working_dtype(x.dtype))).to(x) if bool(off.any()) else x[off]
 
     def index_of(self, point: int) -> int:
         """The index by which a message names a point, counted over all parts."""
         return point
 
-    def unfit(self) -> str | None:
+    def unserializable_reason(self) -> str | None:
         """Why a checkpoint cannot record it, as the end of a sentence that begins with its name."""
         parameters = getattr(self, "__dataclass_params__", None)
         if parameters is None or not parameters.frozen or "__dataclass_fields__" not in vars(type(self)):
             return "must be a dataclass that does not change: put @dataclass(frozen=True) above it."
-        odd = next((value for value in self.options() if not _is_primitive(value)), None)
+        odd = next((value for value in self.config() if not _is_primitive(value)), None)
         if odd is not None:
             return f"is made of a {type(odd).__name__}; a checkpoint records numbers, strings and tuples of such."
         return None
 
-    def options(self) -> tuple[Any, ...]:
+    def config(self) -> tuple[Any, ...]:
         """What it is made of, as a checkpoint records it."""
         return tuple(getattr(self, field) for field in getattr(self, "__dataclass_fields__", ()))
 

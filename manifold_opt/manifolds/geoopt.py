@@ -13,7 +13,7 @@ from torch import Tensor
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
 from .base import Manifold
-from .layout import Shape, Slices, point_norm
+from .layout import Shape, SliceLayout, point_norm
 from .orthogonal import Orthogonal
 
 
@@ -25,28 +25,28 @@ class Geoopt(Manifold):
         manifold: a :class:`geoopt.manifolds.Manifold`, whose last ``ndim`` dimensions are a point.
     """
 
-    complex = penalized = True
+    allows_complex = allows_l2_penalty = True
     manifold: Any
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Geoopt) or self.manifold is other.manifold:
             return isinstance(other, Geoopt)
         learnable = any(p.requires_grad for p in (*self.manifold.parameters(), *other.manifold.parameters()))
-        return not learnable and self.options() == other.options()
+        return not learnable and self.config() == other.config()
 
     def __hash__(self) -> int:
-        return hash(self.options())
+        return hash(self.config())
 
     def __repr__(self) -> str:
-        return f"Geoopt({self.options()[0]})"
+        return f"Geoopt({self.config()[0]})"
 
-    def options(self) -> tuple[Any, ...]:
+    def config(self) -> tuple[Any, ...]:
         """What it is made of, in words: its class, its numbers, its parts; of what is learnt, that it is."""
         return (_described(self.manifold),)
 
-    def parts(self, shape: Shape) -> tuple[Slices, ...]:  # noqa: ARG002
+    def layouts(self, shape: Shape) -> tuple[SliceLayout, ...]:  # noqa: ARG002
         """The last dimensions are a point, the others a batch."""
-        return (Slices(dims=self.manifold.ndim),)
+        return (SliceLayout(dims=self.manifold.ndim),)
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """``egrad2rgrad``."""
@@ -56,7 +56,7 @@ class Geoopt(Manifold):
         """``retr``."""
         return _point_by_point(self.manifold.retr, x, v)
 
-    def tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
+    def project_tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
         """Rescaled by one number a point, or a part of one, it is one still."""
         return d
 
@@ -64,13 +64,13 @@ class Geoopt(Manifold):
         """``transp``."""
         return _point_by_point(self.manifold.transp, x, y, v)
 
-    def square(self, x: Tensor, u: Tensor) -> Tensor:
+    def component_squares(self, x: Tensor, u: Tensor) -> Tensor:
         """``component_inner``: one number a point, or a part of one."""
         square = _point_by_point(self.manifold.component_inner, x, u)
         square = square.real if square.is_complex() else square
         return square.view(*square.shape, *[1] * (u.ndim - square.ndim))  # those of Siegel lack a dimension
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def project_point(self, x: Tensor) -> Tensor:
         """``projx``."""
         if not bool(x.isfinite().all()):
             raise ValueError("the value has entries that are not finite. Initialize it first.")
@@ -99,12 +99,12 @@ class Geoopt(Manifold):
         y = self.retract(x, torch.zeros_like(x))
         return point_norm(y, self.manifold.ndim).isfinite()
 
-    def rounding(self, x: Tensor) -> float:
+    def tolerance(self, x: Tensor) -> float:
         """What geoopt itself lets pass, 1e-5 of a value, and what storing it in less than float32 adds."""
         stored = torch.finfo(x.dtype).eps if working_dtype(x.dtype) != x.dtype else 0.0
         return (1e-5 + 2 * stored) * max(1.0, float(x.abs().max()) if len(x) else 1.0)
 
-    def problem(self, tensor: Tensor) -> str | None:
+    def invalid_reason(self, tensor: Tensor) -> str | None:
         """What geoopt says of the shape."""
         ok, reason = self.manifold._check_shape(tensor.shape, "it")
         return None if ok else f"has shape {tuple(tensor.shape)}, which {_described(self.manifold)} refuses: {reason}"
@@ -113,7 +113,7 @@ class Geoopt(Manifold):
 def constraint_from(manifold: Any) -> Manifold:
     """The constraint that a manifold of geoopt is: of a Stiefel one orthogonal blocks, on this package's own path."""
     if isinstance(manifold, Manifold):
-        problem = manifold.unfit()
+        problem = manifold.unserializable_reason()
         if problem:
             raise ValueError(f"mark_manifold: {type(manifold).__name__} {problem}")
         return manifold
@@ -140,7 +140,7 @@ def constraint_of_geoopt(parameter: Tensor) -> Manifold | None:
     return known[1]
 
 
-def release(parameter: Tensor) -> None:
+def make_euclidean(parameter: Tensor) -> None:
     """Let a geoopt.ManifoldParameter be anywhere; nothing to do for any other."""
     if _is_of_geoopt(parameter):
         parameter.manifold = sys.modules["geoopt"].Euclidean()  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ Shape = tuple[int, ...] | torch.Size
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockLayout:
     """Equal blocks, one after the other, as wide matrices ``(B, p, n)``: tall ones come transposed.
 
     Attributes:
@@ -56,12 +56,12 @@ class Blocks:
         stacked: Tensor = rows.unflatten(self.dim, (-1, self.size)).movedim(self.dim, 0)  # type: ignore[no-untyped-call]
         return stacked.mT if stacked.shape[-2] > stacked.shape[-1] else stacked
 
-    def tall(self, rows: Tensor) -> bool:
+    def is_tall(self, rows: Tensor) -> bool:
         """Whether the blocks of some rows have more rows than columns."""
         other = rows.shape[1 - self.dim]
         return self.size < other if self.dim else self.size > other
 
-    def entries(self, shape: Shape) -> int:
+    def block_numel(self, shape: Shape) -> int:
         """Of one block, in a tensor of a shape."""
         if not self.flatten:
             return self.size * shape[-1]
@@ -72,7 +72,7 @@ class Blocks:
         """Wide blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""
         return self.points(self.rows(tensor))
 
-    def unlike(self, rows: Tensor, shape: Shape) -> Tensor:
+    def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
         """The inverse of :meth:`rows` where the blocks are all there is: rows as a view of a tensor's shape."""
         if not self.first:
             return rows.view(shape)
@@ -103,11 +103,11 @@ def block_view(tensor: Tensor, blocks: int, dim: int = 0) -> Tensor:
     <BLANKLINE>
             [[4., 5.]]])
     """
-    return Blocks(tensor.shape[dim] // blocks, dim).view(tensor)
+    return BlockLayout(tensor.shape[dim] // blocks, dim).view(tensor)
 
 
 @dataclass(frozen=True)
-class Slices:
+class SliceLayout:
     """The slices of a tensor along one dimension, or the tensor as it is, as points ``(B, ..., *point)``.
 
     Attributes:
@@ -136,14 +136,14 @@ class Slices:
         """Points of a tensor, a view: writing to it writes to the tensor."""
         return self.rows(tensor)
 
-    def unlike(self, rows: Tensor, shape: Shape) -> Tensor:
+    def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
         """The inverse of :meth:`rows` where the slices are all there is."""
         if not self.dim:
             return rows.view(shape)
         return rows.view(shape[self.dim], *shape[: self.dim], *shape[self.dim + 1 :]).movedim(0, self.dim)
 
 
-Part = Blocks | Slices
+Layout = BlockLayout | SliceLayout
 
 
 def overlap_problem(tensor: Tensor) -> str | None:
@@ -161,12 +161,12 @@ def overlap_problem(tensor: Tensor) -> str | None:
     return None
 
 
-def points_of(part: Part, tensor: Tensor) -> Tensor:
+def get_points(part: Layout, tensor: Tensor) -> Tensor:
     """The points of a tensor: a view where that can be, else a copy."""
     return part.points(part.rows(tensor, copy=True))
 
 
-def can_be_viewed(part: Part, tensor: Tensor) -> bool:
+def is_viewable(part: Layout, tensor: Tensor) -> bool:
     """Whether the points of a tensor can be written to where they are."""
     try:
         part.view(tensor)
@@ -175,28 +175,28 @@ def can_be_viewed(part: Part, tensor: Tensor) -> bool:
     return True
 
 
-def can_be_moved(parts: tuple[Part, ...], tensor: Tensor) -> bool:
+def is_writable(parts: tuple[Layout, ...], tensor: Tensor) -> bool:
     """Whether the points of a tensor can be written to, where they are or, if they are all there is, by a copy."""
-    if all(can_be_viewed(part, tensor) for part in parts):
+    if all(is_viewable(part, tensor) for part in parts):
         return True
     part = parts[0]
-    if len(parts) > 1 or (isinstance(part, Blocks) and part.length is not None):
+    if len(parts) > 1 or (isinstance(part, BlockLayout) and part.length is not None):
         return False
     try:
-        points_of(part, tensor)
+        get_points(part, tensor)
     except RuntimeError:
         return False
     return True
 
 
-def put_(part: Part, tensor: Tensor, which: Any, values: Tensor) -> None:
+def set_points_(part: Layout, tensor: Tensor, which: Any, values: Tensor) -> None:
     """Write ``values`` to the points of a tensor that ``which``, a mask or an index, says."""
-    lying = tensor if can_be_viewed(part, tensor) else tensor.contiguous()
+    lying = tensor if is_viewable(part, tensor) else tensor.contiguous()
     rows = part.rows(lying, copy=True)
     points = part.points(rows)
     points[which] = values
-    if not can_be_viewed(part, lying):
-        lying = part.unlike(rows, tensor.shape)
+    if not is_viewable(part, lying):
+        lying = part.from_rows(rows, tensor.shape)
     if lying is not tensor:
         tensor.copy_(lying)
 

@@ -14,7 +14,7 @@ from ..linalg.newton_schulz import nearest_orthogonal
 from ..stiefel.geometry import error, riemannian_gradient
 from ..stiefel.schemes import polar
 from .base import Manifold
-from .layout import Blocks, Shape, can_be_moved
+from .layout import BlockLayout, Shape, is_writable
 
 Interval = tuple[int, int]
 
@@ -34,11 +34,11 @@ class Orthogonal(Manifold):
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal
     >>> gate = constraint_of(mark_orthogonal(torch.nn.GRU(4, 8), "weight_hh_l0", which=(2,)))
-    >>> gate, gate.sizes((24, 8)), gate.rest((24, 8))
+    >>> gate, gate.block_sizes((24, 8)), gate.free_rows((24, 8))
     (Orthogonal(blocks=3, dim=0, gain=1.0, which=(2,)), (8, 8, 8), [(0, 16)])
     """
 
-    complex = True
+    allows_complex = True
     point_name = "block"
     blocks: int | tuple[int, ...] = 1
     dim: int = 0
@@ -51,17 +51,17 @@ class Orthogonal(Manifold):
         shown += f", which={self.which}" * (self.which is not None) + ", flatten=False" * (not self.flatten)
         return f"Orthogonal({shown})"
 
-    def sizes(self, shape: Shape) -> tuple[int, ...]:
+    def block_sizes(self, shape: Shape) -> tuple[int, ...]:
         """Rows (columns) of every block, of one matrix where there is a batch."""
         length = shape[self.dim] if self.flatten else shape[-2]
         return self.blocks if isinstance(self.blocks, tuple) else (length // self.blocks,) * self.blocks
 
-    def parts(self, shape: Shape) -> tuple[Blocks, ...]:
+    def layouts(self, shape: Shape) -> tuple[BlockLayout, ...]:
         """Blocks of one size that follow one another, ``(B, p, n)`` each."""
         if not self.flatten:
-            return (Blocks(self.sizes(shape)[0], flatten=False),)
+            return (BlockLayout(self.block_sizes(shape)[0], flatten=False),)
         if self.which is None and isinstance(self.blocks, int):
-            return (Blocks(shape[self.dim] // self.blocks, self.dim),)
+            return (BlockLayout(shape[self.dim] // self.blocks, self.dim),)
         alike = [
             (size, [interval for _, _, interval in run])
             for (size, marked), run in itertools.groupby(self._intervals(shape), key=lambda block: block[:2])
@@ -69,10 +69,10 @@ class Orthogonal(Manifold):
         ]
         whole = shape[self.dim]
         return tuple(
-            Blocks(size, self.dim, *(_span(run) if _span(run)[1] < whole else (0, None))) for size, run in alike
+            BlockLayout(size, self.dim, *(_span(run) if _span(run)[1] < whole else (0, None))) for size, run in alike
         )
 
-    def rest(self, shape: Shape) -> list[Interval]:
+    def free_rows(self, shape: Shape) -> list[Interval]:
         """Start and length along ``dim`` of the rows (columns) that are in no orthogonal block."""
         if self.which is None:
             return []
@@ -81,7 +81,7 @@ class Orthogonal(Manifold):
 
     def _intervals(self, shape: Shape) -> list[tuple[int, bool, Interval]]:
         """Of every block its size, whether it is marked, and start and length."""
-        sizes = self.sizes(shape)
+        sizes = self.block_sizes(shape)
         starts = itertools.accumulate((0, *sizes[:-1]))
         marked = range(len(sizes)) if self.which is None else self.which
         return [(size, k in marked, (start, size)) for k, (size, start) in enumerate(zip(sizes, starts, strict=True))]
@@ -94,7 +94,7 @@ class Orthogonal(Manifold):
         """The polar retraction; the optimizers take the one that their ``retraction`` says."""
         return self.gain * polar(x / self.gain, v / self.gain)
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def project_point(self, x: Tensor) -> Tensor:
         """The polar factor, in float64."""
         return self.gain * nearest_orthogonal(x / self.gain)
 
@@ -102,19 +102,19 @@ class Orthogonal(Manifold):
         r""":math:`\|I - W W^\top\|_F` of each block divided by its gain."""
         return error(x / self.gain)
 
-    def rounding(self, x: Tensor) -> float:
+    def tolerance(self, x: Tensor) -> float:
         """A few units of roundoff a row."""
         return error_at_rounding(x.shape[-2], x.shape[-1], x.dtype)
 
-    def off(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+    def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """As for any manifold; ``slack`` is an error a row."""
-        return super().off(x, slack * x.shape[-2] ** 0.5)
+        return super().find_off_manifold(x, slack * x.shape[-2] ** 0.5)
 
     def index_of(self, point: int) -> int:
         """The number of a block among all blocks, marked or not."""
         return point if self.which is None else self.which[point]
 
-    def problem(self, tensor: Tensor) -> str | None:
+    def invalid_reason(self, tensor: Tensor) -> str | None:
         """Blocks that do not fit the shape, a gain out of range, strides that cannot be seen as a matrix."""
         return _problem(self, tensor)
 
@@ -139,7 +139,7 @@ def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
         return f"needs a finite gain above 0, got gain={c.gain!r}."
     if (tensor.is_floating_point() or tensor.is_complex()) and not c.gain <= torch.finfo(tensor.dtype).max:
         return f"has dtype {tensor.dtype}, in which gain={c.gain!r} is infinite."
-    if not can_be_moved(c.parts(shape), tensor.detach()):
+    if not is_writable(c.layouts(shape), tensor.detach()):
         return (
             f"has strides {tensor.stride()} in which its blocks cannot be seen as matrices; keep it contiguous, with "
             "module.to(memory_format=torch.contiguous_format)."

@@ -20,7 +20,7 @@ class Positive(Manifold):
     a learning rate of one, whatever the scale of x.
     """
 
-    decays = penalized = True
+    allows_decoupled_decay = allows_l2_penalty = True
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """:math:`x^2 g`."""
@@ -30,7 +30,7 @@ class Positive(Manifold):
         """:math:`x e^{v/x}`, kept within what the dtype can hold and still square."""
         return (x * (v / x).exp()).clamp(*_limits(x.dtype))
 
-    def tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
+    def project_tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
         """All numbers are."""
         return d
 
@@ -38,11 +38,11 @@ class Positive(Manifold):
         """:math:`(v/x) y`: parallel along the step."""
         return (v / x) * y
 
-    def square(self, x: Tensor, u: Tensor) -> Tensor:
+    def component_squares(self, x: Tensor, u: Tensor) -> Tensor:
         """:math:`u^2/x^2`, its square in the metric."""
         return (u / x) ** 2
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def project_point(self, x: Tensor) -> Tensor:
         """Positive entries themselves; of others there is none, as the positive reals have no smallest."""
         least, most = _limits(x.dtype)
         off = x[~((x > 0.98 * least) & (x < 1.02 * most))]  # those are rounded themselves
@@ -54,9 +54,9 @@ class Positive(Manifold):
             )
         return x
 
-    def off(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Which are not positive: none, or a ValueError."""
-        return ~(self.nearest(x) > 0), x.new_empty(0)
+        return ~(self.project_point(x) > 0), x.new_empty(0)
 
     def error(self, x: Tensor) -> Tensor:
         """How far below the smallest of the dtype; NaN of what is not finite."""
@@ -64,7 +64,7 @@ class Positive(Manifold):
         below = torch.where(exact > 0, 0, torch.finfo(x.dtype).tiny - exact)
         return torch.where(exact.isfinite(), below, torch.nan)
 
-    def problem(self, tensor: Tensor) -> str | None:
+    def invalid_reason(self, tensor: Tensor) -> str | None:
         """A dtype in which small numbers are zero."""
         if tensor.dtype is torch.float16:
             return "has dtype torch.float16, where all below 3e-8 is zero; keep it in bfloat16 or float32."

@@ -11,7 +11,7 @@ from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
 from ..linalg.singular_values import LARGEST, SMALLEST, clip_singular_values_, slack, within
 from .base import Manifold
-from .layout import Blocks, Shape
+from .layout import BlockLayout, Shape
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Spectral(Manifold):
         dim: the dimension that the rows are, when flattened: 1 for a transposed convolution.
     """
 
-    decays = penalized = True
+    allows_decoupled_decay = allows_l2_penalty = True
     bound: float = 1.0
     dim: int = 0
 
-    def parts(self, shape: Shape) -> tuple[Blocks, ...]:
+    def layouts(self, shape: Shape) -> tuple[BlockLayout, ...]:
         """One matrix ``(1, p, n)``."""
-        return (Blocks(shape[self.dim], first=self.dim),)
+        return (BlockLayout(shape[self.dim], first=self.dim),)
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
         """The gradient itself: the space is flat."""
@@ -42,18 +42,18 @@ class Spectral(Manifold):
         """The nearest point to x + v."""
         return clip_singular_values_(x + v, self.bound)
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def project_point(self, x: Tensor) -> Tensor:
         """Singular values cut off at the bound."""
         if not bool(x.isfinite().all()):
             raise ValueError("the value has entries that are not finite. Initialize it first.")
         # By the path that looks at values, from however far.
         return clip_singular_values_(x.cpu(), self.bound).to(x) if x.device.type != "cpu" else self.retract(x, 0 * x)
 
-    def off(self, x: Tensor, allowed: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def find_off_manifold(self, x: Tensor, allowed: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Which are outside by more than rounding, and their nearest points."""
         held = x.to(working_dtype(x.dtype))
-        off = self.error(x) > self.rounding(x) if held is not x else ~within(held, self.bound)
-        return off, self.nearest(held[off]).to(x) if bool(off.any()) else x[off]
+        off = self.error(x) > self.tolerance(x) if held is not x else ~within(held, self.bound)
+        return off, self.project_point(held[off]).to(x) if bool(off.any()) else x[off]
 
     def error(self, x: Tensor) -> Tensor:
         """How far the largest singular value is above the bound, as a share of it."""
@@ -61,12 +61,12 @@ class Spectral(Manifold):
         largest = torch.linalg.matrix_norm(float64(torch.where(finite[:, None, None], x, 0)), 2)
         return torch.where(finite.to(largest.device), (largest / self.bound - 1).clamp_min(0), torch.nan)
 
-    def rounding(self, x: Tensor) -> float:
+    def tolerance(self, x: Tensor) -> float:
         """What may be left of a clipped matrix, and what storing it in less than float32 adds."""
         stored = torch.finfo(x.dtype).eps if working_dtype(x.dtype) != x.dtype else 0.0
         return slack(x.to(working_dtype(x.dtype))) + stored
 
-    def problem(self, tensor: Tensor) -> str | None:
+    def invalid_reason(self, tensor: Tensor) -> str | None:
         """A bound out of range, a dimension that it has not."""
         shape = tuple(tensor.shape)
         if tensor.ndim < 2:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
 from .base import Manifold
-from .layout import Shape, Slices, point_norm
+from .layout import Shape, SliceLayout, point_norm
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +27,7 @@ class UnitNorm(Manifold):
     Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
     """
 
-    complex = True
+    allows_complex = True
     point_name = "slice"
     dim: int = 0
     padding_idx: int | None = None
@@ -35,15 +35,15 @@ class UnitNorm(Manifold):
     def __repr__(self) -> str:
         return f"UnitNorm(dim={self.dim}{'' if self.padding_idx is None else f', padding_idx={self.padding_idx}'})"
 
-    def parts(self, shape: Shape) -> tuple[Slices, ...]:
+    def layouts(self, shape: Shape) -> tuple[SliceLayout, ...]:
         """Slices ``(B, ..)``, each one point: all, or those before and those behind the one that is left out."""
         dims, count, k = len(shape) - 1, shape[self.dim], self.padding_idx
         if k is None:
-            return (Slices(dims, self.dim),)
+            return (SliceLayout(dims, self.dim),)
         runs = ((0, k), (k + 1, count - k - 1))
-        return tuple(Slices(dims, self.dim, start, length) for start, length in runs if length)
+        return tuple(SliceLayout(dims, self.dim, start, length) for start, length in runs if length)
 
-    def rest(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
+    def free_rows(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
         """The slice that is left out."""
         return [] if self.padding_idx is None else [(self.padding_idx, 1)]
 
@@ -61,7 +61,7 @@ class UnitNorm(Manifold):
         y = x + v * (_LONGEST / length).clamp_max(1)
         return y / _length(y)
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def project_point(self, x: Tensor) -> Tensor:
         """Slices divided by their norms, in float64."""
         norm = point_norm(float64(x), x.ndim - 1, keepdim=True)
         if not bool((norm.isfinite() & (norm > 0)).all()):
@@ -75,11 +75,11 @@ class UnitNorm(Manifold):
         r""":math:`|\|x\| - 1|`."""
         return (point_norm(float64(x), x.ndim - 1) - 1).abs()
 
-    def rounding(self, x: Tensor) -> float:
+    def tolerance(self, x: Tensor) -> float:
         """Rounding of the entries and of their norm."""
         return (4 if working_dtype(x.dtype) == x.dtype else 0.6) * torch.finfo(x.dtype).eps
 
-    def problem(self, tensor: Tensor) -> str | None:
+    def invalid_reason(self, tensor: Tensor) -> str | None:
         """A dimension that it has not, or slices of one entry."""
         shape = tuple(tensor.shape)
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 0 <= self.dim < len(shape):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer
 
-from ..constraints.persistence import has_remembered, records_of
-from ..constraints.tag import constraint_of, is_sharded, off_manifold, was_unmarked
+from ..constraints.persistence import has_records, module_records
+from ..constraints.tag import constraint_of, find_off_manifold, is_sharded, was_unmarked
 from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
 from ..manifolds.geoopt import kept_by
@@ -19,13 +19,13 @@ from ..stiefel.retractions import RETRACTIONS
 from .engine.optimizer import ManifoldOptimizer
 from .engine.state import check_owner, check_shapes
 from .options import (
-    check_finite,
-    check_gradients,
-    check_marked,
-    check_options,
-    check_sharded,
-    remember_marks,
     sharded_problem,
+    track_constraints,
+    validate_finite_gradients,
+    validate_gradients,
+    validate_marked,
+    validate_options,
+    validate_unsharded,
 )
 
 _MAX_ENTRIES = 1000  # a longer list in a wrapper is not searched for optimizers
@@ -96,7 +96,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
                     "Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place "
                     "first."
                 )
-    known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_remembered(model)
+    known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_records(model)
     if ours and not problems and not known:
         problems.append("nothing in the model is marked: mark_recurrent(model), or mark_orthogonal(module, name).")
     return problems
@@ -149,7 +149,7 @@ def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
         for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ()))
     }
     for path, module in model.named_modules():
-        for leaf, constraint in records_of(module).items():
+        for leaf, constraint in module_records(module).items():
             now = module._parameters.get(leaf)
             if now is None:  # prune.remove gives the parameter its name back
                 now = module._parameters.get(leaf.removesuffix("_orig"))
@@ -202,7 +202,7 @@ def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
 
     for opt in ours:
         name = type(opt).__name__
-        attempt(None, remember_marks, opt, [p for group in opt.param_groups for p in group["params"]])
+        attempt(None, track_constraints, opt, [p for group in opt.param_groups for p in group["params"]])
         for k, group in enumerate(opt.param_groups):
             lacking = [key for key in opt.defaults if key not in group]
             if lacking:
@@ -210,9 +210,9 @@ def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
                 continue
             marked = [p for p in group["params"] if constraint_of(p) is not None]
             if marked:
-                attempt(None, check_options, name, group)
+                attempt(None, validate_options, name, group)
             for p in group["params"]:
-                attempt(id(p), check_sharded, name, [p])
+                attempt(id(p), validate_unsharded, name, [p])
                 attempt(id(p), check_owner, name, group, p, opt.state.get(p, {}))
             for p in marked:
                 attempt(id(p), _check_next_step, opt, group, p)
@@ -223,12 +223,12 @@ def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
     """Raise what the next step would of one marked parameter, its value aside."""
     name, constraint = type(opt).__name__, constraint_of(p)
     assert constraint is not None
-    check_marked(name, p, group)
+    validate_marked(name, p, group)
     check_shapes(opt, group, p, opt.state.get(p, {}), constraint)
     if p.grad is not None:
-        check_gradients(name, group, [p], [p.grad])
+        validate_gradients(name, group, [p], [p.grad])
         if group["nonfinite"] == "raise" and not p.is_meta:
-            check_finite(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
+            validate_finite_gradients(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
 
 
 def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
@@ -243,7 +243,7 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
             yield _not_kept(name, adjective, opt)
         return
     try:
-        off = bool(off_manifold(p, constraint))
+        off = bool(find_off_manifold(p, constraint))
     except ValueError as refusal:
         yield f"{name} cannot be kept {adjective}: {refusal}"
         return

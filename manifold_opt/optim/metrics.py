@@ -9,7 +9,7 @@ from ..constraints.diagnostics import largest, orthogonality_error
 from ..constraints.tag import constraint_of
 from ..linalg.precision import FullPrecision, working_dtype
 from ..manifolds import Orthogonal
-from ..manifolds.layout import point_norm, points_of
+from ..manifolds.layout import get_points, point_norm
 from .engine.counters import NAMES
 from .engine.optimizer import ManifoldOptimizer
 
@@ -51,14 +51,14 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
 def _error(p: Tensor) -> float:
     constraint = constraint_of(p)
     assert constraint is not None
-    return largest(float(constraint.error(points_of(part, p.detach())).max()) for part in constraint.parts(p.shape))
+    return largest(float(constraint.error(get_points(part, p.detach())).max()) for part in constraint.layouts(p.shape))
 
 
 def _tangent_norm(p: Tensor) -> float:
     constraint, norms = constraint_of(p), []
     if p.grad is not None and constraint is not None:
-        for part in constraint.parts(p.shape):
-            x, g = (points_of(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
+        for part in constraint.layouts(p.shape):
+            x, g = (get_points(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
             with FullPrecision(x.device.type):
                 norms.append(float(point_norm(constraint.riemannian_gradient(x, g), part.dims).max()))
     return largest(norms)

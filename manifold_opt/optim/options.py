@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..constraints.persistence import remembered, sharded_marks
-from ..constraints.tag import DTYPES, adopt, attach, constraint_of, free, is_sharded, was_unmarked
+from ..constraints.persistence import remembered, sharded_constraints
+from ..constraints.tag import (
+    DTYPES,
+    constraint_of,
+    free,
+    is_sharded,
+    set_constraint,
+    tag_geoopt_parameter,
+    was_unmarked,
+)
 from ..linalg.precision import working_dtype
 from ..manifolds import Manifold
-from ..manifolds.layout import overlap_problem, point_norm, points_of
+from ..manifolds.layout import get_points, overlap_problem, point_norm
 from ..stiefel.retractions import check_retraction
 from .directions.stiefel import SECOND_MOMENTS
 from .engine.optimizer import Group, ManifoldOptimizer
@@ -46,14 +54,14 @@ def add_param_group(self: ManifoldOptimizer, param_group: Group) -> None:
             param_group["params"] = list(param_group["params"])
         param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
         if hasattr(self, "_engine"):  # or the constructor does it, once for all groups
-            restore_marks(self, _tensors_in(param_group["params"]))
-        check_group(type(self).__name__, {**self.defaults, **param_group})
+            retag_parameters(self, _tensors_in(param_group["params"]))
+        validate_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
     if hasattr(self, "_engine"):
-        _store_marks(self, self.param_groups[-1]["params"])
+        _store_constraints(self, self.param_groups[-1]["params"])
 
 
-def restore_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
+def retag_parameters(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
     """Mark the parameters that should have a mark and have none, unless they were unmarked, and return them.
 
     One has had a mark that this optimizer knows of: torch.utils.swap_tensors, by which a module may convert or load its
@@ -68,20 +76,20 @@ def restore_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> lis
         elif id(p) in places and p.requires_grad:
             label, constraint = places[id(p)]
             if constraint is not None:
-                check_restored(type(optimizer).__name__, label, p, constraint)
+                validate_restored(type(optimizer).__name__, label, p, constraint)
         else:
             continue
         if constraint is None:
             free(p)
         else:
-            attach(p, constraint)
+            set_constraint(p, constraint)
             restored.append(p)
     return restored
 
 
-def check_restored(name: str, label: str, parameter: Tensor, constraint: Manifold) -> None:
+def validate_restored(name: str, label: str, parameter: Tensor, constraint: Manifold) -> None:
     """Raise a ValueError if a parameter cannot have the mark that its module remembers."""
-    problem = constraint.problem(parameter)
+    problem = constraint.invalid_reason(parameter)
     if parameter.dtype not in DTYPES:
         problem = f"has dtype {parameter.dtype}, which cannot be marked."
     if problem:
@@ -91,26 +99,26 @@ def check_restored(name: str, label: str, parameter: Tensor, constraint: Manifol
         )
 
 
-def remember_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
+def track_constraints(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
     """Give parameters the marks that they should have, store the marks of all, and return those that got one."""
-    restored = restore_marks(optimizer, parameters)
-    _store_marks(optimizer, parameters)
+    restored = retag_parameters(optimizer, parameters)
+    _store_constraints(optimizer, parameters)
     return restored
 
 
-def _store_marks(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> None:
+def _store_constraints(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> None:
     for p in parameters:
         constraint = constraint_of(p)
         if constraint is not None:
             optimizer._engine.constraints[p] = constraint
-            adopt(p)
+            tag_geoopt_parameter(p)
         elif was_unmarked(p):
             optimizer._engine.constraints[p] = None
         else:
             optimizer._engine.constraints.pop(p, None)
 
 
-def forget_marks(optimizer: ManifoldOptimizer) -> None:
+def drop_stale_constraints(optimizer: ManifoldOptimizer) -> None:
     """Forget parameters that have left the optimizer, so that they are freed."""
     here = {id(p) for group in optimizer.param_groups for p in group["params"]}
     optimizer._engine.constraints = {
@@ -118,19 +126,19 @@ def forget_marks(optimizer: ManifoldOptimizer) -> None:
     }
 
 
-def check_group(name: str, group: Group) -> None:
+def validate_group(name: str, group: Group) -> None:
     """Raise a ValueError that names the remedy, unless the options are in range and its members can honour them."""
     parameters = _tensors_in(group["params"])
     marked = [p for p in parameters if constraint_of(p) is not None]
-    check_options(name, group, marked=bool(marked))
-    check_sharded(name, parameters)
+    validate_options(name, group, marked=bool(marked))
+    validate_unsharded(name, parameters)
     for parameter in marked:
-        check_marked(name, parameter, group)
+        validate_marked(name, parameter, group)
 
 
-def check_sharded(name: str, parameters: list[Tensor]) -> None:
+def validate_unsharded(name: str, parameters: list[Tensor]) -> None:
     """Raise a ValueError if a shard stands where a module remembers a marked parameter."""
-    for shard, label, constraint in sharded_marks(parameters):
+    for shard, label, constraint in sharded_constraints(parameters):
         raise ValueError(f"{name}: {label} {sharded_problem(shard, constraint)}")
 
 
@@ -154,7 +162,7 @@ def _tensors_in(members: Any) -> list[Tensor]:
     return [p for p in tensors if isinstance(p, Tensor)]
 
 
-def check_options(name: str, group: Group, *, marked: bool = True) -> None:
+def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
     """Raise a ValueError that names the remedy, unless the options are in range and fit marked parameters."""
     options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
     check_retraction(name, group["retraction"], **options)
@@ -177,55 +185,55 @@ def check_options(name: str, group: Group, *, marked: bool = True) -> None:
 
 
 # Frobenius norm of the gradient of a block up to which the squares that a step takes are finite.
-LARGEST_GRADIENT = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYPES}
+MAX_GRAD_NORM = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYPES}
 
 
-def shape_in(group: Group, parameter: Tensor) -> str:
+def describe_param(group: Group, parameter: Tensor) -> str:
     """The shape of a parameter for a message, and its name where the optimizer has been given named parameters."""
     named = zip(group.get("param_names", ()), group["params"], strict=False)
     return f"{tuple(parameter.shape)}" + next((f" ({name})" for name, p in named if p is parameter), "")
 
 
-def check_marked(name: str, parameter: Tensor, group: Group) -> None:
+def validate_marked(name: str, parameter: Tensor, group: Group) -> None:
     """Raise a ValueError unless the dtype, the memory format and the group's options let a marked parameter step."""
     if parameter.dtype not in DTYPES:
         raise ValueError(
-            f"{name}: a marked parameter of shape {shape_in(group, parameter)} has dtype {parameter.dtype}; only "
+            f"{name}: a marked parameter of shape {describe_param(group, parameter)} has dtype {parameter.dtype}; only "
             "float32, float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
         )
     constraint = constraint_of(parameter)
     if constraint is not None and is_sharded(parameter):
         raise ValueError(
-            f"{name}: a parameter of shape {shape_in(group, parameter)} {sharded_problem(parameter, constraint)}"
+            f"{name}: a parameter of shape {describe_param(group, parameter)} {sharded_problem(parameter, constraint)}"
         )
-    problem = None if constraint is None else overlap_problem(parameter) or constraint.problem(parameter)
+    problem = None if constraint is None else overlap_problem(parameter) or constraint.invalid_reason(parameter)
     if problem:
         problem = f" {problem}".replace(f" has shape {tuple(parameter.shape)}", "", 1)  # once is enough
-        raise ValueError(f"{name}: a marked parameter of shape {shape_in(group, parameter)}{problem}")
-    if constraint is not None and constraint.rest(parameter.shape):
-        _check_rest(name, parameter, group)
+        raise ValueError(f"{name}: a marked parameter of shape {describe_param(group, parameter)}{problem}")
+    if constraint is not None and constraint.free_rows(parameter.shape):
+        _validate_free_rows(name, parameter, group)
 
 
-def _check_rest(name: str, parameter: Tensor, group: Group) -> None:
+def _validate_free_rows(name: str, parameter: Tensor, group: Group) -> None:
     """Rows in no block are torch's to step, which holds a moment for every entry, in the parameter's dtype."""
     if group.get("second_moment") == "block":
         raise ValueError(
             f"{name}: second_moment='block' holds none for the rows of a parameter of shape "
-            f"{shape_in(group, parameter)} that are not marked. Mark all of them, or make two parameters of it."
+            f"{describe_param(group, parameter)} that are not marked. Mark all of them, or make two parameters of it."
         )
 
 
-def check_gradients(name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+def validate_gradients(name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
     """Raise a RuntimeError unless the gradients of marked parameters are dense, and of their dtype and device."""
     if not all(g.layout is torch.strided for g in gradients):
         p = next(p for p, g in zip(parameters, gradients, strict=True) if g.layout is not torch.strided)
         raise RuntimeError(
-            f"{name}: a marked parameter of shape {shape_in(group, p)} has a sparse gradient; it must be dense."
+            f"{name}: a marked parameter of shape {describe_param(group, p)} has a sparse gradient; it must be dense."
         )
     if list(map(Tensor.numel, parameters)) != list(map(Tensor.numel, gradients)):
         p, g = next((p, g) for p, g in zip(parameters, gradients, strict=True) if p.numel() != g.numel())
         raise RuntimeError(
-            f"{name}: a marked parameter has shape {shape_in(group, p)}, its gradient {tuple(g.shape)}. Call "
+            f"{name}: a marked parameter has shape {describe_param(group, p)}, its gradient {tuple(g.shape)}. Call "
             "zero_grad() after changing the shape of a parameter."
         )
     if not all(g.dtype == p.dtype and g.device == p.device for p, g in zip(parameters, gradients, strict=True)):
@@ -233,13 +241,13 @@ def check_gradients(name: str, group: Group, parameters: list[Tensor], gradients
             (p, g) for p, g in zip(parameters, gradients, strict=True) if (g.dtype, g.device) != (p.dtype, p.device)
         )
         raise RuntimeError(
-            f"{name}: a marked parameter of shape {shape_in(group, p)} is {p.dtype} on {p.device}, its gradient "
+            f"{name}: a marked parameter of shape {describe_param(group, p)} is {p.dtype} on {p.device}, its gradient "
             f"{g.dtype} on {g.device}. Call zero_grad() after converting a model."
         )
 
 
 @torch.no_grad()
-def check_finite(
+def validate_finite_gradients(
     name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None
 ) -> None:
     """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device.
@@ -249,21 +257,21 @@ def check_finite(
     for p, scaled in zip(parameters, gradients, strict=True):
         g = scaled.to(working_dtype(scaled.dtype))
         g = g if scale is None else g / scale.to(g)
-        limit = LARGEST_GRADIENT[g.dtype]
+        limit = MAX_GRAD_NORM[g.dtype]
         if float(torch.linalg.vector_norm(g)) <= limit:
             continue
         constraint = constraint_of(p)
         assert constraint is not None
         before = 0
-        for part in constraint.parts(p.shape):
-            points = points_of(part, g)
+        for part in constraint.layouts(p.shape):
+            points = get_points(part, g)
             sound = point_norm(points, part.dims) <= limit
             if not bool(sound.all()):
                 index = constraint.index_of(before + int((~sound).nonzero()[0, 0]))
                 raise FloatingPointError(
                     f"{name}: the gradient of {constraint.point_name} {index} of a marked parameter of shape "
-                    f"{shape_in(group, p)} is not finite, or its squares are not, and nonfinite='raise'. Nothing was "
-                    "changed."
+                    f"{describe_param(group, p)} is not finite or overflows when squared (nonfinite='raise'). Nothing "
+                    "was changed."
                 )
             before += len(points)
 

@@ -56,11 +56,11 @@ def adam(
     .. math:: M \leftarrow \beta_1 M + (1-\beta_1) u, \qquad V \leftarrow \beta_2 V + (1-\beta_2) u^2, \qquad
         D = \frac{\hat M}{\sqrt{\hat V} + \epsilon}
 
-    with the square that the manifold says (:meth:`Manifold.square`), or where V is one number a point, its mean over
-    the last ``dims`` dimensions. Of complex entries the two parts have a V each.
+    with the squares of :meth:`Manifold.component_squares`, or where V is one number per point, their mean over the last
+    ``dims`` dimensions. Of complex entries the two parts have a V each.
     """
     u = manifold.riemannian_gradient(x, g)
-    square, v = manifold.square(x, u), state["exp_avg_sq"]
+    square, v = manifold.component_squares(x, u), state["exp_avg_sq"]
     if v.shape != u.shape:
         square = torch.view_as_real(square).mean(-1) if square.is_complex() else square
         square = square.expand(u.shape).mean(tuple(range(-dims, 0)), keepdim=True)
@@ -75,7 +75,7 @@ def adam(
     scale = _apart(_root, v / coefficients.correction2, coefficients.eps)
     direction = m * (length / coefficients.correction1)
     direction = _apart(torch.div, direction, scale) if scale.is_complex() else direction.div_(scale)
-    return manifold.tangent(x, direction), new
+    return manifold.project_tangent(x, direction), new
 
 
 def _apart(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:

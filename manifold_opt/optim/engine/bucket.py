@@ -21,13 +21,13 @@ from ...linalg.precision import LOW, MASTER, working_dtype
 from ...linalg.products import host_can_branch
 from ...linalg.workspace import Pool, Workspace
 from ...manifolds import Manifold, Orthogonal
-from ...manifolds.layout import Blocks, Part, Slices, can_be_viewed, point_norm, points_of
+from ...manifolds.layout import BlockLayout, Layout, SliceLayout, get_points, is_viewable, point_norm
 from .optimizer import Group
 
 Scalar = float | Tensor
 Key = tuple[int, bool, float | None]
 SMALL = 2**16  # bytes of a block up to which parameters are gathered
-_PIECES = 16  # that a bucket is cut into at most, where pieces are larger than that anyway
+_MAX_CHUNKS = 16  # that a bucket is cut into at most, where pieces are larger than that anyway
 BATCH = 2**21  # bytes of blocks that a step works on at a time, one large block at least
 
 
@@ -57,14 +57,14 @@ class Views(NamedTuple):
         moments: by key.
         master: points in float32, of which the values are the rounding.
         batches: parts of all of these.
-        pieces: the values, as one tensor of its shape for every member, where they are gathered.
+        member_values: the values, as one tensor of its shape for every member, where they are gathered.
     """
 
     values: Tensor
     moments: dict[str, Tensor]
     master: Tensor | None
     batches: list[Batch]
-    pieces: list[Tensor]
+    member_values: list[Tensor]
 
 
 @dataclass
@@ -75,35 +75,35 @@ class Bucket:
         parameters: its members, alike in shape, dtype, device and constraint.
         constraint: of each.
         part: where the points lie in each.
-        before: number of points in earlier parts; the first part shows the step count.
+        point_offset: number of points in earlier parts; the first part shows the step count.
         fresh: whether their first gradient is to enter the momentum whole, without dampening.
         moments: what the rule holds, ``(B, *point)`` or ``(B, 1, ..)`` each: views of the members' state, or the
-            storage that their state is a view of; nothing where moments are ``carried``.
+            storage that their state is a view of; nothing where moments are gathered in every step.
         master: points in float32 of members that are stored in less, of which theirs are the rounding; likewise.
         steps: ``(members,)`` step counts, as the moments.
         shared_step: the step count of all members, where it may be read.
         counted: the version of ``steps`` that it is for; None where nothing can be said of that.
-        shown: what the members' state shows, by key.
+        state_views: what the members' state shows, by key.
     """
 
     parameters: list[Tensor]
     constraint: Manifold
-    part: Part
-    before: int
+    part: Layout
+    point_offset: int
     fresh: bool
     moments: dict[str, Tensor] = field(default_factory=dict)
     master: Tensor | None = None
     steps: Tensor | None = None
     shared_step: int | None = None
     counted: int | None = None
-    shown: dict[str, list[Tensor]] = field(default_factory=dict)
+    state_views: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = self.parameters[0]
         self.dtype = first.dtype
         self.real = working_dtype(first.dtype).to_real()  # which torch.compile cannot ask for
         self.working = working_dtype(first.dtype)
-        self.gathered = len(self.parameters) > 1 or not can_be_viewed(self.part, first.detach())
+        self.gathered = len(self.parameters) > 1 or not is_viewable(self.part, first.detach())
         self.low = first.dtype in LOW
         rows = self.part.rows(first.detach(), copy=True)
         points = self.part.points(rows)
@@ -115,13 +115,13 @@ class Bucket:
         # Whether a step works on the values and gradients as they are.
         self.gain = self.constraint.gain if isinstance(self.constraint, Orthogonal) else 1.0
         self.plain = self.gain == 1 and not self.low and not first.is_complex()
-        self._along = self.part.dim if isinstance(self.part, Blocks) else 0  # where rows are stacked
-        self.carried = self.gathered and self.part.length is not None
+        self._along = self.part.dim if isinstance(self.part, BlockLayout) else 0  # where rows are stacked
+        self.gathers_state = self.gathered and self.part.length is not None
         self._rows = rows.shape[self._along]
         self.stacked = tuple(
             length * (len(self.parameters) if dim == self._along else 1) for dim, length in enumerate(rows.shape)
         )
-        self.tall = isinstance(self.part, Blocks) and self.part.tall(rows)
+        self.tall = isinstance(self.part, BlockLayout) and self.part.is_tall(rows)
         self._views: Views | None = None
         self._buffers: dict[str, Tensor] = {}
         self._strides = _strides(self.part, first.detach()) if not self.gathered else None
@@ -132,7 +132,7 @@ class Bucket:
         if not self.gathered:
             # A gradient may have a memory format that cannot be viewed so; a parameter, here, has not. Detached, for
             # torch refuses to swap a parameter that a view refers to.
-            return points_of(self.part, tensors[0].detach())
+            return get_points(self.part, tensors[0].detach())
         rows = tensors if self._as_they_lie else [self.part.rows(t, copy=True) for t in tensors]
         buffer = self._buffer(name, self.stacked, tensors[0], pool)
         return self.part.points(torch.cat(rows, self._along, out=buffer))
@@ -151,29 +151,29 @@ class Bucket:
 
     def _gather_state(self, pool: Pool | None) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the moments and the masters of all points: where they lie, or gathered from the members'."""
-        if not self.carried:
+        if not self.gathers_state:
             return self.moments, self.master
         held = {
-            key: self.view(shown, f"held {key}", pool) if self._like_rows(shown) else self._cat_own(key, pool)
-            for key, shown in self.shown.items()
+            key: self.view(shown, f"held {key}", pool) if self._has_param_shape(shown) else self._cat_own(key, pool)
+            for key, shown in self.state_views.items()
             if key != "step"
         }
         return held, held.pop(MASTER, None)
 
     def _cat_own(self, key: str, pool: Pool | None) -> Tensor:
         """Return numbers per point, of the members one after the other."""
-        own = self._own(self.shown[key])
+        own = self._own(self.state_views[key])
         return torch.cat(own, out=self._buffer(f"own {key}", (self.blocks, *own[0].shape[1:]), own[0], pool))
 
-    def _like_rows(self, shown: list[Tensor]) -> bool:
+    def _has_param_shape(self, shown: list[Tensor]) -> bool:
         """Whether there is an entry for every one of a member, not a number a point."""
         return shown[0].shape == self.parameters[0].shape
 
     def _own(self, shown: list[Tensor]) -> list[Tensor]:
         """Of numbers a point, of all parts, those of this one."""
-        return [numbers.narrow(0, self.before, self.each) for numbers in shown]
+        return [numbers.narrow(0, self.point_offset, self.each) for numbers in shown]
 
-    def follow(self, values: Tensor, master: Tensor | None) -> None:
+    def sync_master_(self, values: Tensor, master: Tensor | None) -> None:
         """Let what is held in float32 follow points that have been written to, where the host may not look.
 
         A point that has not moved yet is not the rounding of what is held, which is the nearest to it: entries that
@@ -189,18 +189,18 @@ class Bucket:
 
     def scatter_(self, views: Views) -> None:
         """Write what was gathered to the members that it came from."""
-        if not self.carried:
-            torch._foreach_copy_(self.parameters, views.pieces)
+        if not self.gathers_state:
+            torch._foreach_copy_(self.parameters, views.member_values)
             return
         self._put(self.parameters, views.values)
         for key, held in views.moments.items():
-            self._put(self.shown[key], held)
+            self._put(self.state_views[key], held)
         if views.master is not None:
-            self._put(self.shown[MASTER], views.master)
+            self._put(self.state_views[MASTER], views.master)
 
     def _put(self, tensors: list[Tensor], values: Tensor) -> None:
         """Write points to the rows of the members' tensors, or numbers a point to where they have them."""
-        if not self._like_rows(tensors):
+        if not self._has_param_shape(tensors):
             torch._foreach_copy_(self._own(tensors), list(values.split(self.each)))  # type: ignore[no-untyped-call]
             return
         rows = [self.part.rows(tensor.detach()) for tensor in tensors]
@@ -214,7 +214,7 @@ class Bucket:
     def split(self, stacked: Tensor) -> list[Tensor]:
         """Rows one below the other, as one tensor a member, of its shape."""
         pieces = stacked.split(self._rows, self._along)  # type: ignore[no-untyped-call]
-        return [self.part.unlike(piece, p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+        return [self.part.from_rows(piece, p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def gather(self, pool: Pool | None) -> Views:
         """Return the points and their moments, gathered where they are.
@@ -227,17 +227,17 @@ class Bucket:
             self._views = self._make_views(pool)
         elif self.gathered:
             self.view(self.parameters, "point", pool)
-            if self.carried:
+            if self.gathers_state:
                 self._gather_state(pool)
         if self.low:
-            self.follow(self._views.values, self._views.master)
+            self.sync_master_(self._views.values, self._views.master)
         return self._views
 
     def _make_views(self, pool: Pool | None) -> Views:
         values = self.view(self.parameters, "point", pool)
         moments, master = self._gather_state(pool)
         if self.low and pool is None:
-            self.follow(values, master)
+            self.sync_master_(values, master)
         points = values if master is None else master
         batches = [
             Batch(
@@ -247,10 +247,10 @@ class Bucket:
                 {key: moment[index] for key, moment in moments.items()},
                 Workspace(pool, points[index]) if self.stiefel else None,
             )
-            for index in self.pieces()
+            for index in self.chunks()
         ]
-        pieces = self.split(self._stack(values)) if self.gathered and not self.carried else []
-        return Views(values, moments, master, batches, pieces)
+        member_values = self.split(self._stack(values)) if self.gathered and not self.gathers_state else []
+        return Views(values, moments, master, batches, member_values)
 
     def gradients(self, pool: Pool | None) -> Tensor:
         """Return the gradients of all points: a view of a lone one, a copy of many."""
@@ -273,34 +273,34 @@ class Bucket:
         if self.counted is not None:
             self.counted = self.steps._version  # type: ignore[union-attr]
 
-    def reserve(self, pool: Pool) -> None:
+    def allocate_workspaces(self, pool: Pool) -> None:
         """Take the buffers of a step now: if there is no memory for them, nothing has been written yet."""
         first = self.parameters[0]
         for name in ("point", "gradient") if self.gathered else ():
             pool.take(name, self.stacked, first)
-        for key, shown in self.shown.items() if self.carried else ():
-            if key != "step" and self._like_rows(shown):
+        for key, shown in self.state_views.items() if self.gathers_state else ():
+            if key != "step" and self._has_param_shape(shown):
                 pool.take(f"held {key}", self.stacked, shown[0])
         if not self.stiefel:
             return
-        count = next(self.pieces()).stop  # the first piece is as large as any
+        count = next(self.chunks()).stop  # the first piece is as large as any
         like = first.new_empty(0, dtype=working_dtype(self.dtype))
         names = "ab" if self.p == self.n else "abxy"
         if not host_can_branch(first):
             names += "cdefx" if self.p == self.n else "defz"
         Workspace(pool, like, (count, self.p, self.n)).make(names)
 
-    def ask_for(self, temporaries: int) -> None:
+    def probe_memory(self, temporaries: int) -> None:
         """Take as many times the memory of a piece, and give it back: an accelerator's allocator keeps it for the step.
 
         A host's has no end that could be seen before it is there.
         """
         first = self.parameters[0]
         if not host_can_branch(first):
-            count = temporaries * next(self.pieces()).stop * self.p * self.n
+            count = temporaries * next(self.chunks()).stop * self.p * self.n
             first.new_empty(count, dtype=working_dtype(self.dtype))
 
-    def pieces(self) -> Iterator[slice]:
+    def chunks(self) -> Iterator[slice]:
         """Yield the blocks that are worked on at a time: memory is needed for these only."""
         block = self.p * self.n * self.parameters[0].element_size()
         size = max(1, (BATCH if self.stiefel else self._batch()) // block)
@@ -310,7 +310,7 @@ class Bucket:
     def _batch(self) -> int:
         """Bytes of points at a time, of which a step makes a dozen tensors: on an accelerator, in few pieces."""
         first = self.parameters[0]
-        return BATCH // 4 if host_can_branch(first) else max(BATCH, first.nbytes * len(self.parameters) // _PIECES)
+        return BATCH // 4 if host_can_branch(first) else max(BATCH, first.nbytes * len(self.parameters) // _MAX_CHUNKS)
 
     def scale(self, group: Group) -> Scalar:
         """Return minus the learning rate of points, of which the blocks are a multiple."""
@@ -338,42 +338,42 @@ def build_buckets(parameters: list[Tensor], keys: list[Key]) -> Iterator[tuple[K
         constraint = constraint_of(parameter)
         assert constraint is not None
         alike = (parameter.shape, parameter.dtype, parameter.device, constraint, key)
-        shared.setdefault(alike if _small(parameter, constraint) else index, []).append(index)
+        shared.setdefault(alike if _should_gather(parameter, constraint) else index, []).append(index)
     for members in shared.values():
         constraint, key = constraint_of(parameters[members[0]]), keys[members[0]]
         assert constraint is not None
-        for some in _portions(parameters, members):
+        for some in _split_members(parameters, members):
             for part, before in _parts(parameters[some[0]], constraint):
                 yield key, Bucket([parameters[i] for i in some], constraint, part, before, key[1])
 
 
-def _strides(part: Part, tensor: Tensor) -> tuple[tuple[int, ...], ...] | None:
+def _strides(part: Layout, tensor: Tensor) -> tuple[tuple[int, ...], ...] | None:
     """Return the strides of a tensor, and the shape and strides of its points, if these begin where it does."""
-    points = points_of(part, tensor)
+    points = get_points(part, tensor)
     if points.storage_offset() != tensor.storage_offset():
         return None
     return tensor.stride(), tuple(points.shape), points.stride()
 
 
-def _parts(parameter: Tensor, constraint: Manifold) -> Iterator[tuple[Part, int]]:
+def _parts(parameter: Tensor, constraint: Manifold) -> Iterator[tuple[Layout, int]]:
     """The parts of a parameter, and how many points come before each."""
     before = 0
-    for part in constraint.parts(parameter.shape):
+    for part in constraint.layouts(parameter.shape):
         yield part, before
-        before += len(points_of(part, parameter.detach()))
+        before += len(get_points(part, parameter.detach()))
 
 
-def _small(parameter: Tensor, constraint: Manifold) -> bool:
+def _should_gather(parameter: Tensor, constraint: Manifold) -> bool:
     """Whether a parameter is to be gathered with others like it."""
     return all(
         parameter.nbytes <= SMALL
-        if isinstance(part, Slices)
-        else part.entries(parameter.shape) * parameter.element_size() <= SMALL
-        for part in constraint.parts(parameter.shape)
+        if isinstance(part, SliceLayout)
+        else part.block_numel(parameter.shape) * parameter.element_size() <= SMALL
+        for part in constraint.layouts(parameter.shape)
     )
 
 
-def _portions(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
+def _split_members(parameters: list[Tensor], members: list[int]) -> Iterator[list[int]]:
     """Split members into portions of at most ``BATCH`` bytes and, unless they are very small, a third of all."""
     first = parameters[members[0]]
     size = first.nbytes

@@ -14,8 +14,8 @@ from torch.optim.optimizer import Optimizer
 
 from ...constraints.tag import CONSTRAINED, constraint_of
 from ...linalg.precision import LOW, MASTER
-from ...manifolds.records import record_in
-from ..options import remember_marks
+from ...manifolds.records import record_from_tensor
+from ..options import track_constraints
 from .optimizer import ManifoldOptimizer
 from .state import converted
 
@@ -28,7 +28,7 @@ def state_dict(self: ManifoldOptimizer) -> dict[str, Any]:
     Raises:
         ValueError: the state of a marked parameter has been handed to one that is not marked.
     """
-    remember_marks(self, _members(self))  # a conversion of the module may have dropped some since the last step
+    track_constraints(self, _members(self))  # a conversion of the module may have dropped some since the last step
     own: dict[Tensor, Any] = {}
 
     def convert(_: Optimizer) -> None:
@@ -53,7 +53,7 @@ def load_state_dict(self: ManifoldOptimizer, state_dict: dict[str, Any]) -> None
     torch casts every entry to the dtype of its parameter. The moments of a marked parameter in bfloat16 or float16, and
     its master, are float32, whatever they were saved as; the record of its constraint is as it was saved.
     """
-    remember_marks(self, _members(self))
+    track_constraints(self, _members(self))
     given: dict[str, Any] = {}
     hooks = (
         self.register_load_state_dict_pre_hook(lambda _, seen: given.update(seen)),
@@ -77,7 +77,7 @@ def _as_saved(optimizer: ManifoldOptimizer, given: dict[str, Any]) -> None:
     )
     for key, parameter in zip(ids, parameters, strict=True):
         saved = given["state"].get(key, {})
-        if CONSTRAINED in saved and record_in(saved[CONSTRAINED]) is not None:
+        if CONSTRAINED in saved and record_from_tensor(saved[CONSTRAINED]) is not None:
             optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.float32, copy=True)
         if constraint_of(parameter) is None or parameter.dtype not in LOW:
             continue

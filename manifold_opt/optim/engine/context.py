@@ -10,7 +10,7 @@ from torch import Tensor
 from ...linalg.products import host_can_branch
 from ...linalg.workspace import Pool
 from ...manifolds.layout import point_norm
-from ..options import LARGEST_GRADIENT
+from ..options import MAX_GRAD_NORM
 from .counters import Counters
 
 
@@ -37,7 +37,7 @@ def finite_gradient(g: Tensor, dims: int, context: StepContext) -> tuple[Tensor,
 
     None in place of the mask if it may be read, and all is finite.
     """
-    limit = LARGEST_GRADIENT[g.dtype]
+    limit = MAX_GRAD_NORM[g.dtype]
     if host_can_branch(g) and float(torch.linalg.vector_norm(g)) <= limit:
         return g, None
     finite = finite_points(point_norm(g, dims, keepdim=True), limit, context)

@@ -19,13 +19,13 @@ from ...linalg.workspace import Pool
 from ...stiefel.retractions import RETRACTIONS
 from ..options import (
     OPTIONS,
-    check_finite,
-    check_gradients,
-    check_marked,
-    check_options,
-    check_sharded,
-    forget_marks,
-    remember_marks,
+    drop_stale_constraints,
+    track_constraints,
+    validate_finite_gradients,
+    validate_gradients,
+    validate_marked,
+    validate_options,
+    validate_unsharded,
 )
 from .bucket import Bucket, build_buckets
 from .optimizer import GRAD_SCALER_ATTRIBUTES, Engine, Group, ManifoldOptimizer
@@ -90,9 +90,9 @@ class Plan:
         self._checked = itemgetter(*named)
         self._momentum = itemgetter("momentum" if all("momentum" in group for group in groups) else "nonfinite")
         self.merges = merge and len(groups) > 1
-        self._alike = _alike(optimizer) if self.merges else list(range(len(groups)))
+        self._first_equal_groups = _first_equal_groups(optimizer) if self.merges else list(range(len(groups)))
         self.pool = Pool()
-        live = list(map(_live, groups))
+        live = list(map(_active_params, groups))
         self.active = list(_flat(live))
         self.unmarked = list(_unmarked(groups))
         self._fill(optimizer, live, old)
@@ -103,7 +103,7 @@ class Plan:
         self.raises = any(group["nonfinite"] == "raise" for group in groups)
         self.needs_care = self.low or self.raises or self.on_accelerator
         self._states = list(_states(optimizer, buckets))
-        self._shown = [entry for bucket in buckets for shown in bucket.shown.values() for entry in shown]
+        self._shown = [entry for bucket in buckets for shown in bucket.state_views.values() for entry in shown]
         self._versions: list[Any] = [None] * len(self.active)
         self._dtypes = [p.dtype for p in self.active]
         self._facts = self._look(optimizer)
@@ -117,7 +117,7 @@ class Plan:
             id(p) for p in self.active if id(p) in waiting or optimizer.state.get(p, {}).get("momentum_buffer") is None
         }
         parameters, keys = [], []
-        for group, alike, members in zip(groups, self._alike, live, strict=True):
+        for group, alike, members in zip(groups, self._first_equal_groups, live, strict=True):
             damped = group.get("momentum", 0) != 0 and group["dampening"] != 0
             parameters += members
             keys += [(alike, damped and id(p) in first, _steps_so_far(optimizer, p)) for p in members]
@@ -128,7 +128,7 @@ class Plan:
                 FreeRows(p, mark.dim, start, length, id(p) in first)
                 for p in members
                 if (mark := constraint_of(p)) is not None
-                for start, length in mark.rest(p.shape)
+                for start, length in mark.free_rows(p.shape)
             ]
             if free:
                 self.free_rows.append((position, free))
@@ -138,7 +138,7 @@ class Plan:
             group = groups[position]
             optimizer._engine.counters.prepare(bucket.parameters[0].device)
             hold(optimizer, group, bucket, *optimizer._algorithm.moments(group))
-            bucket.reserve(self.pool)
+            bucket.allocate_workspaces(self.pool)
 
     def waiting(self) -> set[int]:
         """Return the ids of parameters whose first gradient is still to enter the momentum."""
@@ -155,7 +155,7 @@ class Plan:
                 return False
         except (AttributeError, KeyError, TypeError):  # a mark, or an entry of the state, is not there any more
             return False
-        return not self.merges or _alike(optimizer) == self._alike
+        return not self.merges or _first_equal_groups(optimizer) == self._first_equal_groups
 
     def is_overwritten(self) -> bool:
         """Return True if a parameter has been written to since :meth:`remember_values`."""
@@ -166,7 +166,7 @@ class Plan:
         self._versions = list(map(_version, self.active))
 
     def values(self) -> Values:
-        """Return what :func:`value_of` gave for every parameter when it was last stepped."""
+        """Return what :func:`value_stamp` gave for every parameter when it was last stepped."""
         values = zip(self._versions, self._facts[-1], self._dtypes, strict=True)
         return dict(zip(map(id, self.active), values, strict=True))
 
@@ -203,7 +203,7 @@ class Plan:
         )
 
 
-def value_of(parameter: Tensor) -> tuple[Any, ...]:
+def value_stamp(parameter: Tensor) -> tuple[Any, ...]:
     """Return what says whether a parameter has been written to: its version, its address, and its dtype."""
     return parameter._version, parameter.data_ptr(), parameter.dtype
 
@@ -229,12 +229,12 @@ def reset_engine(optimizer: ManifoldOptimizer) -> None:
         optimizer._engine = Engine()
         register_table(optimizer._engine)
     optimizer._engine.plan, optimizer._engine.values = None, {}
-    restored = set(remember_marks(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
+    restored = set(track_constraints(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
     for group in optimizer.param_groups if restored else ():
         for p in restored.intersection(group["params"]):
-            check_options(type(optimizer).__name__, group)
-            check_marked(type(optimizer).__name__, p, group)
-    forget_marks(optimizer)
+            validate_options(type(optimizer).__name__, group)
+            validate_marked(type(optimizer).__name__, p, group)
+    drop_stale_constraints(optimizer)
 
 
 def make_plan(optimizer: ManifoldOptimizer, *, merge: bool = True) -> Plan:
@@ -258,29 +258,29 @@ def check_before_step(optimizer: ManifoldOptimizer) -> None:
     """Raise what a step would, before anything has been written."""
     name, groups = type(optimizer).__name__, optimizer.param_groups
     everything = [p for group in groups for p in group["params"]]
-    check_sharded(name, everything)
-    remember_marks(optimizer, everything)
-    forget_marks(optimizer)
+    validate_unsharded(name, everything)
+    track_constraints(optimizer, everything)
+    drop_stale_constraints(optimizer)
     for group in groups:
         if any(constraint_of(p) is not None for p in group["params"]):
-            check_options(name, group)
-            live = _live(group)
-            check_gradients(name, group, live, [p.grad for p in live])  # type: ignore[misc]
+            validate_options(name, group)
+            live = _active_params(group)
+            validate_gradients(name, group, live, [p.grad for p in live])  # type: ignore[misc]
             for p in live:
-                check_marked(name, p, group)
+                validate_marked(name, p, group)
                 check_shapes(optimizer, group, p, optimizer.state.get(p, {}), constraint_of(p))
-    check_gradients_finite(optimizer)
+    check_gradients_are_finite(optimizer)
 
 
-def check_gradients_finite(optimizer: ManifoldOptimizer) -> None:
+def check_gradients_are_finite(optimizer: ManifoldOptimizer) -> None:
     """Raise a FloatingPointError for a gradient that a step cannot take, in the groups that ask for that."""
     scale, overflow = (getattr(optimizer, key, None) for key in GRAD_SCALER_ATTRIBUTES)
     if overflow is not None and float(overflow) != 0:
         return  # a GradScaler has seen it, and nothing will move
     for group in optimizer.param_groups:
         if group["nonfinite"] == "raise":
-            live = _live(group)
-            check_finite(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
+            live = _active_params(group)
+            validate_finite_gradients(type(optimizer).__name__, group, live, [p.grad for p in live], scale)  # type: ignore[misc]
 
 
 def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:
@@ -294,13 +294,13 @@ def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:
     return {**group, "params": [p for p in group["params"] if constraint_of(p) is None]}
 
 
-def ask_for_memory(optimizer: ManifoldOptimizer, plan: Plan) -> None:
+def probe_memory(optimizer: ManifoldOptimizer, plan: Plan) -> None:
     """Let the allocators of accelerators find the memory of a step before anything is written."""
     for position, bucket in plan.work:
-        bucket.ask_for(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temporaries)
+        bucket.probe_memory(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temporaries)
 
 
-def _alike(optimizer: ManifoldOptimizer) -> list[int]:
+def _first_equal_groups(optimizer: ManifoldOptimizer) -> list[int]:
     """Return for every group the position of the first one with the same options. Tensors are compared by identity."""
     first: dict[Any, int] = {}
     return [
@@ -320,7 +320,7 @@ def _hashable(option: Any) -> Any:
     return option if type(option) in _PLAIN else id(option)
 
 
-def _live(group: Group) -> list[Tensor]:
+def _active_params(group: Group) -> list[Tensor]:
     """Return the marked parameters of a group that have gradients."""
     return [p for p in group["params"] if p.grad is not None and constraint_of(p) is not None]
 
@@ -336,7 +336,7 @@ def _states(optimizer: ManifoldOptimizer, buckets: list[Bucket]) -> Iterator[tup
     """Yield what takes an entry that a plan shows out of a state, and all states that have this entry."""
     having: dict[str, list[dict[str, Any]]] = {}
     for bucket in buckets:
-        for key in (*bucket.shown, CONSTRAINED):
+        for key in (*bucket.state_views, CONSTRAINED):
             having.setdefault(key, []).extend(optimizer.state[p] for p in bucket.parameters)
     for key, states in having.items():
         yield itemgetter(key), states

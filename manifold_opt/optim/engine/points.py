@@ -22,7 +22,7 @@ from .optimizer import Group
 
 Rule = Callable[..., tuple[Tensor, Moments]]
 
-_LEFT = 1e-6  # of a point, by decoupled decay that would leave nothing
+_MIN_DECAY_FACTOR = 1e-6  # of a point, by decoupled decay that would leave nothing
 
 
 def update_points(
@@ -32,14 +32,16 @@ def update_points(
     manifold, dims, lr = bucket.constraint, bucket.part.dims, group["lr"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     decoupled = group.get("decoupled_weight_decay", context.decoupled)
-    decay = group["weight_decay"] if (manifold.decays if decoupled else manifold.penalized) else 0
+    decay = (
+        group["weight_decay"] if (manifold.allows_decoupled_decay if decoupled else manifold.allows_l2_penalty) else 0
+    )
     x, values, held = batch.points, batch.values, batch.moments
     g, moments = gradients.to(x.dtype), held
     g, finite = finite_gradient(g if context.grad_scale is None else g / context.grad_scale.to(g), dims, context)
     g = -g if group["maximize"] else g
     start = x
     if decay and decoupled:
-        start = x * _share(lr * decay)
+        start = x * _decay_factor(lr * decay)
         moments = {k: manifold.transport(x, start, m) if k in TANGENT else m for k, m in held.items()}
     elif decay:
         g = g + decay * x
@@ -61,9 +63,9 @@ def update_points(
         values.copy_(_chosen(moved, end.to(values), values))
 
 
-def _share(t: Scalar) -> Scalar:
+def _decay_factor(t: Scalar) -> Scalar:
     """What decoupled decay leaves of a point, :math:`1 - t`, and a little where that is nothing or less."""
-    return (1 - t).clamp_min(_LEFT) if isinstance(t, Tensor) else max(1 - t, _LEFT)
+    return (1 - t).clamp_min(_MIN_DECAY_FACTOR) if isinstance(t, Tensor) else max(1 - t, _MIN_DECAY_FACTOR)
 
 
 def _kept(results: list[Tensor], taken: Tensor | None, dims: int, context: StepContext) -> Tensor | None:

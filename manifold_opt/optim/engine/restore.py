@@ -7,15 +7,15 @@ import warnings
 import torch
 from torch import Tensor
 
-from ...constraints.tag import off_manifold
+from ...constraints.tag import find_off_manifold
 from ...linalg.precision import MASTER
 from ...linalg.products import host_can_branch
-from ...manifolds.layout import point_norm, points_of, put_
+from ...manifolds.layout import get_points, point_norm, set_points_
 from ...stiefel.retractions import RETRACTIONS
-from ..options import shape_in
+from ..options import describe_param
 from .bucket import Bucket
 from .optimizer import ManifoldOptimizer
-from .plan import Plan, Values, value_of
+from .plan import Plan, Values, value_stamp
 
 Found = tuple[Bucket, list[Tensor], Tensor, Tensor]  # tensors, which of their points, and the values
 _FAR = 0.1  # distance from the manifold above which a value is no matter of rounding, and worth a warning
@@ -31,15 +31,15 @@ def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Values) 
     warned: list[str] = []
     for position, bucket in plan.work:
         group = optimizer.param_groups[position]
-        written = [p for p in bucket.parameters if value_of(p) != seen.get(id(p))]
+        written = [p for p in bucket.parameters if value_stamp(p) != seen.get(id(p))]
         if bucket.low:  # what is held in float32 shows even what has been written through .data
             others = set(map(id, written))
-            written = [p for p in bucket.parameters if id(p) in others or _shows(optimizer, p)]
+            written = [p for p in bucket.parameters if id(p) in others or _differs_from_master(optimizer, p)]
         if not written:
             continue
         slack = 1.0 if bucket.stiefel and not RETRACTIONS[group["retraction"]].exact else 0.0
         try:
-            off, far = _looked_at(optimizer, bucket, written, slack)
+            off, far = _points_to_rewrite(optimizer, bucket, written, slack)
         except ValueError:
             for parameter in written:
                 _check_written(optimizer, bucket, parameter, slack)
@@ -52,19 +52,19 @@ def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Values) 
         counts = [int(some.sum()) for some in which.split(bucket.each)]  # type: ignore[no-untyped-call]
         for tensor, some, nearest in zip(tensors, which.split(bucket.each), values.split(counts), strict=True):  # type: ignore[no-untyped-call]
             if bool(some.any()):
-                put_(bucket.part, tensor, some, nearest.to(tensor.dtype))
+                set_points_(bucket.part, tensor, some, nearest.to(tensor.dtype))
 
 
 def _label(optimizer: ManifoldOptimizer, parameter: Tensor) -> str:
     """Return the shape of a parameter, and its name in its own group if it has one, for a message."""
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    return shape_in(group, parameter)
+    return describe_param(group, parameter)
 
 
 def _check_written(optimizer: ManifoldOptimizer, bucket: Bucket, parameter: Tensor, slack: float) -> None:
     """Raise a ValueError that names the parameter and its block, if its value has no nearest point."""
     try:
-        off_manifold(parameter, bucket.constraint, slack)
+        find_off_manifold(parameter, bucket.constraint, slack)
     except ValueError as refusal:
         raise ValueError(
             f"{type(optimizer).__name__}: a marked parameter of shape {_label(optimizer, parameter)} has been "
@@ -72,20 +72,20 @@ def _check_written(optimizer: ManifoldOptimizer, bucket: Bucket, parameter: Tens
         ) from None
 
 
-def _shows(optimizer: ManifoldOptimizer, parameter: Tensor) -> bool:
+def _differs_from_master(optimizer: ManifoldOptimizer, parameter: Tensor) -> bool:
     """Whether what is held in float32 shows that a parameter has been written to, or that it has not moved yet."""
     master = optimizer.state[parameter].get(MASTER)
     return master is not None and host_can_branch(master) and not torch.equal(parameter, master.to(parameter.dtype))
 
 
-def _looked_at(
+def _points_to_rewrite(
     optimizer: ManifoldOptimizer, bucket: Bucket, written: list[Tensor], slack: float
 ) -> tuple[list[Found], list[str]]:
     """Return what to write to members that were written to, and to their float32 masters, and what to warn of."""
     members = [p.detach() for p in written]
-    points = torch.cat([points_of(bucket.part, p) for p in members])
+    points = torch.cat([get_points(bucket.part, p) for p in members])
     if not bucket.low:
-        off, values = bucket.constraint.off(points, slack)
+        off, values = bucket.constraint.find_off_manifold(points, slack)
         return [(bucket, members, off, values)], _far_warnings(optimizer, bucket, written, off, points[off] - values)
     masters = [optimizer.state[p][MASTER] for p in written]
     overwritten, off, values = _overwritten(bucket, points, masters)
@@ -100,17 +100,17 @@ def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple
 
     That is the nearest value, as it has been from the beginning for those that have not moved yet.
     """
-    values = torch.cat([points_of(bucket.part, master) for master in masters])
+    values = torch.cat([get_points(bucket.part, master) for master in masters])
     dims = bucket.part.dims
     other = values.to(points.dtype) != points
     other = other.flatten(other.ndim - dims).any(-1) if dims else other
     off = other.clone()
     if bool(other.any()):
         now = points[other].float()
-        out, nearest = bucket.constraint.off(now)
+        out, nearest = bucket.constraint.find_off_manifold(now)
         now[out] = nearest
         values[other] = now
-        off[other] = ~(bucket.constraint.error(points[other]) <= bucket.constraint.rounding(points))
+        off[other] = ~(bucket.constraint.error(points[other]) <= bucket.constraint.tolerance(points))
     return other, off, values
 
 

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...constraints.tag import CONSTRAINED, constraint_of, off_manifold, put_back_, was_unmarked
+from ...constraints.tag import CONSTRAINED, constraint_of, find_off_manifold, was_unmarked, write_points_
 from ...linalg.precision import LOW, MASTER, FullPrecision, working_dtype
 from ...manifolds import Manifold, Orthogonal
-from ...manifolds.layout import Part, can_be_viewed, points_of, put_
+from ...manifolds.layout import Layout, get_points, is_viewable, set_points_
 from ...manifolds.records import (
     Record,
-    as_tuples,
-    constraint_in,
     describe,
+    deserialize,
     is_record_of,
-    record_as_tensor,
-    record_in,
-    record_of,
+    record_from_tensor,
+    record_to_tensor,
+    serialize,
+    to_tuples,
 )
 from ..directions.stiefel import from_frame, to_frame
-from ..options import shape_in
+from ..options import describe_param
 from .bucket import Bucket
 from .optimizer import Group, ManifoldOptimizer
 
@@ -42,24 +42,25 @@ def hold(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket, keys: list[
     """
     for key in keys:
         present = [
-            _shaped(optimizer.state[p].get(key), key in scalars, p, bucket.constraint) for p in bucket.parameters
+            _reshape_moment(optimizer.state[p].get(key), key in scalars, p, bucket.constraint)
+            for p in bucket.parameters
         ]
-        shown, held = _laid_out(bucket, present, key in scalars)
+        shown, held = _allocate_moment(bucket, present, key in scalars)
         if held is not None:
             bucket.moments[key] = held
-        bucket.shown[key] = shown
+        bucket.state_views[key] = shown
         for parameter, moment in zip(bucket.parameters, shown, strict=True):
             optimizer.state[parameter][key] = moment
-    _hold_master(optimizer, bucket)
-    _hold_count(optimizer, group, bucket)
-    record = record_of(bucket.constraint)
+    _init_master(optimizer, bucket)
+    _init_steps(optimizer, group, bucket)
+    record = serialize(bucket.constraint)
     assert record is not None
     for parameter in bucket.parameters:
         if CONSTRAINED not in optimizer.state[parameter]:
-            optimizer.state[parameter][CONSTRAINED] = record_as_tensor(record)
+            optimizer.state[parameter][CONSTRAINED] = record_to_tensor(record)
 
 
-def _hold_master(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
+def _init_master(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
     """Give members of low precision their values in float32: those they have, new ones from the nearest points."""
     bucket.master = None
     if not bucket.low:
@@ -71,47 +72,51 @@ def _hold_master(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
         master = optimizer.state[parameter].get(MASTER)
         if master is None or master.shape != parameter.shape:
             master = parameter.detach().float()
-            put_back_(master, off_manifold(master, bucket.constraint))
+            write_points_(master, find_off_manifold(master, bucket.constraint))
         masters.append(master.to(parameter.device, torch.float32))
-    masters, bucket.master = _laid_out(bucket, masters, False)
-    bucket.shown[MASTER] = masters
+    masters, bucket.master = _allocate_moment(bucket, masters, False)
+    bucket.state_views[MASTER] = masters
     for parameter, master in zip(bucket.parameters, masters, strict=True):
         optimizer.state[parameter][MASTER] = master
 
 
-def _laid_out(bucket: Bucket, present: list[Tensor], scalar: bool) -> tuple[list[Tensor], Tensor | None]:
+def _allocate_moment(bucket: Bucket, present: list[Tensor], scalar: bool) -> tuple[list[Tensor], Tensor | None]:
     """What the members' state shows of a moment, and what the rule works on: None where each step gathers that."""
-    if bucket.gathered and not bucket.carried:
+    if bucket.gathered and not bucket.gathers_state:
         storage = torch.cat(present) if scalar else bucket.storage(present)
         if scalar:
             return list(storage.split(bucket.each)), storage  # type: ignore[no-untyped-call]
         return bucket.split(storage), bucket.part.points(storage)
     if not scalar:
-        present = [_lying(bucket.part, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)]
-    if bucket.carried:
+        present = [
+            _with_layout_of(bucket.part, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)
+        ]
+    if bucket.gathers_state:
         return present, None
-    own = present[0][bucket.before : bucket.before + bucket.each] if scalar else bucket.part.view(present[0])
+    own = (
+        present[0][bucket.point_offset : bucket.point_offset + bucket.each] if scalar else bucket.part.view(present[0])
+    )
     return present, own
 
 
-def _lying(part: Part, moment: Tensor, parameter: Tensor) -> Tensor:
+def _with_layout_of(part: Layout, moment: Tensor, parameter: Tensor) -> Tensor:
     """A moment that can be viewed as points, as its parameter can: a loaded one lies as where it came from."""
-    if can_be_viewed(part, moment):
+    if is_viewable(part, moment):
         return moment
     return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
-def _hold_count(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket) -> None:
+def _init_steps(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket) -> None:
     # torch's Adam counts on the host unless it is capturable; its SGD does not count.
     device = bucket.parameters[0].device if group.get("capturable", True) else torch.device("cpu")
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=dtype, device=device)
     counts = [torch.as_tensor(optimizer.state[p].get("step", zero)).to(zero) for p in bucket.parameters]
     bucket.show_steps(torch.stack(counts))
-    if bucket.before:
+    if bucket.point_offset:
         return
-    bucket.shown["step"] = list(bucket.steps.unbind())  # type: ignore[union-attr]
-    for parameter, count in zip(bucket.parameters, bucket.shown["step"], strict=True):
+    bucket.state_views["step"] = list(bucket.steps.unbind())  # type: ignore[union-attr]
+    for parameter, count in zip(bucket.parameters, bucket.state_views["step"], strict=True):
         optimizer.state[parameter]["step"] = count
 
 
@@ -136,25 +141,25 @@ def converted(optimizer: ManifoldOptimizer, group: Group, parameter: Tensor) -> 
     if not state:
         return None
     check_owner(type(optimizer).__name__, group, parameter, state)
-    new = record_of(constraint)
-    said = record_in(state[CONSTRAINED]) if CONSTRAINED in state else None
+    new = serialize(constraint)
+    said = record_from_tensor(state[CONSTRAINED]) if CONSTRAINED in state else None
     if CONSTRAINED in state and new is not None and (said is None or is_record_of(said, constraint)):
-        return None if said == new else {**state, CONSTRAINED: record_as_tensor(new)}
+        return None if said == new else {**state, CONSTRAINED: record_to_tensor(new)}
     if CONSTRAINED not in state and new is None:
         return None
     state = dict(state)
     if new is None:
-        _give_to_torch(optimizer, group, parameter, state, said)
+        _to_torch_state(optimizer, group, parameter, state, said)
         return state
-    check_shapes(optimizer, group, parameter, state, constraint if said is None else constraint_in(said))
+    check_shapes(optimizer, group, parameter, state, constraint if said is None else deserialize(said))
     if said is not None:
         _change(state, optimizer._algorithm.state_keys, parameter, said, from_frame)
     _change(state, optimizer._algorithm.state_keys, parameter, new, to_frame)
-    state[CONSTRAINED] = record_as_tensor(new)
+    state[CONSTRAINED] = record_to_tensor(new)
     return state
 
 
-def _give_to_torch(
+def _to_torch_state(
     optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, state: dict[str, Any], said: Record | None
 ) -> None:
     """Moments of a parameter that is marked no more as torch holds them, in its own dtype.
@@ -164,12 +169,12 @@ def _give_to_torch(
     try:
         if said is None:
             raise ValueError("the state does not say under which constraint it was held.")
-        check_shapes(optimizer, group, parameter, state, constraint_in(said))
+        check_shapes(optimizer, group, parameter, state, deserialize(said))
         _change(state, optimizer._algorithm.state_keys, parameter, said, from_frame)
     except (ValueError, RuntimeError) as reason:
         warnings.warn(
-            f"{type(optimizer).__name__}: the moments of an unmarked parameter of shape {shape_in(group, parameter)} "
-            f"cannot be converted to those of torch.optim, and start anew: {reason}",
+            f"{type(optimizer).__name__}: the moments of an unmarked parameter of shape "
+            f"{describe_param(group, parameter)} cannot be converted to those of torch.optim, and start anew: {reason}",
             stacklevel=2,
         )
         for key in optimizer._algorithm.state_keys:
@@ -190,11 +195,11 @@ def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any
     So it is where code that replaces parameters hands the state of a marked one to its successor.
     """
     if CONSTRAINED in state and constraint_of(parameter) is None and not was_unmarked(parameter):
-        record = record_in(state[CONSTRAINED])
+        record = record_from_tensor(state[CONSTRAINED])
         raise ValueError(
-            f"{name}: a parameter of shape {shape_in(group, parameter)} is not marked, but its state is that of a "
-            f"marked one{'' if record is None else f', {describe(record)}'}, handed over to it. Mark it so too, or del "
-            "opt.state[param]."
+            f"{name}: a parameter of shape {describe_param(group, parameter)} is not marked, but its state is that of "
+            f"a marked one{'' if record is None else f', {describe(record)}'}, handed over to it. Mark it so too, or "
+            "del opt.state[param]."
         )
 
 
@@ -204,20 +209,21 @@ def check_shapes(
     """Raise a RuntimeError unless every moment has one entry for each of the parameter, or one for each point."""
     if constraint is None:
         return
-    points = sum(len(points_of(part, parameter.detach())) for part in constraint.parts(parameter.shape))
+    points = sum(len(get_points(part, parameter.detach())) for part in constraint.layouts(parameter.shape))
     for key in optimizer._algorithm.state_keys:
         moment = state.get(key)
         if isinstance(moment, Tensor) and moment.shape != parameter.shape and moment.numel() not in (1, points):
             raise RuntimeError(
-                f"{type(optimizer).__name__}: a marked parameter has shape {shape_in(group, parameter)}, what the "
-                f"optimizer holds for it {tuple(moment.shape)}. After changing the shape of a parameter, "
+                f"{type(optimizer).__name__}: a marked parameter has shape {describe_param(group, parameter)}, what "
+                f"the optimizer holds for it {tuple(moment.shape)}. After changing the shape of a parameter, "
                 "del opt.state[param]."
             )
     count = state.get("step")
     if isinstance(count, Tensor) and count.numel() != 1:
         raise RuntimeError(
-            f"{type(optimizer).__name__}: the step count of a marked parameter of shape {shape_in(group, parameter)} "
-            f"has shape {tuple(count.shape)}; it must be one number. del opt.state[param] resets it."
+            f"{type(optimizer).__name__}: the step count of a marked parameter of shape "
+            f"{describe_param(group, parameter)} has shape {tuple(count.shape)}; it must be one number. "
+            "del opt.state[param] resets it."
         )
 
 
@@ -236,7 +242,7 @@ def check_checkpoint(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> No
             state, now = states.get(parameter, {}), constraint_of(parameter)
             if CONSTRAINED not in state:
                 continue
-            then = record_in(state[CONSTRAINED]) or older.get(parameter)
+            then = record_from_tensor(state[CONSTRAINED]) or older.get(parameter)
             if then is None and now is None:
                 raise ValueError(
                     f"{name}: the state of a parameter of shape {tuple(parameter.shape)} is held under a constraint, "
@@ -263,15 +269,15 @@ def upgrade(optimizer: ManifoldOptimizer) -> None:
         group.pop("constraints", None)
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            if CONSTRAINED in state and record_in(state[CONSTRAINED]) is None:
-                record = older.get(parameter) or record_of(constraint_of(parameter))
+            if CONSTRAINED in state and record_from_tensor(state[CONSTRAINED]) is None:
+                record = older.get(parameter) or serialize(constraint_of(parameter))
                 if record is not None:
-                    state[CONSTRAINED] = record_as_tensor(record)
+                    state[CONSTRAINED] = record_to_tensor(record)
 
 
 def _records_of_groups(groups: list[Group]) -> dict[Tensor, Record]:
     return {
-        group["params"][position]: as_tuples(record)
+        group["params"][position]: to_tuples(record)
         for group in groups
         for position, *record in group.get("constraints", ())
     }
@@ -281,7 +287,7 @@ def leave(optimizer: ManifoldOptimizer, bucket: Bucket, staying: set[int]) -> No
     """Take the state of members that a bucket loses out of the storage it shares."""
     for index, parameter in enumerate(bucket.parameters):
         state = optimizer.state.get(parameter, {})
-        for key, shown in bucket.shown.items():
+        for key, shown in bucket.state_views.items():
             if bucket.gathered and id(parameter) not in staying and state.get(key) is shown[index]:
                 state[key] = shown[index].clone()
 
@@ -291,38 +297,38 @@ def _change(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, rec
 
     The frame is that of the point that the next step starts from, where a value just loaded is still to be put back.
     """
-    constraint = constraint_in(record)
+    constraint = deserialize(record)
     if constraint is None:
         return
     framed = {}
     for key in keys:
         moment = state.get(key)
         if isinstance(moment, Tensor):
-            held = _shaped(moment, False, parameter, constraint)
+            held = _reshape_moment(moment, False, parameter, constraint)
             state[key] = held if held is not moment else moment.clone(memory_format=torch.preserve_format)
             if moment.shape == parameter.shape:
                 framed[key] = state[key]
     if not isinstance(constraint, Orthogonal):
         return
-    for part in constraint.parts(parameter.shape):
+    for part in constraint.layouts(parameter.shape):
         value = state.get(MASTER, parameter.detach()) if parameter.dtype in LOW else parameter.detach()
-        w = points_of(part, value).to(working_dtype(value.dtype), copy=True)
+        w = get_points(part, value).to(working_dtype(value.dtype), copy=True)
         if w.shape[-2] != w.shape[-1]:
             continue
-        off, values = constraint.off(w)
+        off, values = constraint.find_off_manifold(w)
         w[off] = values
         w = w / constraint.gain
         for key, moment in framed.items():
             with FullPrecision(w.device.type):
-                put_(part, moment, ..., change(w, key, points_of(part, moment).to(w)))
+                set_points_(part, moment, ..., change(w, key, get_points(part, moment).to(w)))
 
 
-def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Manifold) -> Tensor:
+def _reshape_moment(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: Manifold) -> Tensor:
     """A moment as its rule holds it, one number a point or like the parameter: new, as it is, or from the other rule's.
 
     The other shape is what a checkpoint brings that was written with another ``second_moment``, or by torch itself.
     """
-    parts = constraint.parts(parameter.shape)
+    parts = constraint.layouts(parameter.shape)
     ones = [_one(part, parameter.detach()) for part in parts]
     count = sum(map(len, ones))
     shape = torch.Size((count, *ones[0].shape[1:])) if scalar else parameter.shape
@@ -344,23 +350,23 @@ def _shaped(moment: Tensor | None, scalar: bool, parameter: Tensor, constraint: 
     value.fill_(a_point.mean().item())
     start = 0
     for part, one in zip(parts, ones, strict=True):
-        put_(part, value, ..., a_point[start : start + len(one)].to(value))
+        set_points_(part, value, ..., a_point[start : start + len(one)].to(value))
         start += len(one)
     return value
 
 
-def _one(part: Part, tensor: Tensor) -> Tensor:
+def _one(part: Layout, tensor: Tensor) -> Tensor:
     """One number of each point of a part, ``(B, 1, ..)``."""
-    points = points_of(part, tensor)
+    points = get_points(part, tensor)
     for dim in range(points.ndim - part.dims, points.ndim):
         points = points.narrow(dim, 0, 1)
     return points
 
 
-def _mean(part: Part, tensor: Tensor) -> Tensor:
+def _mean(part: Layout, tensor: Tensor) -> Tensor:
     """The mean of each point of a part, ``(B, 1, ..)``, over the real and imaginary parts of complex ones."""
     if tensor.is_complex():
         tensor = (tensor.real + tensor.imag) / 2
-    points = points_of(part, tensor)
+    points = get_points(part, tensor)
     dims = tuple(range(points.ndim - part.dims, points.ndim))
     return points.mean(dims, keepdim=True) if dims else points

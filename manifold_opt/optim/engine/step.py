@@ -21,7 +21,7 @@ from ...linalg.products import host_can_branch
 from ...linalg.workspace import Pool
 from .context import StepContext
 from .optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists, ManifoldOptimizer
-from .plan import Plan, StateBackup, ask_for_memory, check_gradients_finite, make_plan
+from .plan import Plan, StateBackup, check_gradients_are_finite, make_plan, probe_memory
 from .restore import restore_overwritten
 from .update import update_bucket
 
@@ -109,11 +109,11 @@ def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> Prepared:
     backup = StateBackup(optimizer, entries=False)
     try:
         if plan.raises:
-            check_gradients_finite(optimizer)
+            check_gradients_are_finite(optimizer)
         if overwritten or plan.low:
             restore_overwritten(optimizer, plan, plan.values())
         if plan.on_accelerator:
-            ask_for_memory(optimizer, plan)
+            probe_memory(optimizer, plan)
         return _init_groups(optimizer, plan)
     except BaseException:
         backup.restore()
@@ -125,7 +125,7 @@ def _plan_anew(optimizer: ManifoldOptimizer) -> Prepared:
     backup = StateBackup(optimizer, entries=True)
     try:
         plan = make_plan(optimizer)
-        ask_for_memory(optimizer, plan)
+        probe_memory(optimizer, plan)
         prepared = _init_groups(optimizer, plan)
         restore_overwritten(optimizer, plan, optimizer._engine.values)
     except BaseException:

@@ -22,7 +22,7 @@ from ...linalg.products import host_can_branch, largest_norm, norm
 from ...linalg.workspace import Workspace
 from ...stiefel.retractions import Settings, retract_
 from ...stiefel.rotation import CORRECTION_INTERVAL
-from ..options import LARGEST_GRADIENT
+from ..options import MAX_GRAD_NORM
 from .bucket import Batch, Bucket
 from .context import StepContext, finite_points
 from .optimizer import Group
@@ -76,9 +76,9 @@ def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
         return _update_sync_free(w, g, moments, ws, step)
     # The gradient in the frame of W, for square blocks.
     a = torch.bmm(g, ws.adjoint("w", w), out=ws.a) if w.shape[-2] == w.shape[-1] else g
-    if largest_norm(a) <= LARGEST_GRADIENT[w.dtype]:
+    if largest_norm(a) <= MAX_GRAD_NORM[w.dtype]:
         return _move(w, g, a, moments, ws, step)
-    index = finite_points(norm(a), LARGEST_GRADIENT[w.dtype], step.context).nonzero()[:, 0]
+    index = finite_points(norm(a), MAX_GRAD_NORM[w.dtype], step.context).nonzero()[:, 0]
     if len(index) == 0:
         return None
     point, gradient, held = w[index], g[index], {key: moment[index] for key, moment in moments.items()}
@@ -101,7 +101,7 @@ def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Work
     """As :func:`update`, where no value may be read: blocks that are not to move have a zero gradient, and step."""
     (square, wide, options), is_square = step.rule, w.shape[-2] == w.shape[-1]
     a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
-    finite = norm(a, keepdim=True).le_(LARGEST_GRADIENT[w.dtype])  # one or zero: zero where it is NaN
+    finite = norm(a, keepdim=True).le_(MAX_GRAD_NORM[w.dtype])  # one or zero: zero where it is NaN
     overflow = step.context.found_inf
     going = None if overflow is None else overflow.to(w.device) == 0
     a = a.masked_fill_(finite == 0, 0) if is_square else a.masked_fill(finite == 0, 0)  # gradients are not written to
