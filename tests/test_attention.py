@@ -8,7 +8,7 @@ import manifold_opt
 from manifold_opt import constraint_of, mark_attention, orthogonality_error
 from manifold_opt.stiefel.geometry import error
 
-from .helpers import gaussian
+from .helpers import gaussian, pairs
 
 
 def attention(**options):
@@ -16,9 +16,7 @@ def attention(**options):
     return nn.MultiheadAttention(12, num_heads=3, **options)
 
 
-@pytest.mark.parametrize("which", ["q", "k", "v", "qk", "qv", "kv", "qkv", "vkq"])
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("separate", [False, True])
+@pairs(which=["q", "k", "v", "qk", "qv", "kv", "qkv", "vkq"], per_head=[True, False], separate=[False, True])
 def test_attention(which, per_head, separate):
     module = attention(**({"kdim": 10, "vdim": 7} if separate else {}))
     before = {key: value.clone() for key, value in module.state_dict().items()}

@@ -76,6 +76,7 @@ def test_every_row_has_its_figures_or_says_why_not(step, tmp_path, capsys):
         assert row["error"] is None or row["error"] < 1e-3 or name == "torch Adam, unconstrained"
 
 
+@pytest.mark.slow
 def test_training_and_growth(step, tmp_path, capsys):
     step.main(["--toy", "--works", "--training", "--growth", "--json", str(tmp_path / "step.json")])
     report = json.loads((tmp_path / "step.json").read_text())
@@ -94,6 +95,7 @@ def test_the_exponent_is_that_of_the_upper_half(step):
     assert step.growth.exponent(x, [None] * 5) is None
 
 
+@pytest.mark.slow
 def test_rows_leave_the_gradients_to_the_next(step):
     plan = step.Plan(1, 0.0, 1.0, torch.device("cpu"))
     problem = step.Problem(step.TOYS["params20"], plan)

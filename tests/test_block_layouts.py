@@ -21,7 +21,7 @@ from manifold_opt.linalg.matrices import float64
 from manifold_opt.stiefel.geometry import error
 
 from . import reference
-from .helpers import DTYPES, gaussian, rounding
+from .helpers import DTYPES, each, gaussian, rounding
 
 LAYOUTS = {
     "uneven": ((16, 5), {"blocks": (4, 4, 8)}),
@@ -70,9 +70,7 @@ def marked(layout, dtype=torch.float64, gain=1.0, seed=0):
 # Where they lie.
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
-@pytest.mark.parametrize("gain", [1.0, 1.7])
+@each(layout=LAYOUTS, dtype=[*DTYPES, torch.complex64], gain=[1.0, 1.7])
 def test_every_block_becomes_its_polar_factor_and_the_others_keep_their_bits(layout, dtype, gain):
     shape, options = LAYOUTS[layout]
     before = cut(gaussian(*shape, dtype=dtype, seed=0), options)
@@ -134,9 +132,7 @@ def test_put_back_in_a_memory_format_that_hides_them(options):
 # How they move.
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("name", "options"), RULES)
-@pytest.mark.parametrize("retraction", ["orthographic", "cayley"])
+@each({"name, options": RULES}, layout=LAYOUTS, retraction=["orthographic", "cayley"])
 def test_every_block_steps_as_the_reference(layout, name, options, retraction):
     if "which" in LAYOUTS[layout][1] and options.get("second_moment") == "block":
         pytest.skip("is refused")
@@ -155,10 +151,7 @@ def test_every_block_steps_as_the_reference(layout, name, options, retraction):
         torch.testing.assert_close(block, reference.train(start[k], own, name, options, retraction), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("metric", ["euclidean", "canonical"])
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("gain", [1.0, 0.4])
+@each(layout=LAYOUTS, metric=["euclidean", "canonical"], retraction=RETRACTIONS, gain=[1.0, 0.4])
 def test_every_block_steps_as_a_parameter_of_its_own(layout, metric, retraction, gain):
     where = LAYOUTS[layout][1]
     weight = marked(layout, gain=gain)

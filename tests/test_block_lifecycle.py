@@ -31,7 +31,7 @@ from manifold_opt import (
     unmark,
 )
 
-from .helpers import gaussian, held_under
+from .helpers import gaussian, held_under, pairs
 
 MARKS = {
     "uneven": {"blocks": (3, 4, 8)},
@@ -86,9 +86,7 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("mark", MARKS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("way", COPIES)
+@pairs(mark=MARKS, rule=RULES, way=COPIES)
 def test_a_copy_is_marked_and_goes_on_as_the_original(mark, rule, way):
     model, opt = start(mark, rule)
     copied = COPIES[way](model)
@@ -111,9 +109,7 @@ def test_model_and_optimizer_copied_together_go_on(mark, rule):
         assert same(train(copied, other, 4, 3), model)
 
 
-@pytest.mark.parametrize("mark", MARKS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("way", ["torch.save", "distributed", "json"])
+@pairs(mark=MARKS, rule=RULES, way=["torch.save", "distributed", "json"])
 def test_a_checkpoint_knows_blocks_of_unequal_size_and_which(mark, rule, way, tmp_path):
     model, opt = start(mark, rule)
     other = net(mark, seed=1)

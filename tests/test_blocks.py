@@ -3,6 +3,8 @@ import torch
 
 from manifold_opt.manifolds.layout import BlockLayout, SliceLayout, block_view
 
+from .helpers import pairs
+
 
 def test_gates_by_hand():
     x = torch.arange(24.0).view(6, 4)
@@ -30,9 +32,7 @@ def test_more_dimensions_are_flattened_to_first_and_rest():
     assert torch.equal(block_view(x, 1)[0], x.flatten(1))
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (12, 2), (3, 5, 7)])
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pairs(shape=[(6, 4), (12, 2), (3, 5, 7)], dim=[0, 1], layout=["contiguous", "transposed", "sliced"])
 def test_writing_through_the_view_writes_the_tensor(shape, dim, layout):
     if len(shape) > 2 and (dim == 1 or layout != "contiguous"):
         pytest.skip("only contiguous rows can be flattened")

@@ -11,7 +11,7 @@ from manifold_opt import SGD, Adam, mark_orthogonal, mark_spectral, mark_unit_no
 from manifold_opt.linalg import matrices
 from manifold_opt.stiefel import geometry
 
-from .helpers import gaussian, never_read, point
+from .helpers import each, gaussian, never_read, pairs, point
 
 RULES = {
     "momentum": lambda p, **o: SGD(p, **{"lr": 0.05, "momentum": 0.9, **o}),
@@ -80,8 +80,7 @@ def one_entry_only(opt):
                 state[key].data = state[key].data.clone()
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("move", [by_data, by_entry, by_set, by_dictionary, to_float64_and_back, one_entry_only])
+@each(rule=RULES, move=[by_data, by_entry, by_set, by_dictionary, to_float64_and_back, one_entry_only])
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_state_that_is_moved_by_hand_is_what_goes_on(rule, move):
     parameters, others = marked(), marked()
@@ -169,8 +168,7 @@ def set_another_bound(weights):
     mark_spectral(unmark(weights[2]), 0.25)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("change", [mark_another, unmark_one, set_another_bound])
+@each(rule=RULES, change=[mark_another, unmark_one, set_another_bound])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_follows_marks_that_are_changed_later(rule, change):
     """It is compiled anew."""
@@ -185,10 +183,12 @@ def test_a_compiled_step_follows_marks_that_are_changed_later(rule, change):
 # Values that are written through ``.data``, of which nobody is told.
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-@pytest.mark.parametrize("factor", [40.0, 1e4, 0.01])
-@pytest.mark.parametrize("retraction", ["orthographic", "polar", "qr", "cayley", "exp"])
+@pairs(
+    rule=RULES,
+    shape=[(6, 6), (4, 9), (9, 4)],
+    factor=[40.0, 1e4, 0.01],
+    retraction=["orthographic", "polar", "qr", "cayley", "exp"],
+)
 def test_a_value_that_is_scaled_through_data_is_back_within_ten_steps(rule, shape, factor, retraction):
     weight = mark_orthogonal(nn.Parameter(point(*shape, dtype=torch.float32)))
     opt = RULES[rule]([weight], lr=1e-4, retraction=retraction)
@@ -222,9 +222,7 @@ def test_where_nothing_can_be_read_such_a_value_stays_finite(rule, retraction, m
 # Long blocks with few columns.
 
 
-@pytest.mark.parametrize(("n", "p"), [(30_000, 2), (300_000, 1), (100_000, 4), (20_000, 64)])
-@pytest.mark.parametrize("tall", [True, False])
-@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pairs({"n, p": [(30_000, 2), (300_000, 1), (100_000, 4), (20_000, 64)]}, tall=[True, False], lr=[1e-3, 1e-2])
 def test_long_blocks_stay_at_rounding(n, p, tall, lr):
     """Sums of so many terms in float32 would leave thirty times that."""
     weight = gaussian(n, p, dtype=torch.float32)

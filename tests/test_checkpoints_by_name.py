@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from manifold_opt import SGD, Adam, check, mark_orthogonal, mark_recurrent, mark_unit_norm, orthogonality_error
 from manifold_opt.manifolds.records import record_from_tensor, record_to_tensor
 
-from .helpers import gaussian, held_under
+from .helpers import gaussian, held_under, pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # of torch.distributed in torch 2.6
 
@@ -62,9 +62,7 @@ def assert_goes_on(net, opt, other, resumed, atol=0.0):
     assert check(other, resumed) == []
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("rule", RULES)
+@pairs(flat=[False, True], order=ORDERS, rule=RULES)
 def test_a_state_loaded_by_name_goes_on(rule, order, flat):
     """Bit for bit, or where blocks lie beside others in a batch to rounding: Adam divides by it."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -368,7 +368,7 @@ def settings_of(folder, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("turns", [1, 4, 9, 13])
+@pytest.mark.parametrize("turns", [4, 13])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, turns, monkeypatch):
     monkeypatch.setattr(cost, "ROUNDS", 2)
     monkeypatch.setattr(cost, "TURN", 0.0)
@@ -795,6 +795,7 @@ def test_help_and_nonsense(words, status, said, monkeypatch, capsys):
     assert said in (shown.err if status else shown.out)
 
 
+@pytest.mark.slow  # test_geoopt.py asks for all of these in one process
 def test_the_package_itself_needs_none_of_it():
     code = (
         "import sys, manifold_opt; "

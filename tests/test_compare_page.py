@@ -368,8 +368,7 @@ def address(tmp_path_factory):
     return path.as_uri()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_the_page_opens_alone_and_fits(chromium, address, scheme, width):
     tab = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     said, asked = [], []

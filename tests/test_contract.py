@@ -20,7 +20,7 @@ from torch.testing._internal.common_optimizers import (
 import manifold_opt
 from manifold_opt import mark_orthogonal, orthogonality_error
 
-from .helpers import gaussian, held_under
+from .helpers import each, gaussian, held_under, pairs
 
 NAMES = ["SGD", "Adam", "AdamW"]
 INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__module__.startswith("torch.optim")}
@@ -32,8 +32,9 @@ def inputs(name):
     return [given.kwargs for given in all_inputs("cpu", torch.float32, INFOS[name], skip=("differentiable",))]
 
 
-CASES = [pytest.param(name, options, id=f"{name}-{k}") for name in NAMES for k, options in enumerate(inputs(name))]
-ALLOWED_ON_MARKED = [case for case in CASES if not case.values[1].get("fused")]
+CASES = [(name, options) for name in NAMES for options in inputs(name)]
+ALLOWED_ON_MARKED = [(name, options) for name, options in CASES if not options.get("fused")]
+LOOPS = [(name, options) for name, options in CASES if not options.get("fused") and not options.get("foreach")]
 
 
 def options_of(options):
@@ -118,8 +119,7 @@ def test_what_a_marked_parameter_cannot_honour_is_refused(name, option):
         ours_of(name)(parameters(marked=True), **{option: True})
 
 
-@pytest.mark.parametrize(("name", "options"), ALLOWED_ON_MARKED)
-@pytest.mark.parametrize("contiguous", [True, False])
+@each({"name, options": ALLOWED_ON_MARKED}, contiguous=[True, False])
 def test_goes_in_the_right_direction(name, options, contiguous):
     """Towards a matrix, and on the manifold towards the nearest orthogonal one."""
     options = options_of(options)
@@ -145,9 +145,7 @@ def test_goes_in_the_right_direction(name, options, contiguous):
     assert on_manifold([weight])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("foreach", [False, True])
+@pairs(name=NAMES, marked=[False, True], foreach=[False, True])
 def test_tensor_learning_rates_of_up_to_two_dimensions(name, marked, foreach):
     params = parameters()
     try:
@@ -180,10 +178,8 @@ def test_foreach_and_for_loop_and_fused_agree(name, marked):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), ALLOWED_ON_MARKED)
 def test_complex_parameters_train_as_with_torch(name, options):
-    if options.get("fused"):
-        pytest.skip("torch has no fused complex step")
     mine, other = ([nn.Parameter(gaussian(3, 2, 2).to(torch.float32).view(torch.complex64))] for _ in range(2))
     mine = [nn.Parameter(torch.view_as_complex(gaussian(3, 4, 2, dtype=torch.float32)))]
     other = [nn.Parameter(mine[0].detach().clone())]
@@ -241,11 +237,8 @@ def test_a_differentiable_step_is_torchs(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("marked", [False, True])
+@each({"name, options": ALLOWED_ON_MARKED}, marked=[False, True])
 def test_a_step_without_gradients_is_none(name, options, marked):
-    if marked and options.get("fused"):
-        pytest.skip("refused")
     params = parameters(marked)
     before = [p.detach().clone() for p in params]
     opt = ours_of(name)(params, **options_of(options))
@@ -254,12 +247,9 @@ def test_a_step_without_gradients_is_none(name, options, marked):
     assert not opt.state_dict()["state"]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("marked", [False, True])
+@each({"name, options": ALLOWED_ON_MARKED}, marked=[False, True])
 def test_zero_gradients_do_what_they_do_in_torch(name, options, marked):
     """Nothing, but for weight decay, which does not act on marked parameters."""
-    if marked and options.get("fused"):
-        pytest.skip("refused")
     mine, other = parameters(marked), parameters()
     before = [p.detach().clone() for p in mine]
     ours, theirs = ours_of(name)(mine, **options_of(options)), theirs_of(name)(other, **options_of(options))
@@ -273,7 +263,7 @@ def test_zero_gradients_do_what_they_do_in_torch(name, options, marked):
         assert_same([p.detach() for p in mine[:2]], before[:2])
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), LOOPS)
 def test_prints_as_torchs_do(name, options):
     params = parameters()
     ours, theirs = repr(ours_of(name)(params, **options_of(options))), repr(theirs_of(name)(params, **options))
@@ -317,11 +307,8 @@ def is_plain(value):
     return value is None or type(value) in (torch.Tensor, bool, int, float, str)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("marked", [False, True])
+@each({"name, options": ALLOWED_ON_MARKED}, marked=[False, True])
 def test_a_saved_run_goes_on_bit_for_bit(name, options, marked):
-    if marked and options.get("fused"):
-        pytest.skip("refused")
     params = parameters(marked)
     opt = ours_of(name)(params, **options_of(options))
     run(opt, params)
@@ -511,9 +498,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("marked", [False, True])
+@each(name=NAMES, schedule=SCHEDULES, marked=[False, True])
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_schedules(name, schedule, marked):
     """Those that cycle the momentum need an SGD that has some."""
@@ -533,8 +518,7 @@ def test_schedules(name, schedule, marked):
         assert on_manifold(mine)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@each(name=NAMES, schedule=SCHEDULES)
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_a_schedule_is_what_a_marked_parameter_follows(name, schedule):
     """As if each rate and momentum were set by hand; and otherwise than where they stay."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error
 
-from .helpers import gaussian, point
+from .helpers import each, gaussian, point
 
 OPTIMIZERS = {
     "sgd": lambda p, **o: SGD(p, lr=0.05, momentum=0.9, **o),
@@ -29,9 +29,7 @@ def relative_gap(weight, loss, best, opt, steps=3000):
     return abs(float(loss(weight).detach()) - best) / abs(best)
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("shape", [(6, 6), (4, 10), (10, 4)])
+@each(retraction=RETRACTIONS, optimizer=OPTIMIZERS, shape=[(6, 6), (4, 10), (10, 4)])
 def test_procrustes(retraction, optimizer, shape):
     """min -<M, W>: the optimum is minus the sum of the singular values of M, at its polar factor."""
     m = gaussian(*shape)

@@ -14,7 +14,7 @@ from manifold_opt.stiefel import geometry
 from manifold_opt.stiefel.retractions import Settings, retract_
 
 from . import reference
-from .helpers import FIELDS, SQUARE, WIDE, gaussian, never_read, point
+from .helpers import FIELDS, SQUARE, WIDE, gaussian, never_read, pairs, point
 
 SHAPES = SQUARE + WIDE
 METRICS = ["euclidean", "canonical"]
@@ -79,13 +79,13 @@ def state_of(rule, w):
     return {"momentum_buffer": torch.zeros_like(w)} if rule == "sgd" else adam_state(w, rule)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(
-    ("momentum", "dampening", "nesterov"), [(0, 0, False), (0.9, 0, False), (0.9, 0.5, False), (0.8, 0, True)]
+@pairs(
+    {"momentum, dampening, nesterov": [(0, 0, False), (0.9, 0, False), (0.9, 0.5, False), (0.8, 0, True)]},
+    shape=SHAPES,
+    metric=METRICS,
+    dtype=FIELDS,
 )
-@pytest.mark.parametrize("dtype", FIELDS)
-def test_sgd(shape, metric, momentum, dampening, nesterov, dtype):
+def test_sgd_directions_follow_the_reference(shape, metric, momentum, dampening, nesterov, dtype):
     state = {}
 
     def rule(w, g, step):
@@ -97,12 +97,8 @@ def test_sgd(shape, metric, momentum, dampening, nesterov, dtype):
     walk(shape, rule, [reference.Momentum(momentum, dampening, nesterov) for _ in range(3)], metric, dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("second_moment", ["element", "block"])
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("dtype", FIELDS)
-def test_adam(shape, metric, second_moment, amsgrad, dtype):
+@pairs(shape=SHAPES, metric=METRICS, second_moment=["element", "block"], amsgrad=[False, True], dtype=FIELDS)
+def test_adam_directions_follow_the_reference(shape, metric, second_moment, amsgrad, dtype):
     state = adam_state(torch.zeros(3, *shape, dtype=dtype), second_moment, amsgrad)
 
     def rule(w, g, step):
@@ -111,10 +107,7 @@ def test_adam(shape, metric, second_moment, amsgrad, dtype):
     walk(shape, rule, [reference.Adam(0.9, 0.99, 1e-8, second_moment, amsgrad) for _ in range(3)], metric, dtype)
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (3, 5)])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("scale", [-0.3, torch.tensor(-0.3)])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=[(5, 5), (3, 5)], rule=RULES, scale=[-0.3, torch.tensor(-0.3)], dtype=FIELDS)
 def test_the_scale_is_a_factor(shape, rule, scale, dtype):
     """A number or a tensor, and the same moments."""
     w, g = point(2, *shape, dtype=dtype), gaussian(2, *shape, dtype=dtype)
@@ -138,11 +131,13 @@ VARIANTS = [  # of the rules, with the options of SGD
 ]
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (3, 5)])
-@pytest.mark.parametrize(("rule", "variant"), VARIANTS)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize("retraction", ["orthographic", "polar", "exp", "orthogonalizer"])
+@pairs(
+    {"rule, variant": VARIANTS},
+    shape=[(5, 5), (3, 5)],
+    metric=METRICS,
+    reading=[True, False],
+    retraction=["orthographic", "polar", "exp", "orthogonalizer"],
+)
 def test_a_retraction_can_take_what_a_rule_returns(retraction, reading, metric, rule, variant, shape, monkeypatch):
     """Where it lies, in the workspace that both use: nothing of it may be overwritten too early."""
     w, g = point(2, *shape), gaussian(2, *shape)
@@ -160,10 +155,8 @@ def test_a_retraction_can_take_what_a_rule_returns(retraction, reading, metric, 
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("variant", "wide"), list(zip(VARIANTS, (2, 2, 4, 4, 4), strict=True)))
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", FIELDS)
-def test_products(variant, wide, metric, dtype):
+@pairs({"variant, wide": list(zip(VARIANTS, (2, 2, 4, 4, 4), strict=True))}, metric=METRICS, dtype=FIELDS)
+def test_products_of_a_direction(variant, wide, metric, dtype):
     """In T, as the docstrings state them: none of square blocks, but for A = G W^H, which they are given."""
     rule, options = variant
     for shape, expected in (((6, 6), 1), ((4, 12), wide + 2 * (metric == "canonical"))):
@@ -177,9 +170,7 @@ def first_step(second_moment, w, g):
     return direction_of(second_moment, w, g, adam_state(w, second_moment), coefficients=adam(1))
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9)])
-@pytest.mark.parametrize("second_moment", ["element", "block"])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=[(6, 6), (4, 9)], second_moment=["element", "block"], dtype=FIELDS)
 def test_step_counts_and_lengths_may_be_tensors(second_moment, shape, dtype):
     """As in a captured graph, or where the members of a bucket have taken unlike numbers of steps."""
     w, g = point(3, *shape, dtype=dtype), gaussian(3, *shape, dtype=dtype)
@@ -204,9 +195,7 @@ def test_step_counts_and_lengths_may_be_tensors(second_moment, shape, dtype):
         torch.testing.assert_close(together[k], alone[0], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("second_moment", ["element", "block"])
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9)])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(second_moment=["element", "block"], shape=[(6, 6), (4, 9)], dtype=FIELDS)
 def test_adam_stands_still_where_the_gradient_is_normal(second_moment, shape, dtype):
     """At a constrained optimum G = S W with S symmetric. Projecting torch's own direction would move on."""
     w = point(1, *shape, dtype=dtype)
@@ -226,9 +215,7 @@ def torch_direction(g):
     return -leaf.detach()
 
 
-@pytest.mark.parametrize("second_moment", ["element", "block"])
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (1, 3), (2, 2)])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(second_moment=["element", "block"], shape=[(6, 6), (4, 9), (1, 3), (2, 2)], dtype=FIELDS)
 def test_adam_descends(second_moment, shape, dtype):
     for seed in range(20):
         w, g = point(1, *shape, seed=seed, dtype=dtype), gaussian(1, *shape, seed=100 + seed, dtype=dtype)
@@ -236,9 +223,7 @@ def test_adam_descends(second_moment, shape, dtype):
         assert (g.conj() * d).real.sum() > 0
 
 
-@pytest.mark.parametrize("second_moment", ["element", "block"])
-@pytest.mark.parametrize("shape", [(64, 64), (16, 64)])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(second_moment=["element", "block"], shape=[(64, 64), (16, 64)], dtype=FIELDS)
 def test_adam_steps_about_as_far_as_torch(second_moment, shape, dtype):
     """So that a learning rate tuned for torch.optim.Adam carries over: its first step has entries of one."""
     w, g = point(1, *shape, dtype=dtype), gaussian(1, *shape, dtype=dtype)
@@ -282,7 +267,7 @@ def test_first_unitary_adam_step_by_hand():
 
 @pytest.mark.parametrize("shape", [(1, 1), (6, 6), (4, 9)])
 @pytest.mark.parametrize("rule", RULES)
-def test_without_imaginary_parts_it_is_the_real_one(shape, rule):
+def test_real_values_of_complex_dtype_have_the_real_direction(shape, rule):
     """But that mean squares over both parts are half as large: of a block, and of the rows of a rectangular one."""
 
     def run(dtype):
@@ -302,10 +287,7 @@ def test_without_imaginary_parts_it_is_the_real_one(shape, rule):
         torch.testing.assert_close(double.real, real)
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize("rule", ["sgd", "block"])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pairs(reading=[True, False], rule=["sgd", "block"], metric=METRICS, dtype=[torch.float32, torch.complex64])
 def test_a_gradient_nearly_normal_leaves_a_tangent(rule, metric, dtype, reading, monkeypatch):
     """The rounding of a projection is in proportion to the gradient, and 1e4 times as large as what is left of it."""
     if not reading:
@@ -321,10 +303,7 @@ def test_a_gradient_nearly_normal_leaves_a_tangent(rule, metric, dtype, reading,
     assert float((torch.linalg.matrix_norm(normal) / length).max()) < 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (3, 5)])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=[(5, 5), (3, 5)], rule=RULES, nesterov=[False, True], dtype=FIELDS)
 def test_where_nothing_can_be_read_directions_are_the_same(shape, rule, nesterov, dtype, monkeypatch):
     w = point(2, *shape, dtype=dtype)
 
@@ -343,11 +322,7 @@ def test_where_nothing_can_be_read_directions_are_the_same(shape, rule, nesterov
         torch.testing.assert_close(others[key], moment, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (4, 6)])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=[(4, 4), (4, 6)], masked=[False, True], rule=RULES, amsgrad=[False, True], dtype=FIELDS)
 def test_only_the_moments_of_blocks_with_a_finite_gradient_are_written(rule, shape, masked, amsgrad, dtype):
     """To the bit. Of the others the gradient is zero, and the mask, of ones and zeros. Nor is the point written."""
     w, g = point(2, *shape, dtype=dtype), gaussian(2, *shape, dtype=dtype)

@@ -20,7 +20,7 @@ import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, check, constraint_of, mark_orthogonal, orthogonality_error, unmark
 from manifold_opt.linalg.precision import FullPrecision
 
-from .helpers import DTYPES, UNMOVED, gaussian, point
+from .helpers import DTYPES, UNMOVED, each, gaussian, pairs, point
 
 NEWER = hasattr(torch.backends, "fp32_precision")  # torch has a setting of each backend
 
@@ -59,10 +59,7 @@ def same(a, b):
 # Checkpoints.
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("steps", [1, 3, 6])
+@each(retraction=RETRACTIONS, rule=RULES, dtype=DTYPES, steps=[1, 3, 6])
 def test_a_resumed_run_is_the_uninterrupted_one(retraction, rule, dtype, steps, tmp_path):
     """Bit for bit, from files that load with weights_only=True, wherever among its turns the run was cut."""
     model = net(dtype)
@@ -117,9 +114,7 @@ def test_distributed_checkpoints(rule):
 # Mixed precision.
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each(rule=RULES, retraction=RETRACTIONS, dtype=[torch.bfloat16, torch.float16])
 def test_autocast_around_a_step_changes_no_bit(rule, retraction, dtype):
     model, other = net(), net()
     opt, inside = (RULES[rule](m.parameters(), retraction=retraction) for m in (model, other))
@@ -186,15 +181,14 @@ PRECISIONS = {
 
 
 @pytest.mark.usefixtures("_settings_restored")
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("choose", PRECISIONS.values(), ids=PRECISIONS)
-def test_matmul_precision_changes_no_bit(rule, choose):
+@each(choose=PRECISIONS, rule=RULES)
+def test_matmul_precision_changes_no_bit(choose, rule):
     """Of matrices large enough for a CPU that multiplies in bfloat16 to do so; and the settings stay."""
     weights = [mark_orthogonal(nn.Parameter(point(256, 256, dtype=torch.float32))) for _ in range(2)]
     for index, weight in enumerate(weights):
         opt = RULES[rule]([weight])
         if index == 1:
-            choose()
+            PRECISIONS[choose]()
             before = settings()
         for step in range(4):
             weight.grad = gaussian(256, 256, dtype=torch.float32, seed=step)
@@ -234,9 +228,7 @@ def test_a_compiled_step_says_what_it_cannot_change(precision):
     assert len(said) == (precision != "highest")
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("unscaled", [False, True])
+@pairs(rule=RULES, fused=[False, True], unscaled=[False, True])
 def test_a_gradient_scaler(rule, fused, unscaled):
     """Both ways of torch.amp: it unscales and skips the step itself, or leaves both to a fused one."""
     model, other = net(), net()
@@ -271,9 +263,7 @@ def test_a_gradient_scaler(rule, fused, unscaled):
 # Processes.
 
 
-def worker(rank, path, rule, kind):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
+def trained_by_two(rule, kind, rank):
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
     torch.manual_seed(0)
     for layer in (model[0], model[2]):
@@ -290,16 +280,23 @@ def worker(rank, path, rule, kind):
         opt.zero_grad()
         wrapped(gaussian(5, 6, dtype=torch.float32, seed=2 * step + rank)).square().sum().backward()
         opt.step()
-    torch.save(model.state_dict(), f"{path}/{rank}.pt")
+    return model.state_dict()
+
+
+def worker(rank, path, rule):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
+    torch.save({kind: trained_by_two(rule, kind, rank) for kind in ("ddp", "zero")}, f"{path}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # taking gloo and DistributedDataParallel apart in order sometimes waits for ever
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero"])
 @pytest.mark.parametrize("rule", [pytest.param("SGD", marks=pytest.mark.slow), "Adam"])
-def test_two_processes_end_with_the_same_bits(kind, rule, tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path), rule, kind), nprocs=2)
+def test_two_processes_end_with_the_same_bits(rule, tmp_path):
+    """Under DistributedDataParallel, alone and with ZeroRedundancyOptimizer."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path), rule), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert max(orthogonality_error(first[key]) for key in ("0.weight", "2.weight")) < 1e-5
-    assert not torch.equal(first["0.weight"], point(6, 6, dtype=torch.float32))
+    for kind, values in first.items():
+        assert all(torch.equal(values[key], second[kind][key]) for key in values)
+        assert max(orthogonality_error(values[key]) for key in ("0.weight", "2.weight")) < 1e-5
+        assert not torch.equal(values["0.weight"], point(6, 6, dtype=torch.float32))

@@ -8,7 +8,7 @@ from torch import nn
 
 from manifold_opt import SGD, Adam, AdamW, check, mark_orthogonal, mark_unit_norm, orthogonality_error, unmark
 
-from .helpers import gaussian
+from .helpers import gaussian, pairs
 
 RULES = {
     "SGD": lambda params: SGD(params, lr=0.01, momentum=0.9),
@@ -43,9 +43,7 @@ def assert_untouched(opt, params, before, copies):
                 assert torch.equal(now[key].nan_to_num(), copied[key].nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mark", [mark_orthogonal, mark_unit_norm])
-@pytest.mark.parametrize("rule", RULES)
+@pairs(dtype=[torch.float32, torch.bfloat16], mark=[mark_orthogonal, mark_unit_norm], rule=RULES)
 def test_other_entries_are_left_alone(rule, mark, dtype):
     """While the weight waits for a gradient, when it is marked, when it steps, when it is unmarked."""
     params = [nn.Parameter(gaussian(4, 4, seed=k).to(dtype)) for k in range(2)]

@@ -56,6 +56,7 @@ def test_the_manifold_passes_the_tests_of_a_manifold(extended):
     assert int(re.search(r"(\d+) passed", out)[1]) > 50
 
 
+@pytest.mark.slow  # .ci/run runs it
 @pytest.mark.parametrize(("name", "begins"), [("sphere", "length 2.0000, 0.0855"), ("transitions", "tensor([[0.80")])
 def test_an_example_runs(name, begins, extended):
     assert run(extended, f"examples/{name}.py").startswith(begins)

@@ -12,7 +12,7 @@ from manifold_opt.optim.engine import counters as tally
 from manifold_opt.optim.engine import plan
 from manifold_opt.optim.options import MAX_GRAD_NORM
 
-from .helpers import gaussian, never_read, point
+from .helpers import each, gaussian, never_read, point
 from .test_faults import RULES, assert_unchanged, everything, give, net
 
 
@@ -254,9 +254,7 @@ def test_moments_enter_the_frame_of_the_point_that_a_weight_is_put_back_to(name)
     torch.testing.assert_close(*lengths)
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("shape", [(3, 7), (6, 6)])
-@pytest.mark.parametrize("rule", RULES)
+@each(retraction=RETRACTIONS, shape=[(3, 7), (6, 6)], rule=RULES)
 def test_a_long_gradient_beside_it_changes_roundings_only(retraction, shape, rule):
     """Long enough for its direction to be projected once more, at rates on both sides of where that begins.
 

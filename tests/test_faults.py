@@ -14,7 +14,7 @@ from manifold_opt.stiefel import geometry
 from manifold_opt.stiefel.retractions import longest_step
 
 from . import reference
-from .helpers import DTYPES, EXACT, Memory, gaussian, never_read, point
+from .helpers import DTYPES, EXACT, Memory, each, gaussian, never_read, pairs, point
 
 RULES = {
     "SGD": lambda p, **o: SGD(p, **{"lr": 0.01, **o}),
@@ -89,8 +89,7 @@ def test_metrics_by_hand():
     assert opt.metrics()["orthogonality_error"] == pytest.approx(3 * 2**0.5)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("retraction", RETRACTIONS)
+@each(rule=RULES, retraction=RETRACTIONS)
 def test_weights_that_are_not_finite_spoil_no_others(rule, retraction):
     """A NaN written through ``.data``, where nobody is told: one entry stays one, its block stays and is counted."""
     runs = []
@@ -163,9 +162,9 @@ def of_another_dtype(p):
     p.data = value
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("spoil", "message"), [(sparse, "must be dense"), (of_another_dtype, "its gradient")])
+@pairs(
+    {"spoil, message": [(sparse, "must be dense"), (of_another_dtype, "its gradient")]}, rule=RULES, late=[False, True]
+)
 @pytest.mark.filterwarnings("ignore:Sparse invariant")
 def test_a_gradient_that_is_refused_changes_nothing(rule, late, spoil, message):
     """In the second group: the first has not been touched either."""
@@ -227,10 +226,8 @@ def test_running_out_of_memory_changes_nothing(rule, where, monkeypatch):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("late", [False, True])
-def test_where_memory_ends_a_step_has_happened_or_not(rule, retraction, late, monkeypatch):
+@each(retraction=RETRACTIONS, rule=RULES, late=[False, True])
+def test_a_step_that_runs_out_of_memory_happens_whole_or_not_at_all(rule, retraction, late, monkeypatch):
     """Whatever there is of it, on an accelerator, whose allocator keeps what a step has asked for."""
     never_read(monkeypatch)
 
@@ -263,10 +260,7 @@ def test_where_memory_ends_a_step_has_happened_or_not(rule, retraction, late, mo
     assert 5 <= refused <= 10
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exponent", [-12, -3, 0, 2, 4, 6])
+@pairs(retraction=RETRACTIONS, rule=RULES, dtype=DTYPES, exponent=[-12, -3, 0, 2, 4, 6])
 def test_any_learning_rate_is_survived(retraction, rule, dtype, exponent):
     groups = net(dtype)
     groups[0][0].grad = None
@@ -291,9 +285,7 @@ def test_any_learning_rate_is_survived(retraction, rule, dtype, exponent):
             assert (metrics["clamped_steps"] > 0) == (10.0**exponent > 0.9 * longest_step(retraction))
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-8, 1e12])
-@pytest.mark.parametrize("rank", [0, 1, 4])
+@pairs(retraction=RETRACTIONS, scale=[1e-38, 1e-20, 1e-8, 1e12], rank=[0, 1, 4])
 def test_small_large_and_degenerate_gradients_give_the_right_step(retraction, scale, rank):
     w = point(4, 4, dtype=torch.float32)
     weight = mark_orthogonal(nn.Parameter(w.clone()))
@@ -308,9 +300,7 @@ def test_small_large_and_degenerate_gradients_give_the_right_step(retraction, sc
     assert orthogonality_error(weight) < 1
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+@each(retraction=RETRACTIONS, rule=RULES, shape=[(6, 6), (4, 9), (9, 4)])
 def test_a_point_far_off_its_manifold_is_back_within_ten_steps(retraction, rule, shape):
     """Written through ``.data``, where nobody is told."""
     weight = mark_orthogonal(nn.Parameter(point(*shape, dtype=torch.float32)))
@@ -324,11 +314,8 @@ def test_a_point_far_off_its_manifold_is_back_within_ten_steps(retraction, rule,
     assert orthogonality_error(weight) <= matrices.error_at_rounding(*shape, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["qr", "cayley", "exp", "orthographic"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("polar", "cayley_iterative", "orthogonalizer")],
-)
+@pytest.mark.slow  # test_retractions.py looks for factorizations by LU at a small size
+@pytest.mark.parametrize("method", RETRACTIONS)
 def test_the_batched_lu_of_the_cpu_cannot_reach_anybody(method):
     """At 4 x 512 x 512 with threads set, torch's batched solve raises or is wrong in silence."""
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ from torch import nn
 import manifold_opt
 from manifold_opt import SGD, Adam, check, mark_orthogonal, orthogonality_error, unmark
 
-from .helpers import UNMOVED, gaussian
+from .helpers import UNMOVED, gaussian, pairs
 
 LAYOUTS = {  # shape, mark, and the free rows (columns)
     "candidate": ((9, 3), {"blocks": 3, "which": (2,)}, slice(0, 6)),
@@ -62,11 +62,13 @@ def assert_same(opt, weight, own, stock, layout):
         assert torch.equal(held, value) if key in UNMOVED else torch.equal(free(held, layout), free(value, layout)), key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-@pytest.mark.parametrize("foreach", [None, False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
-def test_they_train_as_with_torch(layout, name, options, foreach, dtype):
+@pairs(
+    {"name, options": OPTIONS},
+    layout=LAYOUTS,
+    foreach=[None, False, True],
+    dtype=[torch.float32, torch.float64, torch.complex64],
+)
+def test_free_rows_train_as_with_torch(layout, name, options, foreach, dtype):
     """0 ulp over 12 steps, beside blocks that move, and another such parameter whose first gradient comes late."""
     (weight, stock), (late, late_stock) = pair(layout, dtype), pair(layout, dtype, seed=1)
     opt = build(name, [weight, late], foreach=foreach, **options)
@@ -122,9 +124,7 @@ def test_by_hand():
 # Checkpoints.
 
 
-@pytest.mark.parametrize("layout", ["candidate", "columns"])
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-@pytest.mark.parametrize("cut", [1, 4])
+@pairs({"name, options": OPTIONS}, layout=["candidate", "columns"], cut=[1, 4])
 def test_a_resumed_run_is_the_uninterrupted_one(layout, name, options, cut, tmp_path):
     weight, _ = pair(layout)
     opt = build(name, [weight], **options)
@@ -236,9 +236,7 @@ def test_a_number_a_block_is_refused(name):
     assert all(torch.equal(value, state[0][key]) for key, value in opt.state[weight].items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pairs({"name, options": OPTIONS}, dtype=[torch.bfloat16, torch.float16], layout=LAYOUTS)
 def test_in_low_precision_they_are_the_rounding_of_torchs_own_in_float32(layout, name, options, dtype):
     shape, marks, _ = LAYOUTS[layout]
     low = mark_orthogonal(nn.Parameter(gaussian(*shape, dtype=torch.float32).to(dtype)), **marks)

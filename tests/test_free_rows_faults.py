@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 from manifold_opt import mark_orthogonal
 
-from .helpers import Memory, gaussian, never_read
+from .helpers import Memory, gaussian, never_read, pairs
 from .test_free_rows import OPTIONS, assert_same, build, free, give, pair
 
 
@@ -67,9 +67,7 @@ def test_a_fault_that_raises_has_moved_nothing():
     torch.testing.assert_close(weight.detach(), before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-@pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("skipped", [(0, 3), (2,)])
+@pairs({"name, options": OPTIONS}, reads=[True, False], skipped=[(0, 3), (2,)])
 def test_beside_a_fused_optimizer_and_its_gradient_scaler(name, options, reads, skipped, monkeypatch):
     """What a GradScaler leaves to a fused step, free rows are spared: the scale, and steps with an overflow."""
     if not reads:
@@ -93,7 +91,7 @@ def test_beside_a_fused_optimizer_and_its_gradient_scaler(name, options, reads, 
     assert float(opt.state[weight]["step"]) == 6 - len(skipped)
 
 
-@pytest.mark.parametrize(("name", "options"), [OPTIONS[2], OPTIONS[5], ("Adam", {"capturable": True})])
+@pytest.mark.parametrize(("name", "options"), [OPTIONS[2], ("Adam", {"capturable": True})])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph(name, options):
     torch._dynamo.reset()

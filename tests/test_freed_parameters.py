@@ -11,7 +11,7 @@ from torch import nn
 
 from manifold_opt import SGD, Adam, check, constraint_of, mark_orthogonal, mark_unit_norm, orthogonality_error, unmark
 
-from .helpers import gaussian
+from .helpers import gaussian, pairs
 
 COUNT = 30
 MARKS = {
@@ -78,9 +78,7 @@ def unmarked_then_removed(opt, mark, seed):
 WAYS = [replaced, replaced_without_state, removed_group, removed_first_group, unmarked_then_removed]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("mark", MARKS)
-@pytest.mark.parametrize("way", WAYS)
+@pairs(rule=RULES, mark=MARKS, way=WAYS)
 def test_parameters_that_have_left_are_freed(way, mark, rule):
     """With the next step, for a plan holds what it was made for until then; without a garbage collection."""
     opt = RULES[rule]([made(MARKS[mark]), nn.Parameter(gaussian(3))])

@@ -11,7 +11,7 @@ import manifold_opt
 from manifold_opt import constraint_of, mark_orthogonal, orthogonality_error
 from manifold_opt.manifolds.layout import get_points
 
-from .helpers import UNMOVED, buckets_of, gaussian, never_read
+from .helpers import UNMOVED, buckets_of, each, gaussian, never_read
 
 LAYOUTS = {
     "uneven": ((16, 5), {"blocks": (4, 4, 8)}),
@@ -68,12 +68,18 @@ CASES = [(layout, rule) for layout in LAYOUTS for rule in RULES if whole(layout,
 FEW = [(layout, rule) for layout, rule in CASES if rule[0] == "Adam"]  # those with most moments
 
 
-@pytest.mark.parametrize(("layout", "rule"), CASES)
-@pytest.mark.parametrize(
-    ("dtype", "reads"),
-    [(torch.float32, True), (torch.float32, False), (torch.complex64, True), (torch.bfloat16, True)],
+@each(
+    {
+        "layout, rule": CASES,
+        "dtype, reads": [
+            (torch.float32, True),
+            (torch.float32, False),
+            (torch.complex64, True),
+            (torch.bfloat16, True),
+        ],
+    }
 )
-def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatch):
+def test_gathered_parts_step_as_each_alone(layout, rule, dtype, reads, monkeypatch):
     if not reads:
         never_read(monkeypatch)
     together, alone = marked(layout, dtype), marked(layout, dtype)
@@ -98,8 +104,7 @@ def test_together_they_move_as_each_alone(layout, rule, dtype, reads, monkeypatc
         assert orthogonality_error(p) < (0.1 if dtype == torch.bfloat16 else 40 * eps)
 
 
-@pytest.mark.parametrize(("layout", "rule"), FEW)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each({"layout, rule": FEW}, dtype=[torch.float32, torch.bfloat16])
 def test_a_resumed_run_is_the_uninterrupted_one(layout, rule, dtype):
     through = marked(layout, dtype)
     opt = build(rule, through)
@@ -126,8 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(layout, rule, dtype):
         assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize(("layout", "rule"), FEW)
-@pytest.mark.parametrize(("dtype", "reads"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
+@each({"layout, rule": FEW, "dtype, reads": [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]})
 def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
     """The last block of one member, or its last rows that are in none, which are torch's to spoil."""
     if not reads:
@@ -163,11 +167,11 @@ def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-@pytest.mark.parametrize("layout", ["uneven", "one of three", "uneven columns"])
-def test_a_compiled_step_is_one_graph(layout):
+def test_a_compiled_step_is_one_graph():
     torch._dynamo.reset()
     counters.clear()
-    together, eager = marked(layout, torch.float32), marked(layout, torch.float32)
+    layouts = ["uneven", "one of three", "uneven columns"]
+    together, eager = ([p for layout in layouts for p in marked(layout, torch.float32)] for _ in range(2))
     opt, other = build(RULES[2], together, capturable=True), build(RULES[2], eager)
     compiled = torch.compile(opt.step, backend="eager")
     for k in (0, 1, 3):

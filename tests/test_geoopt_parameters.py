@@ -144,7 +144,7 @@ def test_a_learnt_curvature_is_the_copys_own():
     [
         ("Sphere", "mark"),
         ("PoincareBall", "parameter"),
-        ("BirkhoffPolytope", "mark"),
+        pytest.param("BirkhoffPolytope", "mark", marks=pytest.mark.slow),
         pytest.param("BirkhoffPolytope", "parameter", marks=pytest.mark.slow),
         pytest.param("SymmetricPositiveDefinite", "mark", marks=pytest.mark.slow),
         pytest.param("SymmetricPositiveDefinite", "parameter", marks=pytest.mark.slow),

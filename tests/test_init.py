@@ -7,14 +7,12 @@ from torch import nn
 from manifold_opt import constraint_of, init, mark_orthogonal, orthogonality_error
 from manifold_opt.stiefel.geometry import error
 
-from .helpers import DTYPES, SQUARE, TALL, UNITARY, WIDE, rounding, seeded
+from .helpers import DTYPES, SQUARE, TALL, UNITARY, WIDE, pairs, rounding, seeded
 
 SCHEMES = ["haar", "henaff", "cayley", "identity"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
-@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
+@pairs(scheme=SCHEMES, shape=SQUARE + WIDE + TALL, dtype=DTYPES + UNITARY)
 def test_every_block_is_orthogonal_times_the_gain(scheme, shape, dtype):
     x = torch.empty(3 * shape[0], shape[1], dtype=dtype)
     assert init.orthogonal_(x, blocks=3, gain=1.5, scheme=scheme, generator=seeded()) is x
@@ -27,10 +25,7 @@ def test_every_block_is_orthogonal_times_the_gain(scheme, shape, dtype):
         assert torch.equal(x, real.to(dtype))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("n", [1, 2, 3, 8])
-@pytest.mark.parametrize("det", [1, -1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs(scheme=SCHEMES, n=[1, 2, 3, 8], det=[1, -1], dtype=DTYPES)
 def test_every_block_has_the_determinant(scheme, n, det, dtype):
     x = init.orthogonal_(torch.empty(12 * n, n, dtype=dtype), 12, 2.0, scheme, det=det, generator=seeded())
     blocks = x.view(12, n, n) / 2

@@ -19,7 +19,7 @@ from manifold_opt import (
 )
 from manifold_opt.optim.engine.bucket import SMALL
 
-from .helpers import EXACT, buckets_of, gaussian, never_read
+from .helpers import EXACT, buckets_of, each, gaussian, never_read, pairs
 
 LOW = [torch.bfloat16, torch.float16]
 RULES = {
@@ -80,9 +80,7 @@ def assert_within(actual, expected, atol):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", LOW)
+@each(retraction=RETRACTIONS, rule=RULES, dtype=LOW)
 def test_a_run_is_the_rounding_of_one_in_float32(retraction, rule, dtype):
     """Bit for bit, weights and moments: three of a kind, which are gathered, and each kind of blocks."""
     weights = [parameter(mark, dtype, seed) for mark in MARKS for seed in range(3 if mark == "gates" else 1)]
@@ -109,9 +107,8 @@ def test_a_run_is_the_rounding_of_one_in_float32(retraction, rule, dtype):
             assert_within(opt.state[p][key], value, rounding)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-def test_where_nobody_looks_it_is_so_too(rule, retraction, monkeypatch):
+@each(rule=RULES, retraction=RETRACTIONS)
+def test_without_reading_values_a_run_is_the_rounding_of_one_in_float32(rule, retraction, monkeypatch):
     never_read(monkeypatch)
     test_a_run_is_the_rounding_of_one_in_float32(retraction, rule, torch.bfloat16)
 
@@ -126,10 +123,7 @@ def bound(dtype, n):
     return (0.3 + 2.5 / n) * torch.finfo(dtype).eps * n**0.5
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("retraction", EXACT)
-@pytest.mark.parametrize(("rule", "steps"), [("SGD", 20), ("Adam", 20)])
-@pytest.mark.parametrize("n", [16, 24, 48])
+@each({"rule, steps": [("SGD", 20), ("Adam", 20)]}, dtype=LOW, retraction=EXACT, n=[16, 24, 48])
 def test_orthogonal_to_the_rounding_of_its_storage(dtype, retraction, rule, steps, n):
     weight = mark_orthogonal(nn.Parameter(gaussian(2 * n, n).to(dtype)), 2)
     opt = RULES[rule]([weight], retraction=retraction)
@@ -141,16 +135,13 @@ def test_orthogonal_to_the_rounding_of_its_storage(dtype, retraction, rule, step
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("retraction", EXACT)
-@pytest.mark.parametrize("rule", RULES)
-def test_so_it_is_after_thousands_of_steps(dtype, retraction, rule):
+@pairs(dtype=LOW, retraction=EXACT, rule=RULES)
+def test_orthogonal_to_the_rounding_of_its_storage_after_thousands_of_steps(dtype, retraction, rule):
     for n in (16, 64):
         test_orthogonal_to_the_rounding_of_its_storage(dtype, retraction, rule, 3000, n)
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("rule", ["SGD", "Adam"])
+@each(dtype=LOW, rule=["SGD", "Adam"])
 def test_small_updates_add_up(dtype, rule):
     """No step is long enough to change an entry of the storage, a thousand are; and torch's own stay where they are."""
     weight = parameter("gates", dtype)
@@ -190,8 +181,7 @@ def test_by_hand():
     torch.testing.assert_close(weight.detach().float(), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", LOW)
+@each(rule=RULES, dtype=LOW)
 def test_gathered_or_alone_it_moves_the_same(rule, dtype, monkeypatch):
     together, alone = ([parameter("wide", dtype, seed=k) for k in range(4)] for _ in range(2))
     opt = RULES[rule](together)
@@ -212,9 +202,7 @@ def test_gathered_or_alone_it_moves_the_same(rule, dtype, monkeypatch):
         torch.testing.assert_close(p.detach(), other.detach(), rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("mark", MARKS)
-@pytest.mark.parametrize("dtype", LOW)
+@each(rule=RULES, mark=MARKS, dtype=LOW)
 def test_a_zero_gradient_keeps_every_bit(rule, mark, dtype):
     """In the first step of all, and later that of a block whose moments are zero."""
     weight = parameter(mark, dtype)
@@ -232,9 +220,7 @@ def test_a_zero_gradient_keeps_every_bit(rule, mark, dtype):
     assert torch.equal(weight, start) == (len(parts[0].view(start)) == 1 == len(parts))  # there is no other
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("mark", ["gates", "uneven"])
-@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@each(rule=RULES, mark=["gates", "uneven"], fault=[float("nan"), float("inf")])
 def test_a_fault_keeps_to_its_block(rule, mark, fault):
     runs = []
     for spoilt in (False, True):
@@ -273,8 +259,7 @@ def test_a_long_gradient_in_float16_is_no_fault(rule, nonfinite):
     assert orthogonality_error(weight) < 4 * bound(torch.float16, 4)
 
 
-@pytest.mark.parametrize("rule", ["SGD", "momentum", "Adam", "Adam block"])
-@pytest.mark.parametrize("dtype", LOW)
+@each(rule=["SGD", "momentum", "Adam", "Adam block"], dtype=LOW)
 def test_rows_of_unit_norm(rule, dtype):
     """The rounding of a run in float32 there too, small updates and all; a zero gradient keeps the bits."""
     value = gaussian(6, 9)

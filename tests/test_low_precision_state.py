@@ -26,7 +26,7 @@ from manifold_opt import (
     unmark,
 )
 
-from .helpers import UNMOVED, gaussian, point
+from .helpers import UNMOVED, each, gaussian, pairs, point
 
 LOW = [torch.bfloat16, torch.float16]
 RULES = {
@@ -83,10 +83,7 @@ def same_state(a, b):
 # Checkpoints.
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("steps", [1, 5])
+@each(retraction=RETRACTIONS, rule=RULES, dtype=LOW, steps=[1, 5])
 def test_a_resumed_run_is_the_uninterrupted_one(retraction, rule, dtype, steps, tmp_path):
     model = net(dtype)
     opt = RULES[rule](model.parameters(), retraction=retraction)
@@ -216,9 +213,7 @@ WRITE = {
 }
 
 
-@pytest.mark.parametrize("way", WRITE)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", LOW)
+@pairs(way=WRITE, rule=RULES, dtype=LOW)
 def test_what_is_held_follows_a_weight_that_is_overwritten(way, rule, dtype):
     """On its manifold to its own rounding, it keeps its bits; what is held is the nearest value in float32."""
     model = net(dtype)
@@ -244,9 +239,7 @@ def test_what_is_held_follows_a_weight_that_is_overwritten(way, rule, dtype):
     assert check(model, opt) == []
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("which", ["gates", "uneven", "unit"])
+@pairs(rule=RULES, dtype=LOW, which=["gates", "uneven", "unit"])
 def test_another_blocks_new_value_leaves_a_block_alone(rule, dtype, which):
     """Moved or not moved yet, near its manifold or far: what is written to one block is no other's concern."""
     runs = []
@@ -351,8 +344,9 @@ def test_a_model_may_change_its_dtype_and_back(rule, retraction):
         assert check(model, opt) == []
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("through", ["copy_", "data", "vector_to_parameters"])
+@pytest.mark.parametrize(
+    ("through", "compiled"), [("copy_", False), ("data", False), ("vector_to_parameters", False), ("data", True)]
+)
 def test_a_weight_written_to_unnoticed_is_followed_too(through, compiled):
     """Through .data no version tells, and in a compiled step nobody looks: what is held shows it."""
     weight = mark_orthogonal(nn.Parameter(torch.eye(8).bfloat16()))

@@ -1,6 +1,7 @@
 """Other manifolds than Stiefel's: gradients that are none, rates of any size, values written from outside."""
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -22,7 +23,7 @@ from manifold_opt import project_to_manifold_ as project_model
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
 from manifold_opt.manifolds.layout import get_points
 
-from .helpers import UNMOVED, gaussian, never_read
+from .helpers import UNMOVED, each, gaussian, never_read
 from .manifold_cases import CASES, parameter
 from .test_faults import assert_unchanged, everything
 from .test_manifold_steps import OTHERS, OWN, build, give, run
@@ -50,17 +51,14 @@ def picture(opt, parameters):
     return seen
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("rule", POISONED)
-@pytest.mark.parametrize("name", OTHERS)
+@each({"rule, fault": itertools.product(POISONED, FAULTS)}, name=OTHERS)
 def test_a_poisoned_point_stays_and_its_neighbours_do_not_notice(name, rule, fault):
     """The first entry of the first point of three parameters, from the third step on; and it is counted."""
     assert_poison_is_contained(name, rule, fault)
 
 
-@pytest.mark.parametrize("rule", POISONED)
-@pytest.mark.parametrize("name", OWN)
-def test_nor_do_they_on_an_accelerator(name, rule, monkeypatch):
+@each(rule=POISONED, name=OWN)
+def test_a_poisoned_point_is_contained_without_reading_values(name, rule, monkeypatch):
     never_read(monkeypatch)
     assert_poison_is_contained(name, rule, torch.nan)
 
@@ -86,8 +84,7 @@ def assert_poison_is_contained(name, rule, fault):
         assert torch.equal(now[1:], expected[1:])
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+@each(name=OTHERS, rule=["momentum", "adamw"])
 def test_a_fault_can_be_made_an_error_that_changes_nothing(name, rule):
     marked = parameter(OTHERS[name], torch.float32)
     params = [nn.Parameter(torch.ones(3)), marked]
@@ -103,9 +100,9 @@ def test_a_fault_can_be_made_an_error_that_changes_nothing(name, rule):
     run(rule, params, 1, opt=opt)
 
 
-@pytest.mark.parametrize("exponent", [-12, -6, -2, 0, 3, 6])
-@pytest.mark.parametrize("rule", ["sgd", "momentum", "amsgrad", "adamw"])
-@pytest.mark.parametrize("name", OTHERS)
+@each(
+    {"rule, exponent": itertools.product(["sgd", "momentum", "amsgrad", "adamw"], [-12, -6, -2, 0, 3, 6])}, name=OTHERS
+)
 def test_any_learning_rate_is_survived(name, rule, exponent):
     """Values and moments stay finite, and on the manifold where it is one of the package's own."""
     p = parameter(OTHERS[name], torch.float32)
@@ -119,7 +116,7 @@ def test_any_learning_rate_is_survived(name, rule, exponent):
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-8, 1e15])
-@pytest.mark.parametrize("name", [*OWN])
+@pytest.mark.parametrize("name", ["unit rows", "spectral wide", "positive vector"])
 def test_gradients_of_any_size(name, scale):
     p = parameter(OWN[name], torch.float32)
     opt = build("adam", [p])
@@ -232,8 +229,7 @@ def test_positive_numbers_are_refused_in_float16():
 
 
 @pytest.mark.filterwarnings("ignore:A block of shape")
-@pytest.mark.parametrize("retraction", ["polar", "orthogonalizer"])
-@pytest.mark.parametrize("name", [name for name in OTHERS if "positive" not in name])
+@each(retraction=["polar", "orthogonalizer"], name=[name for name in OTHERS if "positive" not in name])
 def test_a_value_from_outside_is_put_back(name, retraction):
     """Whatever the retraction of orthogonal blocks in the same group, one that is inexact too."""
     case = OTHERS[name]

@@ -283,7 +283,14 @@ def test_closures_schedules_clipping_and_scalers():
 def test_a_compiled_step_is_one_graph(rule, rate):
     torch._dynamo.reset()
     counters.clear()
-    params, expected = ([parameter(case, torch.float32) for case in OWN.values()] for _ in range(2))
+    names = [
+        "unit rows",
+        "unit filters, transposed",
+        "spectral wide",
+        "spectral filters, transposed",
+        "positive vector",
+    ]
+    params, expected = ([parameter(OWN[name], torch.float32) for name in names] for _ in range(2))
     opt, eager = build(rule, params), build(rule, expected)
     opt.param_groups[0]["lr"] = eager.param_groups[0]["lr"] = rate
     compiled = torch.compile(opt.step, backend="eager")

@@ -24,7 +24,7 @@ from manifold_opt import (
 )
 from manifold_opt.stiefel.geometry import error
 
-from .helpers import DTYPES, gaussian, point, rounding
+from .helpers import DTYPES, gaussian, pairs, point, rounding
 
 GATES = [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4), (nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)]
 
@@ -36,9 +36,11 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 # What marking does to a value.
 
 
-@pytest.mark.parametrize(("shape", "blocks"), [((12, 4), 3), ((5, 5), 1), ((4, 9), 1), ((16, 2), 4), ((6, 5), 2)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gain", [1.0, 1.7])
+@pairs(
+    {"shape, blocks": [((12, 4), 3), ((5, 5), 1), ((4, 9), 1), ((16, 2), 4), ((6, 5), 2)]},
+    dtype=DTYPES,
+    gain=[1.0, 1.7],
+)
 def test_every_block_becomes_its_polar_factor_times_the_gain(shape, blocks, dtype, gain):
     weight = parameter(*shape, dtype=dtype)
     before = weight.detach().clone()

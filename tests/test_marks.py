@@ -24,7 +24,7 @@ from manifold_opt import (
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
 from manifold_opt.manifolds.layout import SliceLayout
 
-from .helpers import gaussian, held_under
+from .helpers import each, gaussian, held_under
 
 
 def weight(*shape, dtype=torch.float32):
@@ -46,28 +46,32 @@ ANY = {
 }
 
 
-@pytest.mark.parametrize("function", ANY)
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (lambda: (Net(),), "a module needs the name of its parameter"),
-        (lambda: (Net(), "nosuch"), r"Net has no parameter 'nosuch'; it has linear.weight, linear.bias, up.weight"),
-        (lambda: (Net(), "nosuch.weight"), r"Net has no parameter 'nosuch.weight'; it has linear.weight"),
-        (lambda: (Net(), "linear"), "Net has no parameter 'linear'; it has"),
-        (lambda: ("weight",), r"must be a tensor or a module, got str"),
-        (lambda: (weight(3, 4) * 2,), "is not a leaf"),
-        (lambda: (torch.ones(3, 4),), r"neither an nn.Parameter nor a tensor that requires a gradient"),
-        (lambda: (nn.Parameter(torch.ones(3, 4, dtype=torch.int32), requires_grad=False),), "has dtype torch.int32"),
-        (lambda: (nn.Parameter(torch.eye(3).to_sparse()),), r"is sparse .*only dense parameters can be marked"),
-        (lambda: (nn.Parameter(torch.empty(0, 4)),), "is empty"),
-        (lambda: (nn.Parameter(torch.ones(1, 4).expand(3, 4)),), r"share memory, or could; use .clone\(\) first"),
-        (lambda: (nn.UninitializedParameter(),), "is lazy and has no shape yet; run one batch"),
-        (lambda: (mark_orthogonal(weight(3, 4)),), r"is already marked as Orthogonal\(.*\), not .*; call unmark"),
-        (lambda: (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "weight"), "is parametrized"),
-        (lambda: (nn.Parameter(torch.full((3, 4), torch.nan)),), "finite"),
-    ],
+@each(
+    {
+        "arguments, message": [
+            (lambda: (Net(),), "a module needs the name of its parameter"),
+            (lambda: (Net(), "nosuch"), r"Net has no parameter 'nosuch'; it has linear.weight, linear.bias, up.weight"),
+            (lambda: (Net(), "nosuch.weight"), r"Net has no parameter 'nosuch.weight'; it has linear.weight"),
+            (lambda: (Net(), "linear"), "Net has no parameter 'linear'; it has"),
+            (lambda: ("weight",), r"must be a tensor or a module, got str"),
+            (lambda: (weight(3, 4) * 2,), "is not a leaf"),
+            (lambda: (torch.ones(3, 4),), r"neither an nn.Parameter nor a tensor that requires a gradient"),
+            (
+                lambda: (nn.Parameter(torch.ones(3, 4, dtype=torch.int32), requires_grad=False),),
+                "has dtype torch.int32",
+            ),
+            (lambda: (nn.Parameter(torch.eye(3).to_sparse()),), r"is sparse .*only dense parameters can be marked"),
+            (lambda: (nn.Parameter(torch.empty(0, 4)),), "is empty"),
+            (lambda: (nn.Parameter(torch.ones(1, 4).expand(3, 4)),), r"share memory, or could; use .clone\(\) first"),
+            (lambda: (nn.UninitializedParameter(),), "is lazy and has no shape yet; run one batch"),
+            (lambda: (mark_orthogonal(weight(3, 4)),), r"is already marked as Orthogonal\(.*\), not .*; call unmark"),
+            (lambda: (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "weight"), "is parametrized"),
+            (lambda: (nn.Parameter(torch.full((3, 4), torch.nan)),), "finite"),
+        ]
+    },
+    function=ANY,
 )
-def test_what_none_of_them_takes(function, arguments, message):
+def test_what_every_mark_function_refuses(function, arguments, message):
     given = arguments()
     before = copy.deepcopy(given[0]) if isinstance(given[0], nn.Module) else None
     with pytest.raises(ValueError, match=f"^{function}: .*{message}"):
@@ -127,7 +131,7 @@ def spoilt(value):
         (lambda p: mark_manifold(p, Orthogonal(blocks=2)), r"mark_manifold: .*blocks=2 must divide dim 0"),
     ],
 )
-def test_what_one_of_them_does_not_take(call, message):
+def test_what_single_mark_functions_refuse(call, message):
     p = weight(3, 4)
     before = p.detach().clone()
     with pytest.raises(ValueError, match=message):

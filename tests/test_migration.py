@@ -14,6 +14,8 @@ from manifold_opt.constraints.from_parametrized import from_parametrized
 from manifold_opt.linalg import matrices
 from manifold_opt.stiefel import geometry
 
+from .helpers import each, pairs
+
 MAPS = [(name, trivial) for name in ("matrix_exp", "cayley", "householder") for trivial in (True, False)]
 SHAPES = [(6, 4), (4, 6), (5, 5), (1, 3)]
 
@@ -58,8 +60,7 @@ def parametrized(seed: int) -> Model:
     return trained(model, seed)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("orthogonal_map", "trivial"), MAPS)
+@each({"orthogonal_map, trivial": MAPS}, shape=SHAPES)
 def test_it_becomes_a_marked_parameter_of_the_same_value(shape, orthogonal_map, trivial):
     layer = linear(shape, orthogonal_map, trivial)
     x, before = torch.randn(7, shape[0]), layer.weight.detach().clone(memory_format=torch.contiguous_format)
@@ -89,9 +90,7 @@ def test_a_value_off_by_more_than_rounding_goes_to_the_nearest():
     assert orthogonality_error(weight) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
-@pytest.mark.parametrize("triv", ["expm", "cayley"])
-@pytest.mark.parametrize("manifold", ["orthogonal", "grassmannian"])
+@pairs(shape=[(6, 4), (4, 6), (5, 5)], triv=["expm", "cayley"], manifold=["orthogonal", "grassmannian"])
 def test_geotorch(shape, triv, manifold):
     geotorch = pytest.importorskip("geotorch")
     layer = nn.Linear(*shape)

@@ -12,12 +12,11 @@ from torch.nn.utils import parametrizations, parametrize
 from manifold_opt import Orthogonal, constraint_of
 from manifold_opt.constraints.from_parametrized import from_parametrized
 
+from .helpers import each
 from .test_migration import MAPS, SHAPES, Model, linear, parametrized
 
 
-@pytest.mark.parametrize(("orthogonal_map", "trivial"), MAPS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("assign", [False, True])
+@each({"orthogonal_map, trivial": MAPS}, shape=SHAPES, assign=[False, True])
 def test_checkpoints_of_before_load(shape, orthogonal_map, trivial, assign):
     """Of another run of the same module, so that none of its tensors is this one's."""
     saved = linear(shape, orthogonal_map, trivial, seed=1)

@@ -11,7 +11,7 @@ import manifold_opt
 from manifold_opt import RETRACTIONS, mark_orthogonal, mark_recurrent, orthogonality_error, unmark
 
 from . import reference
-from .helpers import DTYPES, EXACT, UNMOVED, blocks_of, gaussian, point, seeded
+from .helpers import DTYPES, EXACT, UNMOVED, blocks_of, each, gaussian, pairs, point, seeded
 
 NAMES = ["SGD", "Adam", "AdamW"]
 
@@ -58,8 +58,7 @@ class Net(nn.Module):
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
-@pytest.mark.parametrize(("foreach", "steps"), [(None, 100), (True, 20), (False, 20)])
-@pytest.mark.parametrize(("name", "options"), CASES)
+@each({"foreach, steps": [(None, 100), (True, 20), (False, 20)], "name, options": CASES})
 def test_unmarked_parameters_train_as_with_torch(name, options, foreach, steps):
     """0 ulp over 100 steps, weights and state, beside a marked neighbour that moves; no gradient is written to."""
     ours, theirs = Net(), Net()
@@ -164,10 +163,11 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize(("name", "options"), STEPS)
-@pytest.mark.parametrize(("shape", "blocks"), [((12, 4), 3), ((4, 7), 1), ((12, 3), 2)])
-@pytest.mark.parametrize("metric", ["euclidean", "canonical"])
+@pairs(
+    {"name, options": STEPS, "shape, blocks": [((12, 4), 3), ((4, 7), 1), ((12, 3), 2)]},
+    retraction=RETRACTIONS,
+    metric=["euclidean", "canonical"],
+)
 def test_a_marked_parameter_steps_as_the_reference(retraction, name, options, shape, blocks, metric):
     weight = nn.Parameter(torch.cat([point(shape[0] // blocks, shape[1], seed=k) for k in range(blocks)]))
     mark_orthogonal(weight, blocks=blocks)
@@ -183,10 +183,7 @@ def test_a_marked_parameter_steps_as_the_reference(retraction, name, options, sh
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
+@pairs(retraction=RETRACTIONS, name=NAMES, dtype=DTYPES, shape=[(4, 4), (3, 7), (7, 3)])
 def test_three_blocks_step_as_three_parameters(retraction, name, dtype, shape):
     options = {"momentum": 0.9} if name == "SGD" else {}
     p, n = shape
@@ -220,8 +217,7 @@ def test_a_gain_scales_the_manifold_not_the_step(retraction, gain):
     assert orthogonality_error(weight) < 1e-13
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@each(retraction=RETRACTIONS, name=NAMES)
 def test_zero_updates_keep_the_bits(retraction, name):
     weight = mark_orthogonal(nn.Parameter(gaussian(12, 4, dtype=torch.float32)), blocks=3)
     start = weight.detach().clone()
@@ -288,10 +284,11 @@ POISONED = [
 ]
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize(("name", "options"), POISONED)
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize(("shape", "gathered"), [((12, 4), False), ((4, 7), True), ((4, 4), True)])
+@pairs(
+    {"name, options": POISONED, "shape, gathered": [((12, 4), False), ((4, 7), True), ((4, 4), True)]},
+    retraction=RETRACTIONS,
+    poison=[float("nan"), float("inf"), 1e30],
+)
 def test_a_poisoned_block_stays_and_its_neighbours_do_not_notice(retraction, name, options, poison, shape, gathered):
     """From the third step on, when there is momentum; one block of a parameter, or one parameter of a bucket."""
 
@@ -441,8 +438,7 @@ def test_autocast_around_the_step_changes_nothing(name):
     assert torch.equal(run(True), run(False))
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@each(retraction=RETRACTIONS, name=NAMES)
 def test_state_has_torchs_keys_and_a_resumed_run_is_the_same_bit_for_bit(name, retraction):
     def fresh():
         net = Net()
@@ -554,9 +550,7 @@ def test_unmarking_after_block_moments_hands_torch_moments_it_can_use():
     assert orthogonality_error(weight) < 1e-13
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", [3.0, 1e3])
+@each(retraction=RETRACTIONS, name=NAMES, scale=[3.0, 1e3])
 def test_a_value_loaded_from_outside_is_put_back_with_a_warning(retraction, name, scale):
     layer, stock = nn.Linear(6, 6), nn.Linear(6, 6)
     mark_orthogonal(layer, "weight")
@@ -666,10 +660,15 @@ def test_a_fused_optimizer_gets_what_the_gradient_scaler_sets(name, found_inf):
 # Refusals.
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [({"retraction": "foo"}, "qr, cayley"), ({"beta": 0.1}, "orthogonalizer"), ({"fused": True}, "fused")],
+@each(
+    {
+        "change, match": [
+            ({"retraction": "foo"}, "qr, cayley"),
+            ({"beta": 0.1}, "orthogonalizer"),
+            ({"fused": True}, "fused"),
+        ]
+    },
+    name=NAMES,
 )
 def test_options_changed_later_are_checked_before_anything_is_written(name, change, match):
     layer = nn.Linear(4, 4)
@@ -696,9 +695,11 @@ def test_a_memory_format_that_hides_some_blocks_is_refused(name):
     assert torch.equal(conv.bias, before)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (36, 4, 3, 3), (64, 16, 3, 3), (2 * 64, 16, 3, 3)])
-@pytest.mark.parametrize("when", ["before it is marked", "after", "after a step"])
+@pairs(
+    name=NAMES,
+    shape=[(8, 4, 3, 3), (36, 4, 3, 3), (64, 16, 3, 3), (2 * 64, 16, 3, 3)],
+    when=["before it is marked", "after", "after a step"],
+)
 def test_a_memory_format_changes_nothing(name, shape, when):
     """A model in channels_last trains as one that is contiguous, and keeps its strides."""
     blocks = 2 if shape[0] == 128 else 1
@@ -722,20 +723,21 @@ def test_a_memory_format_changes_nothing(name, shape, when):
     assert orthogonality_error(conv.weight) < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"retraction": "caley"}, "qr, cayley"),
-        ({"metric": "flat"}, "euclidean, canonical"),
-        ({"orthogonal_lr_scale": -1.0}, "orthogonal_lr_scale"),
-        ({"orthogonal_lr_scale": float("nan")}, "orthogonal_lr_scale"),
-        ({"orthogonal_lr_scale": float("inf")}, "orthogonal_lr_scale"),
-        ({"retraction": "orthogonalizer", "beta": 1.5}, "beta"),
-        ({"beta": 0.1}, "orthogonalizer"),
-        ({"correction_steps": 2}, "orthogonalizer"),
-        ({"second_moment": "rows"}, "element, block"),
-    ],
+@each(
+    {
+        "options, match": [
+            ({"retraction": "caley"}, "qr, cayley"),
+            ({"metric": "flat"}, "euclidean, canonical"),
+            ({"orthogonal_lr_scale": -1.0}, "orthogonal_lr_scale"),
+            ({"orthogonal_lr_scale": float("nan")}, "orthogonal_lr_scale"),
+            ({"orthogonal_lr_scale": float("inf")}, "orthogonal_lr_scale"),
+            ({"retraction": "orthogonalizer", "beta": 1.5}, "beta"),
+            ({"beta": 0.1}, "orthogonalizer"),
+            ({"correction_steps": 2}, "orthogonalizer"),
+            ({"second_moment": "rows"}, "element, block"),
+        ]
+    },
+    name=NAMES,
 )
 def test_options_out_of_range_are_refused(name, options, match):
     if name == "SGD" and "second_moment" in options:
@@ -827,10 +829,16 @@ def train(kind, options, name, retraction, dtype, steps, hidden=16):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pairs({"kind, options": RECURRENT}, retraction=EXACT, name=["SGD", "Adam"], dtype=DTYPES)
+def test_every_gate_of_a_recurrent_net_stays_orthogonal(retraction, name, kind, options, dtype):
+    assert train(kind, options, name, retraction, dtype, 15) <= (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("retraction", EXACT)
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 @pytest.mark.parametrize(("kind", "options"), RECURRENT)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("steps", [15, pytest.param(1000, marks=pytest.mark.slow, id="a_thousand")])
-def test_every_gate_of_a_recurrent_net_stays_orthogonal(retraction, name, kind, options, dtype, steps):
-    assert train(kind, options, name, retraction, dtype, steps) <= (1e-6 if dtype == torch.float32 else 1e-14)
+def test_every_gate_is_still_orthogonal_after_a_thousand_steps(retraction, name, kind, options, dtype):
+    assert train(kind, options, name, retraction, dtype, 1000) <= (1e-6 if dtype == torch.float32 else 1e-14)

@@ -6,12 +6,10 @@ from manifold_opt.linalg.newton_schulz import basin, orthogonalizer
 from manifold_opt.stiefel import geometry
 
 from . import reference
-from .helpers import FIELDS, SQUARE, TALL, WIDE, gaussian, point
+from .helpers import FIELDS, SQUARE, TALL, WIDE, gaussian, pairs, point
 
 
-@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
-@pytest.mark.parametrize("beta", [0.001, 0.3, 0.5])
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=SQUARE + WIDE + TALL, beta=[0.001, 0.3, 0.5], dtype=FIELDS)
 def test_orthogonalizer_is_its_formula(shape, beta, dtype):
     x = 0.8 * point(*shape, dtype=dtype) + 0.01 * gaussian(*shape, dtype=dtype)
     torch.testing.assert_close(orthogonalizer(x, beta=beta), reference.orthogonalizer(x, beta))

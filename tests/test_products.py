@@ -20,7 +20,7 @@ from manifold_opt.linalg.products import (
 from manifold_opt.linalg.workspace import SQUARE, WIDE, Pool, Workspace
 from manifold_opt.stiefel import geometry
 
-from .helpers import DTYPES, FIELDS, UNITARY, UNMOVED, gaussian, never_read, point, rounding
+from .helpers import DTYPES, FIELDS, UNITARY, UNMOVED, each, gaussian, never_read, pairs, point, rounding
 
 
 def tolerance(n, dtype):
@@ -60,9 +60,7 @@ def test_what_was_in_the_memory_does_not_matter(dtype):
     torch.testing.assert_close(gram(a, out=stale), a @ a.mH)
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize("p", [1, 5, 383, 384, 391])
-@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
+@pairs(reading=[True, False], p=[1, 5, 383, 384, 391], dtype=DTYPES + UNITARY)
 def test_gram(p, dtype, reading, monkeypatch):
     """On both sides of the 384 rows from which on the one triangle is that of the other, mirrored."""
     if not reading:
@@ -88,9 +86,9 @@ def test_gram_of_any_batch(p, dtype):
     torch.testing.assert_close(gram(x.mT.contiguous().mT[:, 0]), x[:, 0] @ x[:, 0].mH)
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize(("p", "share"), [(380, 1), (384, 5 / 8), (400, 5 / 8)])
-@pytest.mark.parametrize("function", [gram, gram_minus_identity])
+@pairs(
+    {"p, share": [(380, 1), (384, 5 / 8), (400, 5 / 8)]}, reading=[True, False], function=[gram, gram_minus_identity]
+)
 def test_a_gram_matrix_of_many_rows_is_five_eighths_of_a_product(function, p, share, reading, monkeypatch):
     """Four slabs up to the diagonal: (1 + 2 + 3 + 4) / 16. An accelerator takes the whole product in one kernel."""
     if not reading:
@@ -209,18 +207,17 @@ def test_buffers_that_are_made_at_once():
     assert pool.nbytes() == made
 
 
-@pytest.mark.parametrize("retraction", ["orthographic", "polar", "cayley"])
-@pytest.mark.parametrize(
-    ("optimizer", "options"),
-    [
-        (Adam, {}),
-        (Adam, {"second_moment": "block", "amsgrad": True}),
-        (SGD, {"momentum": 0.9, "nesterov": True}),
-        (Adam, {"amsgrad": True, "metric": "canonical"}),
-    ],
-)
-@pytest.mark.parametrize(
-    ("p", "n", "gain", "count"), [(3, 3, 1.0, 1), (3, 3, 1.0, 300), (2, 5, 1.7, 300), (6, 6, 0.4, 300)]
+@each(
+    {
+        "optimizer, options": [
+            (Adam, {}),
+            (Adam, {"second_moment": "block", "amsgrad": True}),
+            (SGD, {"momentum": 0.9, "nesterov": True}),
+            (Adam, {"amsgrad": True, "metric": "canonical"}),
+        ],
+        "p, n, gain, count": [(3, 3, 1.0, 1), (3, 3, 1.0, 300), (2, 5, 1.7, 300), (6, 6, 0.4, 300)],
+    },
+    retraction=["orthographic", "polar", "cayley"],
 )
 def test_many_tiny_blocks_move_as_few(optimizer, options, retraction, p, n, gain, count):
     """300 blocks, of one parameter or of as many, move as they do a hundred to a parameter, each with its optimizer.

@@ -22,7 +22,7 @@ RULES = {
     "amsgrad": (Adam, {"amsgrad": True, "maximize": True}),
     "block": (Adam, {"second_moment": "block"}),
 }
-examples = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+examples = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @st.composite

@@ -12,7 +12,7 @@ from torch import nn
 import manifold_opt
 from manifold_opt import SGD, Adam, AdamW, mark_orthogonal, mark_unit_norm, orthogonality_error, unmark
 
-from .helpers import gaussian
+from .helpers import gaussian, pairs
 
 RULES = {
     "SGD": lambda params: SGD(params, lr=0.05, momentum=0.9),
@@ -94,9 +94,11 @@ def saved(opt, params):
     return resumed, again
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("then", [None, copied, pickled, refused, saved])
-@pytest.mark.parametrize("edit", [moved, reversed_groups, reversed_members, inserted, removed])
+@pairs(
+    rule=RULES,
+    then=[None, copied, pickled, refused, saved],
+    edit=[moved, reversed_groups, reversed_members, inserted, removed],
+)
 def test_state_stays_with_its_parameter(edit, then, rule):
     if (edit, then) == (removed, saved):
         pytest.skip("torch saves no state of what is in no group")

@@ -27,7 +27,7 @@ from manifold_opt.stiefel.rotation import (
 )
 
 from . import reference
-from .helpers import DTYPES, FIELDS, UNITARY, gaussian, never_read, point, rounding, tangent
+from .helpers import DTYPES, FIELDS, UNITARY, each, gaussian, never_read, pairs, point, rounding, tangent
 
 ALL = DTYPES + UNITARY
 POLYNOMIAL = [name for name in ROTATIONS if name != "qr"]
@@ -130,9 +130,7 @@ def test_rotation_by_hand(name):
     torch.testing.assert_close(rotated(w, omega, name), expected, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize(("p", "rank"), [(1, None), (2, None), (3, None), (8, "least"), (24, None), (24, 4)])
+@pairs({"p, rank": [(1, None), (2, None), (3, None), (8, "least"), (24, None), (24, 4)]}, name=ROTATIONS, dtype=ALL)
 def test_every_length_is_exact(p, rank, dtype, name):
     """From steps too short to be felt up to where each polynomial ends, with and without a correction."""
     w = point(2, p, p, dtype=dtype)
@@ -146,9 +144,7 @@ def test_every_length_is_exact(p, rank, dtype, name):
             assert float(geometry.error(moved).max()) < 2 * rounding(moved)
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("rank", [None, 4])
+@pairs(name=ROTATIONS, dtype=ALL, rank=[None, 4])
 def test_the_longest_steps_of_many_rows_are_exact(rank, dtype, name):
     w = point(1, 150, 150, dtype=dtype)
     omega = skew(1, 150, 150, dtype=dtype, rank=rank, bound=0.999 * reaches(name, dtype)[-1])
@@ -157,9 +153,7 @@ def test_the_longest_steps_of_many_rows_are_exact(rank, dtype, name):
     assert float(geometry.error(moved).max()) < 2 * rounding(moved)
 
 
-@pytest.mark.parametrize("name", POLYNOMIAL)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("length", [1e-9, 1e-6, 1e-3, 0.1])
+@pairs(name=POLYNOMIAL, dtype=ALL, length=[1e-9, 1e-6, 1e-3, 0.1])
 def test_what_is_added_is_rounded_relative_to_the_step(length, dtype, name):
     """T = Q - I as it is multiplied with W, not what is left of it beside W: a few roundings of its own length.
 
@@ -187,9 +181,7 @@ def products(function, p, blocks=2):
 EXTRA = {"orthographic": 0, "polar": 1, "cayley": 1, "exp": 1}  # s(B) Omega, where s is not zero
 
 
-@pytest.mark.parametrize("name", POLYNOMIAL)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("correct", [False, True])
+@pairs(name=POLYNOMIAL, dtype=ALL, correct=[False, True])
 def test_products_of_every_degree(name, dtype, correct):
     """B and T W; B^2 from degree 2 on; one for every two degrees above that, of the exponential in either series."""
     w, before = point(2, 16, 16, dtype=dtype), 0.0
@@ -240,9 +232,7 @@ def test_bounds_are_bounds(p, rank, dtype):
     assert bool((size <= exact * most * slack).all())
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("rank", [None, 4])
+@pairs(name=ROTATIONS, dtype=ALL, rank=[None, 4])
 def test_a_retraction_ends_where_its_bound_says(name, dtype, rank):
     """One that is too long is left to another path, and nothing has been written; one without a length too."""
     w = point(2, 12, 12, dtype=dtype)
@@ -285,11 +275,8 @@ def test_what_is_too_long_or_rectangular_moves_by_the_polar_retraction(shape):
     torch.testing.assert_close(retract(w, v, "orthographic"), retract(w, v, "polar"), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("side", [0.99, 1.01, 60.0])
-@pytest.mark.parametrize("rank", [None, 4])
-def test_both_sides_of_the_end(side, rank, name, dtype):
+@pairs(name=ROTATIONS, dtype=ALL, side=[0.99, 1.01, 60.0], rank=[None, 4])
+def test_a_retraction_is_the_same_function_beyond_its_polynomials(side, rank, name, dtype):
     """From there on the retraction goes on by other means, in steps of length up to eight: the same function."""
     w = point(2, 12, 12, dtype=dtype)
     omega = skew(2, 12, 12, dtype=dtype, rank=rank, bound=side * reaches(name, dtype)[-1])
@@ -301,10 +288,12 @@ def test_both_sides_of_the_end(side, rank, name, dtype):
     torch.testing.assert_close(matrices.float64(moved), expected, rtol=0, atol=units * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
-@pytest.mark.parametrize("length", [1e-15, 1e-6, 1e4, 1e7, 1e18])
+@pairs(
+    reading=[True, False],
+    name=ROTATIONS,
+    dtype=[torch.float32, torch.complex64, torch.float64],
+    length=[1e-15, 1e-6, 1e4, 1e7, 1e18],
+)
 def test_no_length_is_too_short_or_too_long(length, dtype, name, reading, monkeypatch):
     """At W = I, where even the shortest shows. The eighth power of a length, which the norm of B^2 is made of, is more
     than float32 can hold from 6e4 on, and zero up to 3e-6; its fourth, of the norm of B, from 4e9 on.
@@ -340,9 +329,7 @@ def test_each_matrix_of_a_batch_moves_by_its_own_length(name):
     assert counts == {"skipped_blocks": 1, "clamped_steps": 0}
 
 
-@pytest.mark.parametrize("dtype", UNITARY)
-@pytest.mark.parametrize("p", [1, 4, 40])
-@pytest.mark.parametrize("t", [0.02, 0.3, 0.699, 0.701, 0.9])
+@pairs(dtype=UNITARY, p=[1, 4, 40], t=[0.02, 0.3, 0.699, 0.701, 0.9])
 def test_a_lone_eigenvalue_of_a_unitary_step(p, t, dtype):
     """They do not come in pairs: of rank one, that of B is as large as its Frobenius norm, and no less."""
     w = point(2, p, p, dtype=dtype)
@@ -392,9 +379,7 @@ def test_a_correction_takes_the_error_off(name, dtype):
     assert float(geometry.error(rotated(w, omega, name)).max()) < left
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("distance", [0.01, 0.5, 3.0, 1e6])
+@pairs(name=ROTATIONS, dtype=ALL, distance=[0.01, 0.5, 3.0, 1e6])
 def test_a_point_far_off_is_restored_first(distance, name, dtype):
     """And then moves as the nearest point does."""
     w = point(3, 6, 6, dtype=dtype)
@@ -420,10 +405,7 @@ def test_only_what_is_off_is_restored(dtype):
     torch.testing.assert_close(w[1], before[1] / 1.5, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("off", [1.0, 1.01])
-@pytest.mark.parametrize("others", [0.0, 0.01])
+@pairs(name=ROTATIONS, dtype=ALL, off=[1.0, 1.01], others=[0.0, 0.01])
 def test_a_block_without_a_step_keeps_its_bits(others, off, name, dtype):
     """Whatever its error, whatever the others do, also in a step that corrects."""
     w = off * point(3, 7, 7, dtype=dtype)
@@ -470,9 +452,13 @@ def test_errors_are_corrected_every_few_steps(name, dtype):
     assert costs == {step: least + (step % interval == 0) for step in costs}
 
 
-@pytest.mark.parametrize(("optimizer", "name"), [*((SGD, name) for name in ROTATIONS), (Adam, "orthographic")])
-@pytest.mark.parametrize(("shape", "blocks"), [((6, 6), 1), ((15, 5), 3), ((900, 3), 300), ((160, 160), 1)])
-@pytest.mark.parametrize("distance", [1e-4, 1e-3, 0.9])
+@pairs(
+    {
+        "optimizer, name": [*((SGD, name) for name in ROTATIONS), (Adam, "orthographic")],
+        "shape, blocks": [((6, 6), 1), ((15, 5), 3), ((900, 3), 300), ((160, 160), 1)],
+    },
+    distance=[1e-4, 1e-3, 0.9],
+)
 def test_a_point_off_the_manifold_is_back_within_an_interval(optimizer, name, shape, blocks, distance):
     """Even where nobody has been told: a write through ``.data`` is not counted."""
     p = shape[1]
@@ -491,9 +477,7 @@ def test_a_point_off_the_manifold_is_back_within_an_interval(optimizer, name, sh
     assert float(error.max()) < matrices.error_at_rounding(p, p, torch.float32) + 3 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("optimizer", [SGD, Adam])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("every", [2, 3, 4])
+@pairs(optimizer=[SGD, Adam], dtype=DTYPES, every=[2, 3, 4])
 def test_blocks_are_corrected_whenever_their_gradients_come(optimizer, dtype, every):
     """Parameters of one group, gradients now for the one and now for the other: each counts its own steps."""
     weights = [square(3, 4, dtype=dtype, seed=1), square(3, 4, dtype=dtype, seed=2), square(1, 40, dtype=dtype)]
@@ -509,9 +493,7 @@ def test_blocks_are_corrected_whenever_their_gradients_come(optimizer, dtype, ev
         assert orthogonality_error(weight) <= matrices.error_at_rounding(p, p, dtype)
 
 
-@pytest.mark.parametrize("gain", [1.0, 1.7])
-@pytest.mark.parametrize("gradient", [0.0, float("nan")])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pairs(gain=[1.0, 1.7], gradient=[0.0, float("nan")], blocks=[1, 3])
 def test_a_block_without_a_step_is_not_brought_back(blocks, gain, gradient):
     """Not by itself, and not where the others of its parameter move."""
     weight = square(blocks, 2, gain=gain)
@@ -527,13 +509,14 @@ def test_a_block_without_a_step_is_not_brought_back(blocks, gain, gradient):
     assert blocks == 1 or not torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("name", "p", "blocks", "gain"),
-    [
-        ("orthographic", 150, 3, 1.0),
-        *((name, *case) for name in ROTATIONS for case in ((8, 5, 1.7), (40, 5, 1.0), (3, 300, 1.0))),
-    ],
+@each(
+    {
+        "name, p, blocks, gain": [
+            ("orthographic", 150, 3, 1.0),
+            *((name, *case) for name in ROTATIONS for case in ((8, 5, 1.7), (40, 5, 1.0), (3, 300, 1.0))),
+        ]
+    },
+    dtype=DTYPES,
 )
 def test_a_long_step_of_one_block_is_not_felt_by_the_others(name, p, blocks, dtype, gain):
     """To rounding, for it may ask for a polynomial of another degree, or for another path; one does not move at all."""
@@ -563,10 +546,7 @@ def test_a_long_step_of_one_block_is_not_felt_by_the_others(name, p, blocks, dty
 # Trajectories.
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize(("p", "part"), [(2, 0.999), (24, 0.999), (24, 0.25)])
+@pairs({"p, part": [(2, 0.999), (24, 0.999), (24, 0.25)]}, reading=[True, False], name=ROTATIONS, dtype=ALL)
 def test_many_steps_as_long_as_they_may_be_stay_at_rounding(p, dtype, name, part, reading):
     """A constant rotation, so that what its polynomial leaves has always the same sign.
 
@@ -585,10 +565,7 @@ def test_many_steps_as_long_as_they_may_be_stay_at_rounding(p, dtype, name, part
             assert float(geometry.error(w).max()) <= limit
 
 
-@pytest.mark.parametrize("reading", [True, False])
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("optimizer", [SGD, Adam])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs(reading=[True, False], name=ROTATIONS, optimizer=[SGD, Adam], dtype=DTYPES)
 def test_a_whole_run_stays_at_rounding(dtype, optimizer, name, reading, monkeypatch):
     """Steps of all lengths, of three blocks of unlike ones."""
     if not reading:
@@ -606,9 +583,7 @@ def test_a_whole_run_stays_at_rounding(dtype, optimizer, name, reading, monkeypa
 # Where nothing can be read.
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("rank", [None, 4])
+@pairs(name=ROTATIONS, dtype=ALL, rank=[None, 4])
 def test_where_nothing_can_be_read_short_steps_are_the_same(name, dtype, rank):
     """By one polynomial for all lengths, up to where it ends, and with every error corrected."""
     w = point(5, 8, 8, dtype=dtype)
@@ -622,10 +597,7 @@ def test_where_nothing_can_be_read_short_steps_are_the_same(name, dtype, rank):
     assert not short.any()
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("length", [1.01, 1e3])
+@pairs(name=ROTATIONS, dtype=ALL, rank=[None, 4], length=[1.01, 1e3])
 def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, rank, name, dtype):
     """To the bound on B that the polynomial is for, each block by itself."""
     w = point(3, 8, 8, dtype=dtype)
@@ -647,9 +619,7 @@ def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, 
     )
 
 
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pairs(dtype=ALL, name=ROTATIONS, bad=[float("nan"), float("inf")])
 def test_where_nothing_can_be_read_a_block_without_a_length_stays(bad, name, dtype, monkeypatch):
     """And is counted among those that are skipped, not those that are shortened."""
     w = point(3, 6, 6, dtype=dtype)
@@ -663,9 +633,7 @@ def test_where_nothing_can_be_read_a_block_without_a_length_stays(bad, name, dty
     assert unread == counts == {"skipped_blocks": 1, "clamped_steps": 0}
 
 
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("name", ROTATIONS)
-@pytest.mark.parametrize("length", [1e-6, 0.4, 1e4])
+@pairs(dtype=ALL, name=ROTATIONS, length=[1e-6, 0.4, 1e4])
 def test_where_nothing_can_be_read_retractions_are_exact_too(length, name, dtype, monkeypatch):
     """On the manifold, and as where it can be read while a step is short; what is too long goes the same way."""
     w = point(3, 6, 6, dtype=dtype)

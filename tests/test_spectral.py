@@ -4,7 +4,7 @@ import torch
 from manifold_opt.linalg import singular_values as spectral
 from manifold_opt.linalg.singular_values import clip_singular_values, clip_singular_values_, slack, within
 
-from .helpers import DTYPES, Memory, gaussian, never_read, point
+from .helpers import DTYPES, Memory, each, gaussian, never_read, point
 
 SHAPES = [(1, 1), (1, 7), (2, 3), (16, 16), (20, 33), (64, 80), (200, 220)]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -50,10 +50,8 @@ def spectra(p: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("bound", [1.0, 0.03, 40.0, 1e-12, 1e12])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_svd_clipped(shape, dtype, bound, blind):
+@each(bound=[1.0, 0.03, 40.0, 1e-12, 1e12], dtype=DTYPES, shape=SHAPES)
+def test_clipping_is_that_of_the_svd(shape, dtype, bound, blind):
     """Rounding in a Gram matrix counts up to 4 times, the square of how far from the bound it is taken; the iterations
     find an eigenvalue near the bound to 1e-6 or 1e-8 of the norm, here up to 8 times the bound squared."""
     tolerance = 100 * EPS[dtype] + (blind * 1e-5 if dtype == torch.float32 else blind * 1e-7)
@@ -66,9 +64,7 @@ def test_it_is_the_svd_clipped(shape, dtype, bound, blind):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3), (6, 6), (40, 50)])
-@pytest.mark.parametrize("decades", [(-3, 1), (-3, 3), (-9, 9), (10, 16), (20, 30)])
+@each(dtype=DTYPES, shape=[(1, 3), (6, 6), (40, 50)], decades=[(-3, 1), (-3, 3), (-9, 9), (10, 16), (20, 30)])
 def test_the_bound_holds_whatever_comes_in(shape, dtype, decades, blind):
     """Singular values over so many decades: single ones too large to be squared in float32 among them."""
     x = matrices(torch.logspace(*reversed(decades), shape[0]), *shape, dtype)
@@ -111,9 +107,7 @@ def test_what_is_inside_keeps_its_bits(shape, dtype):
         assert bool(within(x, 1.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", range(5))
+@each(dtype=DTYPES, shape=SHAPES, seed=range(5))
 @pytest.mark.usefixtures("blind")
 def test_clipped_twice_is_clipped_once(shape, dtype, seed):
     for s in (1.9 * torch.rand(shape[0]) + 0.1, 1 + 0.01 * torch.rand(shape[0]), 5 * torch.rand(shape[0]) + 1):
@@ -157,8 +151,7 @@ def test_what_is_not_finite_stays_in_its_block(value, dtype):
     assert within(out, 1.0).tolist() == [True, True, False, True]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 7), (16, 16), (17, 33), (190, 200)])
+@each(dtype=DTYPES, shape=[(5, 7), (16, 16), (17, 33), (190, 200)])
 @pytest.mark.usefixtures("blind")
 def test_a_block_does_not_depend_on_its_neighbours(shape, dtype):
     block = matrices(1 + 0.1 * gaussian(shape[0]), *shape, dtype)

@@ -9,14 +9,12 @@ from manifold_opt.linalg import matrices
 from manifold_opt.stiefel import geometry
 
 from . import reference
-from .helpers import DTYPES, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, point, rounding, seeded, tangent
+from .helpers import DTYPES, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, pairs, point, rounding, seeded, tangent
 
 METRICS = ["euclidean", "canonical"]
 
 
-@pytest.mark.parametrize("shape", SQUARE + WIDE)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", DTYPES + UNITARY)
+@pairs(shape=SQUARE + WIDE, metric=METRICS, dtype=DTYPES + UNITARY)
 def test_project_is_the_textbook_formula(shape, metric, dtype):
     double = matrices.in_double(dtype)
     w, g = point(3, *shape, dtype=double), gaussian(3, *shape, dtype=double)
@@ -30,9 +28,7 @@ def test_project_is_the_textbook_formula(shape, metric, dtype):
     )
 
 
-@pytest.mark.parametrize("shape", SQUARE + WIDE + TALL)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=SQUARE + WIDE + TALL, metric=METRICS, dtype=FIELDS)
 def test_project_lands_in_the_tangent_space(shape, metric, dtype):
     w = point(*shape, dtype=dtype)
     v = riemannian_gradient(w, gaussian(*shape, dtype=dtype), metric)
@@ -54,9 +50,7 @@ def inner(a, b):
     return (a.conj() * b).real.sum()
 
 
-@pytest.mark.parametrize("shape", SQUARE + WIDE)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=SQUARE + WIDE, metric=METRICS, dtype=FIELDS)
 def test_gradient_represents_the_differential(shape, metric, dtype):
     """<grad, X>_W = <G, X> for every tangent X, in the inner product that defines the metric."""
     w, g = point(*shape, dtype=dtype), gaussian(*shape, dtype=dtype)
@@ -97,9 +91,7 @@ def test_project_agrees_with_geoopt():
     torch.testing.assert_close(riemannian_gradient(w, g, "canonical"), geoopt.CanonicalStiefel().egrad2rgrad(w, g))
 
 
-@pytest.mark.parametrize("shape", TALL)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", FIELDS)
+@pairs(shape=TALL, metric=METRICS, dtype=FIELDS)
 def test_tall_is_the_transpose_of_wide(shape, metric, dtype):
     w, g = point(*shape, dtype=dtype), gaussian(*shape, dtype=dtype)
     assert geometry.error(w) < rounding(w)
@@ -152,9 +144,7 @@ def test_nearest_orthogonal_refuses_rank_deficient_values():
         nearest_orthogonal(torch.ones(3, 3))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 6])
-@pytest.mark.parametrize("det", [1, -1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs(n=[1, 2, 3, 6], det=[1, -1], dtype=DTYPES)
 def test_the_nearest_of_a_determinant(n, det, dtype):
     """Of that determinant, and nearer than any other matrix of it that is tried."""
     x = gaussian(40, n, n, dtype=dtype)

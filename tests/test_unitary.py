@@ -1,6 +1,7 @@
 """Unitary parameters through the optimizers: against the loop, a closed form, the real run, and a case by hand."""
 
 import cmath
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from manifold_opt.linalg.matrices import error_at_rounding
 from manifold_opt.optim.engine import bucket as buckets_module
 
 from . import reference
-from .helpers import EXACT, UNITARY, buckets_of, gaussian, never_read, point
+from .helpers import EXACT, UNITARY, buckets_of, each, gaussian, never_read, pairs, point
 
 RULES = {
     "SGD": ("SGD", {"lr": 0.1}),
@@ -69,18 +70,14 @@ def assert_steps_as_the_reference(retraction, rule, shape, metric, scale=1.0):
     torch.testing.assert_close(weight.detach(), torch.cat(expected), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("metric", ["euclidean", "canonical"])
-def test_it_steps_as_the_reference(retraction, rule, shape, metric):
+@each({"rule, shape": itertools.product(RULES, SHAPES)}, retraction=RETRACTIONS, metric=["euclidean", "canonical"])
+def test_unitary_steps_follow_the_reference(retraction, rule, shape, metric):
     # Off the manifold, where the inexact schemes end, formulas that agree on it part: by the fourth power of the step.
     assert_steps_as_the_reference(retraction, rule, shape, metric, 1 if RETRACTIONS[retraction].exact else 1e-2)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_where_nobody_looks_it_is_so_too(rule, shape, monkeypatch):
+@each(rule=RULES, shape=SHAPES)
+def test_unitary_steps_without_reading_values_follow_the_reference(rule, shape, monkeypatch):
     """But for long steps, which are shortened there."""
     never_read(monkeypatch)
     for retraction in ("orthographic", "polar", "qr"):
@@ -108,11 +105,11 @@ def test_the_first_step_of_adam_by_hand():
     torch.testing.assert_close(weight.detach(), torch.linalg.matrix_exp(omega), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("retraction", ["orthographic", "qr", "cayley"])
-@pytest.mark.parametrize(
-    ("rule", "rate", "decay"), [("momentum", 0.02, 1.0), ("Adam", 0.1, 0.96), ("block", 0.1, 0.96)]
+@each(
+    {"rule, rate, decay": [("momentum", 0.02, 1.0), ("Adam", 0.1, 0.96), ("block", 0.1, 0.96)]},
+    retraction=["orthographic", "qr", "cayley"],
+    rows=[4, 7],
 )
-@pytest.mark.parametrize("rows", [4, 7])
 def test_procrustes_reaches_its_closed_form(retraction, rule, rate, decay, rows):
     """min |W A - B|^2 = |A|^2 + |B|^2 - 2 sum of the singular values of B A^H, for W^H W = I."""
     a = point(4, 6, dtype=torch.complex128, seed=2) + 0.1 * gaussian(4, 6, dtype=torch.complex128, seed=3)
@@ -143,10 +140,8 @@ def test_procrustes_reaches_its_closed_form(retraction, rule, rate, decay, rows)
 # What real numbers do.
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", ["gates", "wide", "tall"])
-def test_without_an_imaginary_part_it_follows_the_real_run(retraction, rule, shape):
+@each({"rule, shape": itertools.product(RULES, ["gates", "wide", "tall"])}, retraction=RETRACTIONS)
+def test_real_values_of_complex_dtype_follow_the_real_run(retraction, rule, shape):
     """One number a block is the mean of both parts, half as much: steps as of a rate and an eps the root of 2 larger.
 
     So are the rows' of rectangular blocks in the other second moment, in one of two parts of the step: not compared.
@@ -224,10 +219,8 @@ def test_one_number_a_point_of_unit_norm_is_real_and_that_of_real_ones():
 # Buckets, sizes, graphs.
 
 
-@pytest.mark.parametrize("retraction", EXACT)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", UNITARY)
-def test_it_stays_unitary_to_rounding(retraction, rule, dtype):
+@pairs(retraction=EXACT, rule=RULES, dtype=UNITARY)
+def test_weights_stay_unitary_to_rounding(retraction, rule, dtype):
     weights = [parameter(*SHAPES[shape], dtype=dtype, gain=1.5 if shape == "wide" else 1.0) for shape in SHAPES]
     opt = build(rule, weights, retraction=retraction)
     for step in range(12):
@@ -236,8 +229,7 @@ def test_it_stays_unitary_to_rounding(retraction, rule, dtype):
             assert orthogonality_error(p) <= error_at_rounding(shape[0] // blocks, shape[1], dtype)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", ["gates", "wide", "tall"])
+@each(rule=RULES, shape=["gates", "wide", "tall"])
 def test_gathered_or_alone_it_moves_the_same(rule, shape, monkeypatch):
     together, alone = ([parameter(*SHAPES[shape], seed=10 * k) for k in range(4)] for _ in range(2))
     opt = build(rule, together)
@@ -253,10 +245,8 @@ def test_gathered_or_alone_it_moves_the_same(rule, shape, monkeypatch):
             torch.testing.assert_close(opt.state[p][key], value, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("retraction", ["orthographic", "polar"])
-@pytest.mark.parametrize("shape", [(3, 3), (2, 5)])
-def test_many_tiny_ones_move_as_few(rule, retraction, shape):
+@each(rule=RULES, retraction=["orthographic", "polar"], shape=[(3, 3), (2, 5)])
+def test_many_tiny_unitary_blocks_step_as_few_do(rule, retraction, shape):
     many, few = (parameter((blocks * shape[0], shape[1]), blocks, seed=3) for blocks in (300, 3))
     opt, other = (build(rule, [p], retraction=retraction) for p in (many, few))
     for step in range(4):

@@ -1,6 +1,7 @@
 """Unitary parameters: their state, faults, checkpoints, and what else is done to them."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from manifold_opt import (
     unmark,
 )
 
-from .helpers import UNITARY, UNMOVED, gaussian, point
+from .helpers import UNITARY, UNMOVED, each, gaussian, point
 from .test_unitary import RULES, build, give, parameter, run
 
 
@@ -56,10 +57,7 @@ def same(a, b):
 # Checkpoints.
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", UNITARY)
-@pytest.mark.parametrize("way", ["torch.save", "distributed"])
+@each(retraction=RETRACTIONS, rule=RULES, dtype=UNITARY, way=["torch.save", "distributed"])
 def test_a_resumed_run_is_the_uninterrupted_one(retraction, rule, dtype, way, tmp_path):
     if way == "distributed" and rule == "SGD":
         pytest.skip("torch misses the state of the free parameter, which has none")
@@ -158,10 +156,10 @@ def test_into_another_dtype_and_back(rule):
 
 # Faults.
 
+FAULTS = [complex("nan"), complex(0, float("nan")), complex(0, float("inf")), 1e200 + 1e200j]
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(15, 5), (9, 4)])
-@pytest.mark.parametrize("fault", [complex("nan"), complex(0, float("nan")), complex(0, float("inf")), 1e200 + 1e200j])
+
+@each({"shape, fault": itertools.product([(15, 5), (9, 4)], FAULTS)}, rule=RULES)
 def test_a_poisoned_block_stays_and_its_neighbours_do_not_notice(rule, shape, fault):
     runs = []
     for spoilt in (False, True):
@@ -202,9 +200,7 @@ def test_a_fault_can_be_made_an_error_that_changes_nothing(rule):
     assert all(torch.equal(value, state[0][key]) for key, value in opt.state[weight].items())
 
 
-@pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", UNITARY)
+@each(retraction=RETRACTIONS, rule=RULES, dtype=UNITARY)
 def test_a_zero_update_keeps_every_bit(retraction, rule, dtype):
     weights = [
         parameter((12, 4), 3, dtype=dtype, gain=1.3),
