@@ -71,7 +71,7 @@ def _taylor(offset: int) -> Callable[[int, float], Fit]:
 
 
 # The reaches were found by bisection: up to there, the rotation made of the polynomial satisfies |Q Q^T - I| <= eps/2
-# on every eigenvalue, and in float64, where the coefficients are rounded too, 3 eps/2 (tests/test_polynomials.py).
+# on every eigenvalue, and in float64, where the coefficients are rounded too, 3 eps/2 (test_polynomials.py).
 SQRT = _table(  # (1 - x)^(1/2) - 1, up to where the orthographic retraction is used
     lambda degree, reach: interpolate(lambda x: -1 / (1 + (1 - x).sqrt()), degree, reach),
     {1: 1.18e-3, 2: 2.29e-2, 4: 0.198, 6: 0.42, 8: 0.49},

@@ -1,0 +1,119 @@
+"""What the examples compute, beside an oracle or a case by hand."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from manifold_opt import mark_attention
+
+for needed in ("matplotlib", "rich"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    return importlib.import_module
+
+
+def test_certified_radii_by_hand(example):
+    lipschitz_classifier = example("lipschitz_classifier")
+    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    classes = torch.tensor([0, 1, 0])
+    assert lipschitz_classifier.margins(logits, classes).tolist() == [2.0, -2.0, 0.0]
+    radii = lipschitz_classifier.certified_radii(logits, classes, 2.0)
+    assert radii.tolist() == pytest.approx([1 / math.sqrt(2), 0, 0])
+
+
+def test_a_certificate_is_attained(example):
+    """By logits x and -x, whose Jacobian has the norm sqrt(2): the margin 2x is gone exactly at x = 0."""
+    lipschitz_classifier = example("lipschitz_classifier")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False)).double()
+    net[1].weight.data = torch.tensor([[1.0], [-1.0]]).double()
+    x, classes = torch.tensor([0.25, 3.0]).double().view(2, 1, 1, 1), torch.tensor([0, 0])
+    assert lipschitz_classifier.spectral_norms(net) == pytest.approx([math.sqrt(2)])
+    radii = lipschitz_classifier.certified_radii(net(x).detach(), classes, math.sqrt(2))
+    assert radii.tolist() == pytest.approx([0.25, 3.0])
+    assert not lipschitz_classifier.falls(net, x, classes, radii * (1 - 1e-9), steps=10).any()
+    assert lipschitz_classifier.falls(net, x, classes, radii * (1 + 1e-9), steps=10).all()
+
+
+def test_the_attack_finds_the_nearest_boundary_of_a_linear_classifier(example):
+    lipschitz_classifier = example("lipschitz_classifier")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).double()
+    x = torch.randn(50, 1, 3, 3).double()
+    logits = net(x).detach()
+    classes = logits.argmax(1)
+    apart = net[1].weight.detach().diff(dim=0).norm()
+    distance = lipschitz_classifier.margins(logits, classes) / apart
+    assert not lipschitz_classifier.falls(net, x, classes, 0.999 * distance, steps=10).any()
+    assert lipschitz_classifier.falls(net, x, classes, 1.001 * distance, steps=10).all()
+
+
+def test_groupsort_sorts_pairs_and_keeps_lengths(example):
+    sort = example("lipschitz_classifier").GroupSort()
+    assert sort(torch.tensor([[1.0, 2.0, 4.0, 3.0]])).tolist() == [[2.0, 1.0, 4.0, 3.0]]
+    x, y = torch.randn(8, 6, 5), torch.randn(8, 6, 5)
+    assert torch.equal(sort(x).sort(dim=1).values, x.sort(dim=1).values)
+    assert (sort(x) - sort(y)).norm() <= (x - y).norm()
+
+
+def test_the_classifier_is_as_lipschitz_as_the_product_of_its_norms(example):
+    """Through the convolution too: its patches do not overlap."""
+    lipschitz_classifier = example("lipschitz_classifier")
+    net = lipschitz_classifier.classifier(8, 16).double()
+    for layer in lipschitz_classifier.layers(net):
+        layer.weight.data.mul_(0.5).add_(0.3 * torch.randn_like(layer.weight))
+    bound = math.prod(lipschitz_classifier.spectral_norms(net))
+    convolution = torch.autograd.functional.jacobian(net[0], torch.randn(1, 1, 8, 8).double()).reshape(64, 64)
+    assert float(torch.linalg.matrix_norm(convolution, 2)) == pytest.approx(lipschitz_classifier.spectral_norms(net)[0])
+    for _ in range(5):
+        steepest = torch.autograd.functional.jacobian(net, torch.randn(1, 1, 8, 8).double()).reshape(10, 64)
+        assert float(torch.linalg.matrix_norm(steepest, 2)) <= bound
+
+
+def test_attention_logits_are_those_of_torch(example):
+    attention_heads = example("attention_heads")
+    attention = nn.MultiheadAttention(12, 3, bias=False, batch_first=True)
+    x = torch.randn(2, 5, 12)
+    logits = attention_heads.attention_logits(x, attention.in_proj_weight, 3)
+    weights = attention(x, x, x, average_attn_weights=False)[1]
+    torch.testing.assert_close(logits.softmax(-1), weights)
+
+
+def test_entropy_by_hand(example):
+    entropy = example("attention_heads").entropy
+    assert float(entropy(torch.zeros(7))) == pytest.approx(math.log(7))
+    assert float(entropy(torch.tensor([0.0, 200.0]))) == 0.0
+
+
+def test_no_logit_of_orthogonal_heads_is_above_the_bound(example):
+    attention_heads = example("attention_heads")
+    net = attention_heads.VisionTransformer(8, 4, 16, 2, 1)
+    mark_attention(net)
+    assert net.bound == pytest.approx(16 / math.sqrt(8))
+    weight = net.layers[0].self_attn.in_proj_weight.detach()
+    x = net.layers[0].norm1(100 * torch.randn(20, 30, 16))
+    assert float(attention_heads.attention_logits(x, weight, 2).abs().max()) <= net.bound
+    worst = 4 * weight[None, :1]  # as long as what a norm lets out, and nothing of it is lost to that head
+    same = weight[:8].repeat(6, 1)  # queries and keys
+    assert float(attention_heads.attention_logits(worst, same, 2).max()) == pytest.approx(net.bound)  # it is attained
+
+
+def test_modrelu_keeps_phases(example):
+    modrelu = example("unitary_rnn").modrelu
+    z = torch.tensor([3 + 4j, -1j, 0.5 + 0j, 0j])
+    torch.testing.assert_close(modrelu(z, torch.tensor(-1.0)), torch.tensor([2.4 + 3.2j, 0, 0, 0]), rtol=1e-5, atol=0)
+    assert torch.isfinite(torch.view_as_real(modrelu(z, torch.tensor(1.0)))).all()
+
+
+def test_when_it_was_first_learned(example):
+    unitary_rnn = example("unitary_rnn")
+    assert example("recurrent").memoryless(100) == pytest.approx(10 * math.log(8) / 120)
+    losses = [1.0] * 20 + [0.0] * 20
+    assert unitary_rnn.first_below(losses, 0.55) == "25"  # five of the last ten are 0
+    assert unitary_rnn.first_below(losses, 0.0) == "never"

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from manifold_opt.manifolds.layout import BlockLayout, SliceLayout, block_view
+
+from ..helpers import pairs
+
+
+def test_gates_by_hand():
+    x = torch.arange(24.0).view(6, 4)
+    view = block_view(x, 3)
+    assert view.shape == (3, 2, 4)
+    assert torch.equal(view[1], x[2:4])
+
+
+def test_tall_blocks_come_transposed():
+    x = torch.arange(24.0).view(12, 2)
+    view = block_view(x, 3)
+    assert view.shape == (3, 2, 4)
+    assert torch.equal(view[1], x[4:8].mT)
+
+
+def test_blocks_along_the_columns():
+    x = torch.arange(24.0).view(2, 12)
+    view = block_view(x, 3, dim=1)
+    assert view.shape == (3, 2, 4)
+    assert torch.equal(view[2], x[:, 8:])
+
+
+def test_more_dimensions_are_flattened_to_first_and_rest():
+    x = torch.arange(36.0).view(2, 2, 3, 3)
+    assert torch.equal(block_view(x, 1)[0], x.flatten(1))
+
+
+@pairs(shape=[(6, 4), (12, 2), (3, 5, 7)], dim=[0, 1], layout=["contiguous", "transposed", "sliced"])
+def test_writing_through_the_view_writes_the_tensor(shape, dim, layout):
+    if len(shape) > 2 and (dim == 1 or layout != "contiguous"):
+        pytest.skip("only contiguous rows can be flattened")
+    x = {
+        "contiguous": lambda: torch.zeros(shape),
+        "transposed": lambda: torch.zeros(shape[::-1]).mT,
+        "sliced": lambda: torch.zeros(shape[0], 2 * shape[1])[:, ::2],
+    }[layout]()
+    view = block_view(x, shape[dim] // 1 if dim == 0 else 1, dim)
+    view.fill_(1)
+    assert bool((x == 1).all())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        SliceLayout(3),
+        SliceLayout(3, 0),
+        SliceLayout(3, 1),
+        SliceLayout(3, 2),
+        SliceLayout(4),
+        SliceLayout(0),
+        BlockLayout(2),
+        BlockLayout(3, first=1),
+    ],
+)
+def test_rows_and_back(part):
+    x = torch.arange(120.0).view(2, 3, 4, 5)
+    assert torch.equal(part.from_rows(part.rows(x, copy=True), x.shape), x)

@@ -1,0 +1,319 @@
+"""Other manifolds than Stiefel's: gradients that are none, rates of any size, values written from outside."""
+
+import copy
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from manifold_opt import (
+    SGD,
+    Adam,
+    Manifold,
+    check,
+    constraint_of,
+    mark_manifold,
+    mark_positive,
+    mark_spectral,
+    mark_unit_norm,
+)
+from manifold_opt import project_to_manifold_ as project_model
+from manifold_opt.manifolds import Positive, Spectral, UnitNorm
+from manifold_opt.manifolds.layout import get_points
+
+from ..helpers import UNMOVED, each, gaussian, never_read
+from ..optim.test_faults import assert_unchanged, everything
+from ..reference.cases import CASES, parameter
+from .test_manifold_steps import OTHERS, OWN, build, give, run
+
+FAULTS = [float("nan"), float("inf"), -float("inf"), 1e30]
+POISONED = ["sgd", "momentum", "nesterov", "amsgrad", "block", "adamw"]
+
+
+def points_in(p, tensor):
+    (part,) = constraint_of(p).layouts(p.shape)
+    return get_points(part, tensor)
+
+
+def picture(opt, parameters):
+    """Every point of every parameter with its moments, along one dimension."""
+    (part,) = constraint_of(parameters[0]).layouts(parameters[0].shape)
+    rows = [points_in(p, p.detach()).flatten(0, -1 - part.dims).clone() for p in parameters]
+    seen = [torch.cat(rows)]
+    for key in opt.state[parameters[0]]:
+        moments = [opt.state[p][key] for p in parameters]
+        if key not in UNMOVED and moments[0] is not None:
+            same = moments[0].shape == parameters[0].shape
+            pieces = [points_in(p, m) if same else m for p, m in zip(parameters, moments, strict=True)]
+            seen.append(torch.cat([m.flatten(0, -1 - part.dims).clone() for m in pieces]))
+    return seen
+
+
+@each({"rule, fault": itertools.product(POISONED, FAULTS)}, name=OTHERS)
+def test_a_poisoned_point_stays_and_its_neighbours_do_not_notice(name, rule, fault):
+    """The first entry of the first point of three parameters, from the third step on; and it is counted."""
+    assert_poison_is_contained(name, rule, fault)
+
+
+@each(rule=POISONED, name=OWN)
+def test_a_poisoned_point_is_contained_without_reading_values(name, rule, monkeypatch):
+    never_read(monkeypatch)
+    assert_poison_is_contained(name, rule, torch.nan)
+
+
+def assert_poison_is_contained(name, rule, fault):
+    def trained(poisoned):
+        ps = [parameter(OTHERS[name], torch.float32, seed=k) for k in range(3)]
+        opt = build(rule, ps)
+        held = None
+        for step in range(4):
+            give(ps, step)
+            if poisoned and step >= 2:
+                held = held or picture(opt, ps)
+                ps[0].grad.view(-1)[0] = fault
+            opt.step()
+        return picture(opt, ps), held, opt.metrics()["skipped_blocks"]
+
+    clean, _, none = trained(False)
+    dirty, before, counted = trained(True)
+    assert (none, counted) == (0, 2)
+    for now, then, expected in zip(dirty, before, clean, strict=True):
+        assert torch.equal(now[0], then[0])
+        assert torch.equal(now[1:], expected[1:])
+
+
+@each(name=OTHERS, rule=["momentum", "adamw"])
+def test_a_fault_can_be_made_an_error_that_changes_nothing(name, rule):
+    marked = parameter(OTHERS[name], torch.float32)
+    params = [nn.Parameter(torch.ones(3)), marked]
+    opt = run(rule, params, 2, nonfinite="raise")
+    give(params, 5)
+    marked.grad.view(-1)[0] = torch.nan
+    before = everything(opt)
+    with pytest.raises(
+        FloatingPointError, match=r"(point|slice) 0 of a marked parameter of shape .*Nothing was changed"
+    ):
+        opt.step()
+    assert_unchanged(opt, before)
+    run(rule, params, 1, opt=opt)
+
+
+@each(
+    {"rule, exponent": itertools.product(["sgd", "momentum", "amsgrad", "adamw"], [-12, -6, -2, 0, 3, 6])}, name=OTHERS
+)
+def test_any_learning_rate_is_survived(name, rule, exponent):
+    """Values and moments stay finite, and on the manifold where it is one of the package's own."""
+    p = parameter(OTHERS[name], torch.float32)
+    opt = run(rule, [p], 8, lr=10.0**exponent)
+    assert bool(p.isfinite().all())
+    assert all(bool(value.isfinite().all()) for value in opt.state[p].values())
+    if name in OWN:
+        assert check(nn.ParameterList([p]), opt) == []
+    if exponent <= 0 and rule != "adamw" and name in OWN:
+        assert opt.metrics()["skipped_blocks"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-8, 1e15])
+@pytest.mark.parametrize("name", ["unit rows", "spectral wide", "positive vector"])
+def test_gradients_of_any_size(name, scale):
+    p = parameter(OWN[name], torch.float32)
+    opt = build("adam", [p])
+    for step in range(4):
+        give([p], step, scale)
+        opt.step()
+    assert bool(p.isfinite().all())
+    assert check(nn.ParameterList([p]), opt) == []
+
+
+def test_decay_beyond_all_there_is_keeps_a_number_positive():
+    """Decoupled, at lr * weight_decay of 1 and 50; the momentum in log x is carried along, not blown up."""
+    for rate in (1.0, 50.0):
+        p = mark_positive(nn.Parameter(torch.tensor([3.0, 0.1])))
+        opt = build("adamw", [p], lr=rate, weight_decay=1.0, maximize=False)
+        for step in range(5):
+            give([p], step)
+            opt.step()
+        assert bool((p > 0).all())
+        assert bool(p.isfinite().all())
+        assert opt.metrics()["skipped_blocks"] == 0
+
+
+def test_half_a_decay_a_step_does_not_feed_the_momentum():
+    """In log x the momentum of a zero gradient dies out by beta1 a step, whatever the decay."""
+    p = mark_positive(nn.Parameter(torch.tensor([1.0], dtype=torch.float64)))
+    opt = build("adamw", [p], lr=1e-3, weight_decay=500.0, maximize=False)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    first = float(opt.state[p]["exp_avg"] / p.detach())
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        opt.step()
+    assert float(opt.state[p]["exp_avg"] / p.detach()) == pytest.approx(first * 0.9**3, rel=1e-12)
+
+
+@dataclass(frozen=True)
+class Wary(Manifold):
+    """The plane, with a gradient that squares, and a retraction that takes no NaN."""
+
+    dims = 1
+
+    def riemannian_gradient(self, x, g):  # noqa: ARG002
+        return g * g * 1e8
+
+    def retract(self, x, v):
+        if not bool(v.isfinite().all()):
+            raise AssertionError("was given what is no tangent")
+        return x + v
+
+    def project_point(self, x):
+        return x
+
+    def error(self, x):
+        return 0 * x.double().sum(-1)
+
+
+def test_a_gradient_that_overflows_in_the_metric_goes_no_further():
+    p = mark_manifold(nn.Parameter(torch.zeros(2, 3)), Wary())
+    opt = build("adam", [p])
+    p.grad = torch.tensor([[1.0, 1.0, 1.0], [1e17, 1.0, 1.0]])
+    opt.step()
+    assert bool((p[0] != 0).all())
+    assert torch.equal(p[1], torch.zeros(3))
+    assert torch.equal(opt.state[p]["exp_avg"][1], torch.zeros(3))
+    assert opt.metrics()["skipped_blocks"] == 1
+
+
+# Low precision.
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "geoopt spd"])
+def test_bfloat16_is_the_rounding_of_a_run_in_float32(name):
+    case = OTHERS[name]
+    low = parameter(case, torch.float32).detach().bfloat16()
+    low = mark_manifold(nn.Parameter(low), case.manifold)
+    opt = build("adam", [low], lr=1e-3)
+    give([low], 0, 0.0)
+    opt.step()
+    twin = mark_manifold(nn.Parameter(opt.state[low]["master"].clone()), case.manifold)
+    other = build("adam", [twin], lr=1e-3)
+    give([twin], 0, 0.0)
+    other.step()
+    for step in range(1, 30):
+        give([low], step)
+        twin.grad = low.grad.float()
+        opt.step()
+        other.step()
+    torch.testing.assert_close(opt.state[low]["master"], twin.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(low, opt.state[low]["master"].bfloat16())
+    assert check(nn.ParameterList([low]), opt) == []
+
+
+def test_positive_numbers_are_refused_in_float16():
+    """Where they would be zero."""
+    with pytest.raises(ValueError, match=r"mark_positive: the parameter has dtype torch.float16.*bfloat16 or float32"):
+        mark_positive(nn.Parameter(torch.ones(3, dtype=torch.float16)))
+    layer = nn.Module()
+    layer.scale = mark_positive(nn.Parameter(torch.ones(3)))
+    opt = Adam(layer.parameters())
+    layer.half()
+    layer.scale.grad = torch.ones(3, dtype=torch.float16)
+    assert any("cannot be kept on Positive()" in problem for problem in check(layer, opt))
+    with pytest.raises(ValueError, match=r"Adam: a marked parameter of shape \(3,\) has dtype torch.float16"):
+        opt.step()
+    assert torch.equal(layer.scale, torch.ones(3, dtype=torch.float16))
+
+
+# Values written from outside.
+
+
+@pytest.mark.filterwarnings("ignore:A block of shape")
+@each(retraction=["polar", "orthogonalizer"], name=[name for name in OTHERS if "positive" not in name])
+def test_a_value_from_outside_is_put_back(name, retraction):
+    """Whatever the retraction of orthogonal blocks in the same group, one that is inexact too."""
+    case = OTHERS[name]
+    p = parameter(case)
+    opt = build("momentum", [p], retraction=retraction)
+    run("momentum", [p], 2, opt=opt)
+    with torch.no_grad():
+        p.copy_(case.leave(p))
+    opt.param_groups[0]["lr"] = 0.0
+    give([p], 3)
+    opt.step()
+    points = points_in(p, p.detach())
+    assert float(case.manifold.error(points).max()) <= case.manifold.tolerance(points)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_value_that_cannot_be_put_back_is_an_error_that_changes_nothing(name):
+    p = parameter(OTHERS[name], torch.float32)
+    opt = run("momentum", [p], 2)
+    with torch.no_grad():
+        p.view(-1)[0] = torch.nan
+    before = everything(opt)
+    give([p], 3)
+    with pytest.raises(ValueError, match=r"SGD: a marked parameter of shape .* has been written to: .*finite"):
+        opt.step()
+    with torch.no_grad():
+        p.view(-1)[0] = before[0][0].view(-1)[0] = 1.0  # a NaN equals nothing
+    assert_unchanged(opt, before)
+
+
+def test_negative_numbers_have_no_nearest_point():
+    scale = nn.Module()
+    scale.rate = mark_positive(nn.Parameter(torch.tensor([1.0, 2.0])))
+    opt = SGD(scale.parameters(), lr=0.1)
+    with torch.no_grad():
+        scale.rate[1] = -3.0
+    assert [p.split(":")[0] for p in check(scale, opt)] == ["rate cannot be kept on Positive()"]
+    with pytest.raises(ValueError, match=r"not positive and finite.* such as -3.*clamp_ or .*softplus"):
+        project_model(scale)
+    assert scale.rate.tolist() == [1.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "leave"),
+    [
+        (lambda p: mark_unit_norm(p), lambda p: p.mul_(1.5)),
+        (lambda p: mark_spectral(p, 0.5), lambda p: p.mul_(3)),
+    ],
+)
+def test_project_puts_back_and_check_says_so(make, leave):
+    net = nn.Module()
+    net.weight = make(nn.Parameter(gaussian(4, 6)))
+    opt = Adam(net.parameters())
+    with torch.no_grad():
+        leave(net.weight)
+    assert check(net, opt) == [
+        f"weight is not on {constraint_of(net.weight)} to rounding: project_to_manifold_(model) puts it back, and "
+        "so does the next step."
+    ]
+    project_model(net)
+    assert check(net, opt) == []
+
+
+def test_metrics_of_points():
+    """By hand: a norm of 1.5, an entry of -1; the tangent of (3, 4) at (1, 0) is 4 long; an x^2 g of 8."""
+    unit, positive = mark_unit_norm(nn.Parameter(torch.eye(2))), mark_positive(nn.Parameter(torch.full((1,), 2.0)))
+    ball = mark_spectral(nn.Parameter(torch.eye(2)), 2.0)
+    opt = SGD([unit, positive, ball])
+    assert opt.metrics()["manifold_error"] == 0
+    unit.grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert opt.metrics()["tangent_norm"] == pytest.approx(4)
+    positive.grad = torch.full((1,), 2.0)
+    assert opt.metrics()["tangent_norm"] == pytest.approx(8)
+    with torch.no_grad():
+        unit[0].mul_(1.5)
+        assert opt.metrics()["manifold_error"] == pytest.approx(0.5)
+        positive.fill_(-1)
+        assert opt.metrics()["manifold_error"] == pytest.approx(1)
+        ball.mul_(6)  # three times its bound: off by two of it
+        assert opt.metrics()["manifold_error"] == pytest.approx(2)
+    assert opt.metrics()["orthogonality_error"] == 0
+
+
+def test_the_cases_are_of_every_kind():
+    kinds = {type(case.manifold) for case in CASES.values()}
+    assert {UnitNorm, Spectral, Positive} <= kinds
+    assert copy.deepcopy(CASES["unit rows"].manifold) == CASES["unit rows"].manifold

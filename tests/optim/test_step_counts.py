@@ -1,0 +1,166 @@
+"""How many operations and calls a step takes: exact, unlike a time, and most of the time of a small step."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from manifold_opt import RETRACTIONS, SGD, Adam, constraint_of, mark_orthogonal
+from manifold_opt.constraints.tag import set_constraint
+from manifold_opt.optim.engine import step as step_module
+from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
+
+from ..helpers import gaussian, point
+
+CORRECTION = 7  # operations more where the error of square blocks is measured
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch, views included, and those that launch something on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.launching = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        self.launching += not func.is_view and "profiler" not in str(func) and "empty" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def warm(shape, blocks=1, optimizer=Adam, marked=True, **options):
+    """An optimizer of one parameter after some steps, and a function that gives it the next gradient."""
+    rows, columns = shape
+    weight = nn.Parameter(
+        torch.cat([point(rows // blocks, columns, dtype=torch.float32, seed=k) for k in range(blocks)])
+    )
+    if marked:
+        mark_orthogonal(weight, blocks=blocks)
+    opt = optimizer([weight], **{"lr": 1e-3, **options})
+
+    def give(step):
+        weight.grad = gaussian(*shape, dtype=torch.float32, seed=step)
+
+    for k in range(2 * CORRECTION_INTERVAL[torch.float32]):
+        give(k)
+        opt.step()
+    give(100)
+    return opt, give
+
+
+def operations(opt):
+    with Operations() as counted:
+        opt.step()
+    return counted
+
+
+def calls(opt):
+    """Calls of functions, those of Python and those of C."""
+    count = 0
+
+    def profile(frame, event, argument):  # noqa: ARG001
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        opt.step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def more_calls_of_torch():
+    """By how many torch.optim.Adam makes more here than with the versions of Python and torch that bounds are for."""
+    opt, _ = warm((16, 16), optimizer=torch.optim.Adam, marked=False)
+    return max(0, calls(opt) - 111)
+
+
+def momentum(params, **options):
+    return SGD(params, momentum=0.9, **options)
+
+
+CASES = {  # operations and calls, at most
+    "square": (((16, 16),), {}, 28, 125),
+    "square, polar": (((16, 16),), {"retraction": "polar"}, 36, 145),
+    "square, qr": (((16, 16),), {"retraction": "qr"}, 36, 145),
+    "square, cayley": (((16, 16),), {"retraction": "cayley"}, 40, 145),
+    "square, exp": (((16, 16),), {"retraction": "exp"}, 40, 145),
+    "square, momentum": (((16, 16),), {"optimizer": momentum}, 24, 115),
+    "square, one second moment per block": (((16, 16),), {"second_moment": "block"}, 36, 145),
+    "wide": (((16, 64),), {}, 42, 140),
+    "tall": (((96, 24),), {}, 42, 140),
+    "three gates": (((192, 64), 3), {}, 30, 130),
+    "three gates, longer steps": (((192, 64), 3), {"lr": 1e-2}, 42, 145),
+    "unmarked": (((16, 16),), {"marked": False}, 11, 125),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_common_step_takes_few_operations_and_calls(case):
+    arguments, options, most_operations, most_calls = CASES[case]
+    opt, give = warm(*arguments, **options)
+    assert operations(opt).count <= most_operations
+    give(101)
+    assert calls(opt) <= most_calls + more_calls_of_torch()
+
+
+def test_the_error_of_square_blocks_is_measured_in_every_fourth_step():
+    opt, give = warm((16, 16))
+    counts = []
+    for step in range(8):
+        give(200 + step)
+        counts.append(operations(opt).count)
+    usual = min(counts)
+    assert counts == [usual, usual, usual, max(counts)] * 2
+    assert max(counts) - usual <= CORRECTION
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "retraction", "most"),
+    [
+        ((192, 64), 3, "orthographic", 59),
+        ((192, 64), 3, "polar", 61),
+        ((192, 64), 3, "cayley", 59),
+        ((16, 64), 1, "orthographic", 64),
+    ],
+)
+def test_a_step_that_reads_nothing_launches_few_kernels(shape, blocks, retraction, most, monkeypatch):
+    """On the meta device, as on an accelerator: steps are counted on the host."""
+    monkeypatch.setattr(
+        step_module, "restore_overwritten", lambda *_: None
+    )  # looks at weights written to from outside only
+    weight = mark_orthogonal(nn.Parameter(torch.eye(shape[1]).repeat(blocks, 1)[: shape[0]]), blocks=blocks)
+    twin = nn.Parameter(weight.detach().to("meta"))
+    set_constraint(twin, constraint_of(weight))
+    opt = Adam([twin], retraction=retraction)
+    for _ in range(3):
+        twin.grad = torch.empty_like(twin)
+        opt.step()
+    assert operations(opt).launching <= most
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_as_many_operations_for_a_thousand_blocks(retraction):
+    counts = []
+    for blocks in (2, 1000):
+        opt, _ = warm((16 * blocks, 16), blocks, retraction=retraction)
+        counts.append(operations(opt).count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("groups", [1, 30])
+def test_groups_of_equal_options_are_stepped_together(groups):
+    weights = [mark_orthogonal(nn.Parameter(point(8, 8, dtype=torch.float32, seed=k))) for k in range(30)]
+    opt = Adam([{"params": weights[k::groups]} for k in range(groups)], lr=1e-3)
+    counts = []
+    for step in range(6):
+        for group in opt.param_groups:
+            group["lr"] = 1e-3 * (1 + step)  # as a schedule sets it in all of them
+        for k, weight in enumerate(weights):
+            weight.grad = gaussian(8, 8, dtype=torch.float32, seed=100 * step + k)
+        counts.append(operations(opt).count)
+    assert counts[1] < 2 * 28
+    assert counts[1] == counts[2] == counts[4]
