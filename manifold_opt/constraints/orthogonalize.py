@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import check_whole
-from ..linalg.newton_schulz import basin, orthogonalizer, spectral_bound
+from ..linalg.newton_schulz import convergence_radius, newton_schulz, spectral_bound
 from ..linalg.precision import FullPrecision, working_dtype
 from ..manifolds import Orthogonal
 from ..manifolds.layout import get_points, overlap_problem, set_points_
@@ -61,7 +61,7 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
     parts = mark.layouts(tensor.shape) if isinstance(mark, Orthogonal) else ()
     for (matrices, gain), part in itertools.zip_longest(found, parts):
         with FullPrecision(tensor.device.type):
-            new = (gain * orthogonalizer(matrices.to(dtype) / gain, beta=beta, steps=steps)).to(tensor.dtype)
+            new = (gain * newton_schulz(matrices.to(dtype) / gain, beta=beta, steps=steps)).to(tensor.dtype)
         matrices.copy_(new) if part is None else set_points_(part, tensor.detach(), ..., new)
     return tensor
 
@@ -70,12 +70,12 @@ def _check_basin(w: Tensor, beta: float) -> None:
     with FullPrecision(w.device.type):
         gram = w.mH @ w if w.shape[-2] > w.shape[-1] else w @ w.mH
         # The cheap bound decides nearly always; the SVD cannot be asked where an entry is not finite.
-        if not bool((spectral_bound(gram) < basin(beta) ** 2).all()) and not (
-            bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < basin(beta)).all())
+        if not bool((spectral_bound(gram) < convergence_radius(beta) ** 2).all()) and not (
+            bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < convergence_radius(beta)).all())
         ):
             raise ValueError(
-                f"orthogonalize_: a singular value is not below {basin(beta):.3g}, from where beta={beta} does not "
-                "converge to the nearest orthogonal matrix; use nearest_orthogonal."
+                f"orthogonalize_: a singular value is not below {convergence_radius(beta):.3g}, from where "
+                f"beta={beta} does not converge to the nearest orthogonal matrix; use nearest_orthogonal."
             )
 
 

@@ -6,7 +6,7 @@ Singular vectors stay; every singular value moves by :math:`s \mapsto (1+\beta)s
 .. math:: e' = (1 - 2\beta)\,e + (\beta^2 - 2\beta)\,e^2 + \beta^2 e^3,
 
 so small :math:`\beta` approaches orthogonality linearly, and :math:`\beta = 1/2`, the Newton-Schulz step,
-quadratically. One kernel, three methods of the field:
+quadratically. Three methods use this iteration:
 
 - a tangent step, then one step at :math:`\beta = 1/2`: POGO (Javaloy & Vergari, PMLR 306, 2026);
 - the Riemannian field plus a small multiple of :math:`(I - X X^\top) X`: Landing (Ablin & Peyre, 2022);
@@ -24,19 +24,19 @@ from torch import Tensor
 from .matrices import check_whole, error_at_rounding, float64, wide
 from .products import gram, norm
 
-_MANY = 32  # rows from which on row sums are worth their price
+_ROW_SUM_MIN_ROWS = 32  # for fewer rows, row sums cost more than they save
 _REMEDY = "Initialize it first, for example with manifold_opt.init.orthogonal_."
 
 
 @wide
-def orthogonalizer(x: Tensor, *, beta: float = 0.5, steps: int = 1) -> Tensor:
-    r"""``steps`` iterations of :math:`X \leftarrow (1+\beta) X - \beta X X^\top X`.
+def newton_schulz(x: Tensor, *, beta: float = 0.5, steps: int = 1) -> Tensor:
+    r"""Return ``x`` after ``steps`` iterations of :math:`X \leftarrow (1+\beta) X - \beta X X^\top X`.
 
-    Computed as :math:`X + \beta (I - X X^\top) X`, where rounding in the second product is scaled by the
-    error that is left: only the Gram matrix has to be precise.
+    It is computed as :math:`X + \beta (I - X X^\top) X`: rounding in the second product is scaled by the remaining
+    error, so only the Gram matrix has to be precise.
 
     Args:
-        x: ``(..., p, n)``, wide or tall, singular values below :func:`basin`.
+        x: ``(..., p, n)``, wide or tall, singular values below :func:`convergence_radius`.
         beta: rate, in (0, 1).
         steps: number of iterations.
     """
@@ -45,18 +45,18 @@ def orthogonalizer(x: Tensor, *, beta: float = 0.5, steps: int = 1) -> Tensor:
     return x
 
 
-def basin(beta: float) -> float:
-    r"""Singular values below :math:`\sqrt{(1+\beta)/\beta}` stay positive under :func:`orthogonalizer`."""
+def convergence_radius(beta: float) -> float:
+    r"""Return :math:`\sqrt{(1+\beta)/\beta}`: smaller singular values stay positive under :func:`newton_schulz`."""
     return ((1 + beta) / beta) ** 0.5
 
 
 @torch.no_grad()
 def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
-    r"""Nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
+    r"""Return the nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
 
-    The polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`, by SVD in float64. Marking uses
-    it; a step of an optimizer does not. The nearest of a given determinant is :math:`U D V^\top` with D the identity,
-    or, where that has the other determinant, with -1 in the direction of the smallest singular value.
+    This is the polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`, by SVD in float64. Marking
+    uses it; a step of an optimizer does not. The nearest matrix of a given determinant is :math:`U D V^\top`. Here D is
+    the identity or, if that gives the other determinant, has -1 in the direction of the smallest singular value.
 
     A matrix has full rank if its smallest singular value is above ``max(p, n) * eps`` times its largest, with the eps
     of float64 for every dtype of ``x``. A square weight of 2048 rows has a condition of :math:`10^4` and more, so
@@ -72,7 +72,7 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     Raises:
         ValueError: values that are not finite, or rank-deficient; with ``det``, a matrix of the other determinant
             whose smallest singular value is double, or that is orthogonal already, so that the nearest is not unique;
-            ``det`` other than 1 or -1, or where it has no meaning. Of a batch the message gives the index.
+            ``det`` other than 1 or -1, or where it has no meaning. For a batch the message gives the index.
 
     Reference: Higham (2008), *Functions of Matrices*, theorem 8.4; Kabsch (1976) and Umeyama (1991) for ``det``.
 
@@ -113,30 +113,30 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
                 f"not unique. {_REMEDY}"
             )
     # The product of two rounded factors is 2 to 6 times as far off as one Newton-Schulz step leaves it.
-    return orthogonalizer(u @ vh).to(x)
+    return newton_schulz(u @ vh).to(x)
 
 
 def _rank_tolerance(s: Tensor, x: Tensor) -> Tensor:
-    """Singular values ``s`` of ``x`` up to this are zero as far as an SVD in float64 can tell, ``(...)``."""
+    """Return the largest singular value of ``x`` that an SVD in float64 cannot tell from zero, ``(...)``."""
     return max(x.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., 0]
 
 
 def _first(bad: Tensor) -> tuple[int, ...] | None:
-    """The index of the first True of ``bad``, None if there is none."""
+    """Return the index of the first True of ``bad``, or None if there is none."""
     return tuple(bad.nonzero()[0].tolist()) if bool(bad.any()) else None
 
 
 def _matrix(x: Tensor, index: tuple[int, ...]) -> str:
-    """Name a matrix of ``x`` for a message: its place in the batch, if there is one, and its shape."""
+    """Return what a message calls a matrix of ``x``: its index in the batch, if there is a batch, and its shape."""
     shape, alone = f"of shape {tuple(x.shape[-2:])}", not any(length > 1 for length in x.shape[:-2])
     return f"the matrix {shape}" if alone else f"matrix {', '.join(map(str, index))} of the batch, {shape},"
 
 
 def _with_determinant(det: int, x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
-    """``u`` with the sign of its last column such that ``u @ vh`` has determinant ``det``.
+    """Return ``u`` with its last column negated if needed, so that ``u @ vh`` has determinant ``det``.
 
-    Unique unless the two smallest singular values, the last one with that sign, add up to zero (Umeyama 1991). Those
-    of an orthogonal matrix in the dtype of ``x`` differ by rounding only, which must not choose.
+    The result is unique unless the two smallest singular values, the last one with that sign, add up to zero (Umeyama
+    1991). The singular values of an orthogonal matrix differ by rounding only, which must not decide: that raises too.
     """
     sign = det * determinant(u @ vh)
     if u.shape[-1] > 1:
@@ -155,7 +155,8 @@ def _with_determinant(det: int, x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> 
 
 
 def determinant(w: Tensor) -> Tensor:
-    """The determinant of orthogonal matrices, 1 or -1: ``(...)``. One by one: batches of LU fail on some CPUs."""
+    """Return the determinant of orthogonal matrices, 1 or -1: ``(...)``."""
+    # One matrix at a time: batched LU is wrong on some CPUs.
     signs = [torch.linalg.det(matrix).sign() for matrix in w.reshape(-1, *w.shape[-2:])]
     return torch.stack(signs).view(w.shape[:-2]) if signs else w.new_ones(w.shape[:-2])
 
@@ -171,17 +172,17 @@ def check_determinant(name: str, det: int, x: Tensor) -> None:
         )
 
 
-def spectral_bound(a: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Upper bound on the spectral norm of symmetric or Hermitian ``a``, ``(...)``: the smaller of two cheap norms.
+def spectral_bound(a: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return an upper bound on the spectral norm of symmetric or Hermitian ``a``, ``(...)``.
 
-    The Frobenius norm and, from some rows on, the largest row sum of magnitudes, which go to ``spare`` if given, and
-    are taken a few rows at a time if not.
+    It is the Frobenius norm or, if that is smaller, the largest row sum of magnitudes (for 32 rows or more). The
+    magnitudes are written to ``out`` if given; without it they are computed for a few rows at a time.
     """
     frobenius = norm(a)
-    if a.shape[-1] < _MANY:
+    if a.shape[-1] < _ROW_SUM_MIN_ROWS:
         return frobenius
-    if spare is not None:
-        sums = torch.abs(a, out=spare.real).sum(-1)
+    if out is not None:
+        sums = torch.abs(a, out=out.real).sum(-1)
     else:
         sums = torch.cat([rows.abs().sum(-1) for rows in a.split(a.shape[-1] // 4, -2)], -1)  # type: ignore[no-untyped-call]
     return torch.minimum(frobenius, sums.amax(-1))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import is_tall, skew
-from ..linalg.newton_schulz import orthogonalizer
+from ..linalg.newton_schulz import newton_schulz
 from ..linalg.polar_factor import polar_factor_, polar_sync_free
 from ..linalg.products import gram_minus_identity, host_can_branch, largest_norm, matmul, norm
 from ..linalg.workspace import Workspace
@@ -290,7 +290,7 @@ def retract_wide(w: Tensor, v: Tensor, settings: Settings) -> Tensor:
     if shortened is not None:
         settings.count("clamped_steps", shortened)
     moved = scheme.function(w, v, **{name: options[name] for name in scheme.options})
-    return orthogonalizer(moved) if scheme.polished else moved
+    return newton_schulz(moved) if scheme.polished else moved
 
 
 def longest_step(method: str, beta: float = 0.5) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import in_double, skew
-from ..linalg.newton_schulz import orthogonalizer, spectral_bound
+from ..linalg.newton_schulz import newton_schulz, spectral_bound
 from ..linalg.polar_factor import polar_factor, polar_sync_free
 from ..linalg.products import gram, host_can_branch
 from ..linalg.workspace import Workspace
@@ -42,7 +42,7 @@ def _with_care_where_long(scheme: Scheme) -> Scheme:
         if not bool(long.any()):
             return result
         double = in_double(w.dtype)
-        point = orthogonalizer(w[long].to(double))
+        point = newton_schulz(w[long].to(double))
         tangent = transport(point, transport(point, v[long].to(double)))
         # In place, so that the memory layout, and with it the bits of the other blocks' products, stay.
         result[long] = polar_factor(scheme(point, tangent, **options)).to(w.dtype)
@@ -107,9 +107,9 @@ def cayley(w: Tensor, v: Tensor) -> Tensor:
     """
     if w.shape[-2] != w.shape[-1]:
         omega, normal = coordinates(w, v)
-        return orthogonalizer(_solve_shifted_skew(normal @ normal.mH / 4, omega / 2, 2 * w + normal) - w)
+        return newton_schulz(_solve_shifted_skew(normal @ normal.mH / 4, omega / 2, 2 * w + normal) - w)
     half = polar(w, v / 2)
-    return orthogonalizer(half @ w.mH @ half)
+    return newton_schulz(half @ w.mH @ half)
 
 
 def cayley_iterative(w: Tensor, v: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def orthogonalized(w: Tensor, v: Tensor, *, beta: float = 0.5, correction_steps:
 
     References: POGO (Javaloy & Vergari, PMLR 306, 2026) for beta = 1/2; Ablin & Peyre (AISTATS 2022) for small beta.
     """
-    return orthogonalizer(w + v, beta=beta, steps=correction_steps)
+    return newton_schulz(w + v, beta=beta, steps=correction_steps)
 
 
 def _solve_shifted_skew(s: Tensor, k: Tensor, b: Tensor) -> Tensor:
