@@ -22,7 +22,8 @@ from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .optim import SGD, Adam, AdamW
 from .optim.check import check
 from .stiefel.geometry import riemannian_gradient
-from .stiefel.retractions import RETRACTIONS, Retraction, retract
+from .stiefel.retractions import RETRACTIONS, retract
+from .stiefel.step import Retraction
 
 __version__ = "0.1.0.dev0"
 

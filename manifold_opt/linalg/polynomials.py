@@ -1,9 +1,9 @@
-r"""Polynomials that stand in for functions of a small symmetric matrix, and how far each of them reaches.
+r"""Polynomials that replace functions of a small symmetric matrix B, each up to a largest eigenvalue of B.
 
 A retraction of square blocks needs functions of :math:`B = \Omega\Omega^\top` that vanish at zero:
-:math:`\sqrt{1-x}-1`, :math:`(1+x)^{-1/2}-1` and others. While B is small, a polynomial is as good as the function. A
-:class:`Fit` is such a polynomial, with the largest eigenvalue of B that it is for. The fits of a function are sorted
-by degree, and a step takes the first one that reaches far enough.
+:math:`\sqrt{1-x}-1`, :math:`(1+x)^{-1/2}-1` and others. While B is small, a polynomial is as exact as the function. A
+:class:`Fit` is such a polynomial, with the largest eigenvalue of B for which it is accurate. The fits of a function are
+sorted by degree, and a step takes the first one that is accurate for its B.
 """
 
 from __future__ import annotations
@@ -55,40 +55,22 @@ def _step(degree: int) -> float:
     return math.pi / (degree + 1)
 
 
-def _table(fit: Callable[[int, float], Fit], single: dict[int, float], double: dict[int, float]) -> Fits:
-    """Return the fits for every dtype, from the reach of every degree in single and in double precision."""
+def fits_by_dtype(fit: Callable[[int, float], Fit], single: dict[int, float], double: dict[int, float]) -> Fits:
+    """Return the fits for every dtype.
+
+    Args:
+        fit: ``(degree, reach) -> Fit``.
+        single: the reach of every degree in single precision. Degrees are one or even.
+        double: the same in double precision.
+    """
     narrow, wide = (tuple(fit(degree, reach) for degree, reach in table.items()) for table in (single, double))
     return {torch.float32: narrow, torch.complex64: narrow, torch.float64: wide, torch.complex128: wide}
 
 
-def _taylor(offset: int) -> Callable[[int, float], Fit]:
-    """Return a function that cuts the series of x^k (-1)^k / (2k + offset)! at a degree."""
-
-    def fit(degree: int, reach: float) -> Fit:
-        return Fit(reach, tuple((-1) ** k / math.factorial(2 * k + offset) for k in range(1, degree + 1)))
-
-    return fit
-
-
-# The reaches were found by bisection: up to there, the rotation made of the polynomial satisfies |Q Q^T - I| <= eps/2
-# on every eigenvalue, and in float64, where the coefficients are rounded too, 3 eps/2 (test_polynomials.py).
-SQRT = _table(  # (1 - x)^(1/2) - 1, up to where the orthographic retraction is used
-    lambda degree, reach: interpolate(lambda x: -1 / (1 + (1 - x).sqrt()), degree, reach),
-    {1: 1.18e-3, 2: 2.29e-2, 4: 0.198, 6: 0.42, 8: 0.49},
-    {
-        1: 5e-8,
-        2: 2.85e-5,
-        4: 3.9e-3,
-        6: 3.02e-2,
-        8: 9e-2,
-        10: 0.175,
-        12: 0.271,
-        14: 0.364,
-        16: 0.448,
-        18: 0.49,
-    },
-)
-INVERSE_SQRT = _table(  # (1 + x)^(-1/2) - 1
+# The reaches, here and in the files of stiefel/, were found by bisection: up to there, the rotation made of the
+# polynomial satisfies |Q Q^T - I| <= eps/2 on every eigenvalue, and in float64, where the coefficients are rounded
+# too, 3 eps/2 (test_polynomials.py).
+INVERSE_SQRT = fits_by_dtype(  # (1 + x)^(-1/2) - 1
     lambda degree, reach: interpolate(lambda x: -1 / ((1 + x).sqrt() * (1 + (1 + x).sqrt())), degree, reach),
     {1: 6.8e-4, 2: 1.35e-2, 4: 0.149, 6: 0.45, 8: 0.89},
     {
@@ -104,14 +86,6 @@ INVERSE_SQRT = _table(  # (1 + x)^(-1/2) - 1
         18: 0.8,
     },
 )
-INVERSE = _table(  # (1 + x/4)^(-1) - 1
-    lambda degree, reach: interpolate(lambda x: -1 / (4 + x), degree, reach),
-    {1: 1.18e-3, 2: 2.9e-2, 4: 0.38, 6: 1.25},
-    {1: 5e-8, 2: 3.58e-5, 4: 6.6e-3, 6: 6.2e-2, 8: 0.218, 10: 0.49, 12: 0.89},
-)
-_EXP = ({1: 8e-4, 2: 2.7e-2, 4: 0.67, 6: 3.6}, {1: 3.5e-8, 2: 3.3e-5, 4: 1.1e-2, 6: 0.17, 8: 0.91})
-COS = _table(_taylor(0), *_EXP)  # cos(x^(1/2)) - 1
-SINC = _table(_taylor(1), *_EXP)  # sin(x^(1/2)) / x^(1/2) - 1
 
 
 def polynomial(

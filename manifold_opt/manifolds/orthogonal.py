@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linalg.matrices import error_at_rounding
 from ..linalg.newton_schulz import nearest_orthogonal
 from ..stiefel.geometry import error, riemannian_gradient
-from ..stiefel.schemes import polar
+from ..stiefel.polar import polar
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable
 

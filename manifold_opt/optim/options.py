@@ -23,6 +23,7 @@ from ..constraints.tag import (
 from ..linalg.precision import working_dtype
 from ..manifolds import Manifold
 from ..manifolds.layout import get_points, overlap_problem, point_norm
+from ..stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ..stiefel.retractions import check_retraction
 from .directions.stiefel import SECOND_MOMENTS
 from .engine.optimizer import Group, ManifoldOptimizer
@@ -164,7 +165,7 @@ def _tensors_in(members: Any) -> list[Tensor]:
 
 def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
     """Raise a ValueError that names the remedy, unless the options are in range and fit marked parameters."""
-    options = {key: group[key] for key in ("metric", "beta", "correction_steps")}
+    options = {key: group[key] for key in RETRACTION_OPTIONS if key in group}
     check_retraction(name, group["retraction"], **options)
     if not 0 <= group["orthogonal_lr_scale"] < math.inf:
         raise ValueError(

@@ -14,7 +14,8 @@ from manifold_opt.linalg.polynomials import INVERSE_SQRT
 from manifold_opt.linalg.workspace import Workspace
 from manifold_opt.optim.engine.counters import Counters
 from manifold_opt.stiefel import geometry
-from manifold_opt.stiefel.retractions import Settings, retract_
+from manifold_opt.stiefel.retractions import RETRACTIONS
+from manifold_opt.stiefel.step import Settings, retract_
 
 from ..helpers import DTYPES, FIELDS, SQUARE, TALL, UNITARY, WIDE, gaussian, never_read, pairs, point, rounding, tangent
 
@@ -273,7 +274,7 @@ def test_a_step_that_is_no_number_stays_in_its_block(reading, length, method, mo
     tally, moved = Counters(), w.clone()
     tally.prepare(w.device)
     options = {"metric": "euclidean", "beta": 0.5, "correction_steps": 1}
-    retract_(moved, v, Workspace(None, w), Settings(method, options, tally.count))
+    retract_(moved, v, Workspace(None, w), Settings(RETRACTIONS[method], options, tally.count))
     torch.testing.assert_close(moved[[0, 3]], right[[0, 3]], rtol=0, atol=1e-14)
     assert torch.equal(moved[1:3], w[1:3])
     assert tally.total("skipped_blocks") == 2

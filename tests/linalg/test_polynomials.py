@@ -7,7 +7,10 @@ from decimal import Decimal
 import pytest
 import torch
 
-from manifold_opt.linalg.polynomials import COS, INVERSE, INVERSE_SQRT, SINC, SQRT, interpolate
+from manifold_opt.linalg.polynomials import INVERSE_SQRT, interpolate
+from manifold_opt.stiefel.cayley import INVERSE
+from manifold_opt.stiefel.exponential import COS, SINC
+from manifold_opt.stiefel.orthographic import SQRT
 
 from ..helpers import DTYPES, UNITARY
 

@@ -11,7 +11,8 @@ from manifold_opt.optim.directions import stiefel as direction
 from manifold_opt.optim.directions.stiefel import AdamCoefficients
 from manifold_opt.optim.engine.counters import Counters
 from manifold_opt.stiefel import geometry
-from manifold_opt.stiefel.retractions import Settings, retract_
+from manifold_opt.stiefel.retractions import RETRACTIONS
+from manifold_opt.stiefel.step import Settings, retract_
 
 from ..helpers import FIELDS, SQUARE, WIDE, gaussian, never_read, pairs, point
 from ..reference import loop as reference
@@ -151,7 +152,7 @@ def test_a_retraction_can_take_what_a_rule_returns(retraction, reading, metric, 
     if is_square(w):
         assert v.data_ptr() == ws.a.data_ptr()
     group = {"metric": metric, "beta": 0.5, "correction_steps": 1}
-    retract_(moved, v, ws, Settings(retraction, group, tally.count))
+    retract_(moved, v, ws, Settings(RETRACTIONS[retraction], group, tally.count))
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-14)
 
 

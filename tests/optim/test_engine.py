@@ -394,7 +394,7 @@ def test_temporaries_are_what_a_retraction_claims(rule, retraction, shape, block
     with Memory() as memory:
         opt.step()
     pieces = [next(bucket.chunks()).stop * bucket.p * bucket.n * 4 for bucket in buckets_of(opt)]
-    assert 0 < memory.peak <= RETRACTIONS[retraction].temporaries * max(pieces)
+    assert 0 < memory.peak <= RETRACTIONS[retraction].temp_blocks * max(pieces)
 
 
 # No waiting, no branching.

@@ -12,7 +12,6 @@ from manifold_opt import RETRACTIONS, retract
 from manifold_opt.linalg import matrices
 from manifold_opt.linalg.newton_schulz import newton_schulz
 from manifold_opt.stiefel import geometry
-from manifold_opt.stiefel.retractions import longest_step
 
 from ..helpers import (
     DTYPES,
@@ -160,7 +159,7 @@ def test_an_error_of_the_point_does_not_outlive_the_step(method, shape, dtype):
 @pairs(method=["cayley_iterative", "orthogonalizer"], shape=SQUARE + WIDE, dtype=FIELDS)
 def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape, dtype):
     w = point(*shape, dtype=dtype)
-    long, longest = tangent(w, 1e4), longest_step(method)
+    long, longest = tangent(w, 1e4), RETRACTIONS[method].step_limit()
     moved = retract(w, long, method)
     assert moved.isfinite().all()
     assert geometry.error(moved) < 1.0 * shape[0] ** 0.5  # inside the basin, where singular values stay in (0, sqrt 2)
@@ -173,20 +172,20 @@ def test_inexact_schemes_shorten_a_step_that_is_too_long(method, shape, dtype):
 @pairs(method=["cayley_iterative", "orthogonalizer"], n=[64, 256], dtype=FIELDS)
 def test_inexact_schemes_leave_shorter_steps_alone(method, n, dtype):
     w = point(n, n, dtype=dtype)
-    v = tangent(w, 0.95 * longest_step(method) / n ** (1 / 32))
-    assert torch.linalg.matrix_norm(v) > longest_step(method)  # so that the cheap bound does not decide
+    v = tangent(w, 0.95 * RETRACTIONS[method].step_limit() / n ** (1 / 32))
+    assert torch.linalg.matrix_norm(v) > RETRACTIONS[method].step_limit()  # so that the cheap bound does not decide
     assert torch.equal(retract(w, v, method), retract_unguarded(w, v, method))
 
 
 def retract_unguarded(w: Tensor, v: Tensor, method: str) -> Tensor:
     scheme = RETRACTIONS[method]
     moved = scheme.function(w, v)
-    return newton_schulz(moved) if scheme.polished else moved
+    return newton_schulz(moved) if scheme.newton_schulz_after else moved
 
 
 def test_longest_step_of_a_small_beta():
     """Steps of length t and a rate beta settle at a defect of t^2 / 2 beta, one at the longest step."""
-    assert longest_step("orthogonalizer", 0.02) == pytest.approx(0.2)
+    assert RETRACTIONS["orthogonalizer"].step_limit(beta=0.02) == pytest.approx(0.2)
     weight = point(4, 4)
     for k in range(400):
         weight = retract(weight, tangent(point(4, 4, seed=k), 1e3, seed=k), "orthogonalizer", beta=0.02)
@@ -388,6 +387,11 @@ def test_products_of_a_small_step(method, square, wide):
 def test_refuses_with_the_valid_choices(options, match):
     with pytest.raises(ValueError, match=match):
         retract(torch.eye(2), torch.zeros(2, 2), **options)
+
+
+def test_an_option_that_no_retraction_has_is_refused():
+    with pytest.raises(TypeError, match="no retraction has an option 'rate'; there are metric, beta, correction_steps"):
+        retract(torch.eye(2), torch.zeros(2, 2), rate=0.1)
 
 
 @pytest.mark.parametrize("method", RETRACTIONS)

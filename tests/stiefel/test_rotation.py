@@ -14,22 +14,23 @@ from manifold_opt.linalg.polynomials import polynomial
 from manifold_opt.linalg.workspace import Workspace
 from manifold_opt.optim.engine.counters import Counters
 from manifold_opt.stiefel import geometry
-from manifold_opt.stiefel.retractions import Settings, retract_
+from manifold_opt.stiefel.retractions import RETRACTIONS
 from manifold_opt.stiefel.rotation import (
     _SMALL,
     CORRECTION_INTERVAL,
     OFF_MANIFOLD,
-    ROTATIONS,
     bounds,
     restore_,
     rotate_,
     rotate_sync_free,
 )
+from manifold_opt.stiefel.step import Settings, retract_
 
 from ..helpers import DTYPES, FIELDS, UNITARY, each, gaussian, never_read, pairs, point, rounding, tangent
 from ..reference import loop as reference
 
 ALL = DTYPES + UNITARY
+ROTATIONS = {name: row.rotation for name, row in RETRACTIONS.items() if row.rotation is not None}
 POLYNOMIAL = [name for name in ROTATIONS if name != "qr"]
 SEAM = 0.49  # of the bound on B = Omega Omega^H, from which on the orthographic retraction is the polar one
 
@@ -85,7 +86,7 @@ def stepped(w, omega, name):
     new, tally = w.clone(), Counters()
     tally.prepare(w.device)
     options = {"metric": "euclidean", "beta": 0.5, "correction_steps": 1}
-    retract_(new, omega.clone(), Workspace(None, w), Settings(name, options, tally.count))
+    retract_(new, omega.clone(), Workspace(None, w), Settings(RETRACTIONS[name], options, tally.count))
     return new, {kind: tally.total(kind) for kind in ("skipped_blocks", "clamped_steps")}
 
 
@@ -162,7 +163,7 @@ def test_what_is_added_is_rounded_relative_to_the_step(length, dtype, name):
     omega = skew(2, 8, 8, dtype=dtype, bound=length**2)
     k = next(k for k, reach in enumerate(reaches(name, dtype)) if length**2 <= reach)
     ws, b = Workspace(None, omega), omega @ omega.mH
-    turn = ROTATIONS[name].turn(ws.a.copy_(omega), ws.b.copy_(b), ws.c.copy_(b @ b), k, ws)
+    turn = ROTATIONS[name].rotation_minus_identity(ws.a.copy_(omega), ws.b.copy_(b), ws.c.copy_(b @ b), k, ws)
     off = 0.5 if k else length**2 / reaches(name, dtype)[0]
     allowed = torch.finfo(dtype).eps * (4 * length + off)
     torch.testing.assert_close(turn.to(torch.complex128), turn_of(omega, name), rtol=0, atol=allowed)
@@ -255,7 +256,7 @@ def test_a_retraction_ends_where_its_bound_says(name, dtype, rank):
 def test_the_seam_of_the_orthographic_retraction():
     """The bound, not the norm: of many eigenvalues of like size it is up to 1.3 times the largest, for 12 rows."""
     assert reaches("orthographic", torch.float32)[-1] == reaches("orthographic", torch.complex128)[-1] == SEAM
-    assert ROTATIONS["orthographic"].beyond == "polar"
+    assert ROTATIONS["orthographic"].fallback is ROTATIONS["polar"]
     w = point(2, 12, 12)
     for rank in (None, 2):
         for bound, name, other in ((0.4899, "orthographic", "polar"), (0.4901, "polar", "orthographic")):

@@ -297,7 +297,7 @@ def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:
 def probe_memory(optimizer: ManifoldOptimizer, plan: Plan) -> None:
     """Let the allocators of accelerators find the memory of a step before anything is written."""
     for position, bucket in plan.work:
-        bucket.probe_memory(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temporaries)
+        bucket.probe_memory(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temp_blocks)
 
 
 def _first_equal_groups(optimizer: ManifoldOptimizer) -> list[int]:

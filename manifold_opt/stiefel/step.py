@@ -1,0 +1,222 @@
+r"""A retraction as an optimizer applies it: to a batch of wide blocks, in place.
+
+A step takes one of two paths. On the common path every block moves, is on the manifold, and its step is short: then
+square blocks are rotated (rotation.py), and others are moved by the ``in_place`` function of the retraction. On the
+careful path the remaining blocks are picked by index, moved by the function of the retraction, which takes a step of
+any length, and written back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg.newton_schulz import newton_schulz
+from ..linalg.products import gram_minus_identity, host_can_branch, matmul, norm
+from ..linalg.workspace import Workspace
+from .geometry import transport
+from .long_steps import LONG_STEP_NORM, RetractionFn, clip_step
+from .rotation import Rotation, bounds, restore_, rotate_, rotate_sync_free
+
+_MAX_OMEGA_NORM = 1e9  # its fourth power, in the norm of B^2, is finite in float32
+_MAX_GRAM_ERROR = 0.1  # Frobenius norm of W W^H - I above which W is first replaced by the nearest point
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """A retraction and its properties; the tests measure every one of them.
+
+    Attributes:
+        function: ``(w, v, **options) -> w'`` on wide matrices, for a step of any length.
+        exact: whether the result is on the manifold, to rounding, for a step of any length.
+        second_order: the geodesics that it follows to second order: those of ``"square"`` matrices (the same for both
+            metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones. It follows all
+            geodesics to first order.
+        temp_blocks: temporary memory of a step beyond its workspaces, as a multiple of the memory of the blocks that
+            move. On a CPU, a step of unusual length can take more.
+        newton_schulz_after: whether one Newton-Schulz step follows ``function``, without which the error of
+            ``w @ w.mH = I`` would never shrink.
+        max_step_norm: largest spectral norm of a step, to which a longer step is scaled down; or a function of the
+            options that returns it. By default 1e5: beyond that W is lost in the rounding of W + V.
+        rotation: how square blocks move if their steps are short; None if ``function`` moves them.
+        in_place: ``(w, v, ws) -> bool``: moves blocks in place if their steps are short, else writes nothing and
+            returns False. None if there is no such function.
+        sync_free: ``(w, v, ws) -> (w', clipped)``: the same where no value may be read, and which steps were clipped.
+            None if ``function`` is used there too.
+        check_options: ``(name, **options)``: raises a ValueError, which begins with ``name``, if an option is out of
+            range. None if there is nothing to check.
+        options: keyword options of ``function``, and their default values.
+
+    >>> from manifold_opt import RETRACTIONS
+    >>> [name for name, retraction in RETRACTIONS.items() if retraction.exact and retraction.second_order]
+    ['cayley', 'orthographic', 'polar', 'exp']
+    """
+
+    function: RetractionFn
+    exact: bool
+    second_order: tuple[str, ...]
+    temp_blocks: int
+    newton_schulz_after: bool = False
+    max_step_norm: float | Callable[..., float] = 1e5
+    rotation: Rotation | None = None
+    in_place: Callable[[Tensor, Tensor, Workspace], bool] | None = None
+    sync_free: Callable[[Tensor, Tensor, Workspace], tuple[Tensor, Tensor]] | None = None
+    check_options: Callable[..., None] | None = None
+    options: dict[str, Any] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.function).parameters.values()
+        options = {x.name: x.default for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY}
+        object.__setattr__(self, "options", options)
+
+    def step_limit(self, **options: Any) -> float:
+        """Return ``max_step_norm`` for these options of ``function``."""
+        return self.max_step_norm(**options) if callable(self.max_step_norm) else self.max_step_norm
+
+
+def _count_nothing(name: str, mask: Tensor) -> None:
+    """Ignore what is to be counted."""
+
+
+@dataclass
+class Settings:
+    """How blocks are retracted in a step.
+
+    Attributes:
+        retraction: the retraction.
+        options: values of its keyword options; others are ignored.
+        count: called with ``"skipped_blocks"`` or ``"clamped_steps"``, and a mask of these blocks.
+        correct: whether to measure the error of square blocks, and remove half of it.
+        finite: one for a block with a finite gradient, zero for others, which stay; None if all gradients are finite.
+    """
+
+    retraction: Retraction
+    options: Mapping[str, Any]
+    count: Callable[[str, Tensor], None] = _count_nothing
+    correct: bool = True
+    finite: Tensor | None = None
+
+
+def retract_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None:
+    r"""Move wide blocks in place.
+
+    A block with a zero step keeps its bits. So does a block whose result is not finite, which is counted.
+
+    Args:
+        w: points, ``(B, p, n)``.
+        step: tangents V; for square blocks the skew :math:`\Omega` of :math:`V = \Omega W`. Overwritten.
+        ws: buffers; ``step`` may be ``ws.a`` if square, ``ws.y`` if not.
+        settings: how.
+    """
+    rotation, is_square = settings.retraction.rotation, w.shape[-2] == w.shape[-1]
+    if not ws.readable:
+        _retract_sync_free_(w, step, ws, settings)
+    elif is_square and rotation is not None:
+        if not rotate_(w, step, rotation, ws, correct=settings.correct):
+            _rotate_by_length_(w, step, rotation, ws, settings)
+    else:
+        _move_along_(w, matmul(step, w, out=ws.y) if is_square else step, ws, settings)
+
+
+def _move_along_(w: Tensor, v: Tensor, ws: Workspace, settings: Settings) -> None:
+    """Move blocks along tangents: in place if the retraction can do that for them, else by its function."""
+    in_place = settings.retraction.in_place
+    if in_place is None or not in_place(w, v, ws):
+        _retract_any_length_(w, v, settings)
+
+
+def _rotate_by_length_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, settings: Settings) -> None:
+    """Rotate the blocks whose step is short enough for the rotation, and move the others by its fallback."""
+    largest = omega.abs().amax((-2, -1), keepdim=True)
+    finite = (largest < torch.inf)[:, 0, 0]
+    settings.count("skipped_blocks", ~finite)
+    omega.mul_((_MAX_OMEGA_NORM / largest / omega.shape[-1]).clamp_max_(1))
+    size = bounds(omega, ws)
+    short = size <= rotation.fits[w.dtype][-1].reach
+    for is_short, mask in ((True, short), (False, finite & ~short)):
+        index = mask.nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        whole = len(index) == len(w)  # then no block has to be copied
+        point, turn = (w, omega) if whole else (w[index], omega[index])
+        space = ws if whole else Workspace(None, point)
+        if is_short and rotate_(point, turn, rotation, space, correct=settings.correct):
+            pass
+        elif rotation.fallback is None:
+            _move_along_(point, matmul(turn, point, out=space.y), space, settings)
+        elif not rotate_(point, turn, rotation.fallback, space, correct=settings.correct):
+            _rotate_by_length_(point, turn, rotation.fallback, space, settings)
+        if not whole:
+            w[index] = point
+
+
+def _retract_any_length_(w: Tensor, v: Tensor, settings: Settings) -> None:
+    """Move blocks by the function of their retraction; first restore those that are far off the manifold."""
+    if settings.retraction.exact:
+        far = _restore_far_(w)
+        v = torch.where(far, transport(w, v), v) if bool(far.any()) else v
+    new = retract_wide(w, v, settings)
+    possible = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)  # no entry of a point exceeds one
+    moving = norm(v, keepdim=True) != 0
+    settings.count("skipped_blocks", moving & ~possible)
+    w.copy_(torch.where(moving & possible, new, w))
+
+
+def _restore_far_(w: Tensor) -> Tensor:
+    """Replace the blocks that are far off the manifold by the nearest points, and return which, ``(B, 1, 1)``."""
+    error = gram_minus_identity(w, out=w.new_empty(*w.shape[:-1], w.shape[-2]))
+    size = norm(error, keepdim=True)
+    far = (size > _MAX_GRAM_ERROR) & (size < torch.inf)
+    if bool(far.any()):
+        restore_(w, torch.where(far, error, 0))
+    return far
+
+
+def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None:
+    """Move wide blocks in place as :func:`retract_` does, where no value may be read."""
+    retraction, count = settings.retraction, settings.count
+    is_square = w.shape[-2] == w.shape[-1]
+    rotation = retraction.rotation if is_square else None
+    v = matmul(step, w, out=ws.y) if is_square and rotation is None else step
+    length = norm(v, keepdim=True)
+    possible = length < torch.inf  # false if it is NaN
+    if rotation is not None or retraction.sync_free is not None:
+        v.div_((length / LONG_STEP_NORM).clamp_min_(1))  # so that its powers cannot overflow
+        if rotation is not None:
+            new, clipped, near = rotate_sync_free(w, v, rotation, ws)
+            possible = possible & near
+        else:
+            assert retraction.sync_free is not None
+            new, clipped = retraction.sync_free(w, v, ws)
+        count("clamped_steps", clipped)
+    else:
+        new = retract_wide(w, v, settings)
+        possible = possible & (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
+    possible = possible if settings.finite is None else possible.logical_and_(settings.finite)
+    count("skipped_blocks", ~possible)
+    moving = possible & (length > 0)
+    if torch.compiler.is_compiling():
+        w.copy_(torch.where(moving, new, w))
+    else:
+        torch.where(moving, new, w, out=w)
+
+
+def retract_wide(w: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    """Return the points that steps of any length lead to; count the steps that are clipped."""
+    retraction, given = settings.retraction, settings.options
+    options = {name: given[name] for name in retraction.options if name in given}  # a missing one has its default
+    if host_can_branch(w) or not retraction.exact:
+        shorter = clip_step(v, retraction.step_limit(**options))
+        clipped = None if shorter is v else (shorter != v).any(-1).any(-1)
+        v = shorter
+    else:  # the function clips it, to a length that needs no double precision
+        clipped = norm(v) > LONG_STEP_NORM
+    if clipped is not None:
+        settings.count("clamped_steps", clipped)
+    new = retraction.function(w, v, **options)
+    return newton_schulz(new) if retraction.newton_schulz_after else new
