@@ -87,6 +87,20 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     >>> nearest_orthogonal(torch.tensor([[3.0j]]))
     tensor([[0.+1.j]])
     """
+    _check_matrices(x, det)
+    if x.numel() == 0:
+        return x.clone()
+    u, s, vh = torch.linalg.svd(float64(x), full_matrices=False)
+    if det is None:
+        _check_full_rank(x, s)
+    else:
+        u = _with_determinant(det, x, u, s, vh)
+    # The product of two rounded factors is 2 to 6 times as far off as one Newton-Schulz step leaves it.
+    return newton_schulz(u @ vh).to(x)
+
+
+def _check_matrices(x: Tensor, det: int | None) -> None:
+    """Raise a ValueError unless ``x`` is finite matrices of a dtype and shape that :func:`nearest_orthogonal` takes."""
     check_whole("nearest_orthogonal", x)
     if x.ndim < 2 or not (x.is_floating_point() or x.is_complex()):
         raise ValueError(
@@ -98,22 +112,18 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     bad = _first(~x.isfinite().flatten(-2).all(-1))
     if bad is not None:
         raise ValueError(f"nearest_orthogonal: {_matrix(x, bad)} has entries that are not finite. {_REMEDY}")
-    if x.numel() == 0:
-        return x.clone()
-    u, s, vh = torch.linalg.svd(float64(x), full_matrices=False)
-    if det is not None:
-        u = _with_determinant(det, x, u, s, vh)
-    else:
-        bad = _first(s[..., -1] <= _rank_tolerance(s, x))
-        if bad is not None:
-            largest, smallest = float(s[bad][0]), abs(float(s[bad][-1]))
-            raise ValueError(
-                f"nearest_orthogonal: {_matrix(x, bad)} is rank-deficient (smallest singular value {smallest:.1e}, "
-                f"condition {largest / smallest if smallest else math.inf:.1e}), so the nearest orthogonal matrix is "
-                f"not unique. {_REMEDY}"
-            )
-    # The product of two rounded factors is 2 to 6 times as far off as one Newton-Schulz step leaves it.
-    return newton_schulz(u @ vh).to(x)
+
+
+def _check_full_rank(x: Tensor, s: Tensor) -> None:
+    """Raise a ValueError if a matrix of ``x``, with singular values ``s``, has no full rank."""
+    bad = _first(s[..., -1] <= _rank_tolerance(s, x))
+    if bad is not None:
+        largest, smallest = float(s[bad][0]), abs(float(s[bad][-1]))
+        raise ValueError(
+            f"nearest_orthogonal: {_matrix(x, bad)} is rank-deficient (smallest singular value {smallest:.1e}, "
+            f"condition {largest / smallest if smallest else math.inf:.1e}), so the nearest orthogonal matrix is "
+            f"not unique. {_REMEDY}"
+        )
 
 
 def _rank_tolerance(s: Tensor, x: Tensor) -> Tensor:

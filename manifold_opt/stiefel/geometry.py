@@ -1,7 +1,7 @@
 r"""The geometry of the Stiefel manifold, as pure functions on batches ``(..., p, n)``, real or complex.
 
 A point is a *wide* matrix (``p <= n``) with orthonormal rows, :math:`W W^\mathsf{H} = I_p`. A tall matrix
-(``p > n``, orthonormal columns) is the transpose of such a point and is treated as one. The tangent
+(``p > n``, orthonormal columns) is the transpose of a point, and functions take its transpose. The tangent
 space at :math:`W` is
 
 .. math:: T_W = \{V : V W^\mathsf{H} + W V^\mathsf{H} = 0\}
@@ -9,11 +9,10 @@ space at :math:`W` is
 
 with a rotational part :math:`\Omega = V W^\mathsf{H}` and a normal part :math:`N`, absent when ``p == n``.
 
-:math:`A^\mathsf{H}` is the conjugate transpose, of real matrices the transpose :math:`A^\top`, and where a module is
-written with :math:`\top`, that is what is meant. Of complex matrices :math:`\Omega` keeps its imaginary diagonal. Inner
-products are those of the real and imaginary parts, :math:`\operatorname{Re} \operatorname{tr}(A^\mathsf{H} B)`, and
-gradients are as torch has them, :math:`\partial f/\partial \operatorname{Re} W + i\,\partial f/\partial
-\operatorname{Im} W`.
+:math:`A^\mathsf{H}` is the conjugate transpose, for real matrices the transpose :math:`A^\top`. Other modules write
+:math:`\top` for both. For complex matrices the diagonal of :math:`\Omega` is imaginary, not zero. The inner product is
+:math:`\operatorname{Re} \operatorname{tr}(A^\mathsf{H} B)`, and gradients are as torch defines them,
+:math:`\partial f/\partial \operatorname{Re} W + i\,\partial f/\partial \operatorname{Im} W`.
 
 Reference: Edelman, Arias & Smith (1998), *The geometry of algorithms with orthogonality constraints*.
 """
@@ -32,14 +31,14 @@ METRICS: tuple[str, ...] = get_args(Metric)
 
 
 def riemannian_gradient(w: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
-    r"""Riemannian gradient at ``w`` of a function with Euclidean gradient ``g``.
+    r"""Return the Riemannian gradient at ``w`` of a function with Euclidean gradient ``g``.
 
     .. math::
         \text{euclidean: } G - \operatorname{sym}(G W^\mathsf{H}) W \qquad
         \text{canonical: } G - W G^\mathsf{H} W
 
-    The first is also the orthogonal projection onto the tangent space: it leaves tangents as they are.
-    The second is not; on a square matrix it is twice the first.
+    The first is also the orthogonal projection onto the tangent space, so it does not change a tangent.
+    The second is not a projection; on a square matrix it is twice the first.
 
     Args:
         w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns: float32, float64, complex64 or
@@ -87,7 +86,7 @@ def transport(w: Tensor, v: Tensor) -> Tensor:
 
 
 def coordinates(w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    r"""Coordinates :math:`(\Omega, N)` of the projection of ``g``, wide; :math:`(\Omega)` alone if square."""
+    r"""Return the parts :math:`(\Omega, N)` of the projection of wide ``g``, or only :math:`(\Omega)` if square."""
     along = g @ w.mH
     return (skew(along),) if w.shape[-2] == w.shape[-1] else (skew(along), g - along @ w)
 
@@ -98,7 +97,7 @@ def random(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Points of shape ``(..., p, n)`` drawn from the uniform (Haar) distribution: unitary ones for a complex dtype."""
+    """Return points ``(..., p, n)`` from the uniform (Haar) distribution; for a complex dtype they are unitary."""
     *batch, p, n = shape
     dtype = dtype or torch.get_default_dtype()
     gaussian = torch.randn(*batch, max(p, n), min(p, n), dtype=in_double(dtype), device=device, generator=generator)
@@ -109,7 +108,7 @@ def random(
 
 
 def error(x: Tensor) -> Tensor:
-    r"""Distance from orthogonality, :math:`\|I - W W^\mathsf{H}\|_F` of each matrix, in float64: ``(...)``."""
+    r"""Return the distance from orthogonality, :math:`\|I - W W^\mathsf{H}\|_F` per matrix, in float64: ``(...)``."""
     x = float64(x)
     gram = x.mH @ x if is_tall(x) else x @ x.mH
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
