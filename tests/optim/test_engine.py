@@ -313,7 +313,7 @@ def test_gradients_that_come_and_go_leave_nothing_behind(monkeypatch):
     opt = Adam(weights, lr=1e-3)
     run(weights, opt, 1)
     looked = []
-    monkeypatch.setattr(Orthogonal, "off", lambda *_: looked.append(1))
+    monkeypatch.setattr(Orthogonal, "find_off_manifold", lambda *_: looked.append(1))
     for step in range(10):
         set_gradients(weights, step)
         for k, weight in enumerate(weights):
@@ -390,7 +390,7 @@ def test_temporaries_are_what_a_retraction_claims(rule, retraction, shape, block
     opt = RULES[rule](weights, retraction=retraction, metric=metric)
     run(weights, opt, 2)
     set_gradients(weights, 9)
-    monkeypatch.setattr(Bucket, "ask_for", lambda *_: None)
+    monkeypatch.setattr(Bucket, "probe_memory", lambda *_: None)
     with Memory() as memory:
         opt.step()
     pieces = [next(bucket.chunks()).stop * bucket.p * bucket.n * 4 for bucket in buckets_of(opt)]

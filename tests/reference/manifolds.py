@@ -113,7 +113,7 @@ def descend(
             direction = u + momentum * m if nesterov else m
         else:
             m = (1 - betas[0]) * u + (0.0 if m is None else betas[0] * m)
-            square = geometry.square(start, u)
+            square = geometry.component_squares(start, u)
             square = square.mean() if second_moment == "block" else square
             v = betas[1] * v + (1 - betas[1]) * square
             largest = v if largest is None else torch.maximum(largest, v)
