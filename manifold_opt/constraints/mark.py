@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 
 from ..manifolds import Positive, Spectral, UnitNorm
-from ..manifolds.geoopt import constraint_from
+from ..manifolds.geoopt import wrap
 from .validation import get_parameter, marked
 
 T = TypeVar("T", bound=Tensor)
@@ -191,4 +191,4 @@ def mark_manifold(target: Any, name: Any = None, manifold: Any = None) -> Any:
         get_parameter("mark_manifold", target, name)  # or it says what is wrong with the name
     elif manifold is None:
         name, manifold = None, name
-    return marked("mark_manifold", target, name, constraint_from(manifold))
+    return marked("mark_manifold", target, name, wrap(manifold))

@@ -47,7 +47,7 @@ def find_off_manifold(
         try:
             off, values = constraint.find_off_manifold(points, slack)
         except ValueError as refusal:
-            if isinstance(part, BlockLayout) and part.is_tall(part.rows(parameter.detach(), copy=True)):
+            if isinstance(part, BlockLayout) and part.is_tall(part.to_rows(parameter.detach(), copy=True)):
                 points = points.mT  # as they lie in the parameter, for their shape to be said
             place, reason = _first_refused(constraint, points, slack) or (0, refusal)
             alone = sum(map(len, batches)) == 1

@@ -1,4 +1,4 @@
-"""The manifolds that parameters can be kept on, one file each."""
+"""Manifolds that parameters can be constrained to, one file each."""
 
 from .base import Manifold
 from .geoopt import Geoopt

@@ -1,4 +1,4 @@
-"""What the optimizers need to know of a constraint."""
+"""Base class of the manifolds: the interface between a constraint and the optimizers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from .layout import Layout, Shape, SliceLayout
 
 
 class Manifold:
-    r"""A constraint by retraction: the points that a marked parameter may be.
+    r"""Constraint of a parameter to a manifold, kept by a retraction.
 
-    Every function takes a batch of points ``x``, ``(B, ..., *point)``, decides about each point by itself, and is
-    pure. A subclass is a frozen dataclass of what it is made of, numbers, strings and tuples of such, which a
-    checkpoint records, and has at least :meth:`riemannian_gradient`, :meth:`retract`, :meth:`project_point`
-    and :meth:`error`. With one line in :data:`~manifold_opt.MANIFOLDS` it is known by its name.
+    Every method takes a batch of points ``x``, ``(B, ..., *point)``, treats each point independently and has no side
+    effects. A subclass is a frozen dataclass whose fields are numbers, strings or tuples of them, so that a checkpoint
+    can record it. It implements at least :meth:`riemannian_gradient`, :meth:`retract`, :meth:`project_point`
+    and :meth:`error`. An entry in :data:`~manifold_opt.MANIFOLDS` registers it by name.
 
     Attributes:
-        dims: how many dimensions of a parameter, the last ones, are one point; those before count points.
-        dim: the dimension along which :meth:`free_rows` counts.
-        decays: whether decoupled weight decay acts: :math:`(1 - t) x` of a point is one, :math:`0 \le t < 1`.
-        penalized: whether an L2 penalty does: by its gradient.
-        complex: whether complex parameters can be points.
+        point_ndim: number of trailing dimensions of a parameter that form one point; the others are batch dimensions.
+        dim: the dimension that :meth:`free_rows` refers to.
+        allows_decoupled_decay: True if decoupled weight decay applies: for a point x and :math:`0 \le t < 1`,
+            :math:`(1 - t) x` is a point too.
+        allows_l2_penalty: True if an L2 penalty applies, through its gradient.
+        allows_complex: True if complex parameters are supported.
+        point_name: name of a point in error messages.
 
     >>> from dataclasses import dataclass
     >>> import torch
     >>> from manifold_opt import Adam, Manifold, mark_manifold
     >>> @dataclass(frozen=True)
     ... class Centred(Manifold):  # vectors whose entries add up to zero
-    ...     dims = 1
+    ...     point_ndim = 1
     ...     def riemannian_gradient(self, x, g):
     ...         return g - g.mean(-1, keepdim=True)
     ...     def retract(self, x, v):
@@ -47,81 +49,82 @@ class Manifold:
     (tensor([-2.6667, -0.6667,  3.3333]), tensor(True))
     """
 
-    dims = 0
+    point_ndim = 0
     dim = 0
     allows_decoupled_decay = False
     allows_l2_penalty = False
     allows_complex = False
-    point_name = "point"  # in messages
+    point_name = "point"
 
     def layouts(self, shape: Shape) -> tuple[Layout, ...]:  # noqa: ARG002
-        """Where the points of a parameter of this shape lie, if not in its last dimensions.
+        """Return the layouts of the points in a parameter of this shape; by default its last dimensions are a point.
 
-        :class:`~manifold_opt.manifolds.layout.SliceLayout` along another dimension, or
+        Override it with a :class:`~manifold_opt.manifolds.layout.SliceLayout` along another dimension, or with
         :class:`~manifold_opt.manifolds.layout.BlockLayout`.
         """
-        return (SliceLayout(self.dims),)
+        return (SliceLayout(self.point_ndim),)
 
     def free_rows(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
-        """Start and length along ``dim`` of what is in no part of it, and is trained as torch trains it."""
+        """Return start and length along ``dim`` of the rows outside every layout; they train as with torch.optim."""
         return []
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """The Riemannian gradient at ``x`` of a function with Euclidean gradient ``g``."""
+        """Return the Riemannian gradient at ``x`` of a function with Euclidean gradient ``g``."""
         raise NotImplementedError
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The next point, ``x`` for a zero tangent ``v``, and to first order ``x + v``."""
+        """Retract the tangent ``v`` at ``x``: return ``x`` for ``v = 0``, and ``x + v`` to first order."""
         raise NotImplementedError
 
     def project_tangent(self, x: Tensor, d: Tensor) -> Tensor:
-        """The tangent at ``x`` that is nearest to ``d``: an element-wise rescaled one, or one from elsewhere.
+        """Return the tangent at ``x`` that is nearest to ``d``.
 
-        The gradient of the surrounding space is projected so too, where the metric is that of the surrounding space.
+        ``d`` is a tangent that was rescaled element by element, or a tangent at another point. In the metric of the
+        surrounding space this is the map of :meth:`riemannian_gradient`, the default.
         """
         return self.riemannian_gradient(x, d)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        """The tangent ``v`` at ``x`` as one at ``y``, where a step has led to; linear in ``v``."""
+        """Transport the tangent ``v`` from ``x`` to ``y``, the end of a step; linear in ``v``."""
         return self.project_tangent(y, v)
 
     def project_point(self, x: Tensor) -> Tensor:
-        """The nearest point, from anywhere. A ValueError where there is none."""
+        """Return the nearest points of the manifold; raise a ValueError if there is none."""
         raise NotImplementedError
 
     def error(self, x: Tensor) -> Tensor:
-        """How far from the manifold, ``(B, ...)``, in float64."""
+        """Return the distances from the manifold, ``(B, ...)``, in float64."""
         raise NotImplementedError
 
     def tolerance(self, x: Tensor) -> float:
-        """Largest error that is of rounding."""
+        """Return the largest :meth:`error` that rounding explains."""
         return 16 * torch.finfo(x.dtype).eps * max(1, x[0].numel()) ** 0.5
 
     def component_squares(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
-        """What Adam's second moment averages of a Riemannian gradient ``u``.
+        """Return the squares of a Riemannian gradient ``u`` that Adam's second moment averages.
 
-        The square of every entry in the metric, which add up to that of its length; or the square of its length, one
-        number a point, which broadcasts. Of complex entries the real and the imaginary part squared, each by itself.
+        They are either one per entry, adding up to the squared norm in the metric, or the squared norm, one value per
+        point that broadcasts. For complex entries the real and the imaginary part are squared separately.
         """
         return torch.complex(u.real.square(), u.imag.square()) if u.is_complex() else u * u
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """Why a parameter cannot be marked so, as the end of a sentence that begins with its name."""
-        if tensor.ndim < self.dims:
-            return f"has shape {tuple(tensor.shape)}; a point of {self} has {self.dims} dimensions."
+        """Return why the parameter cannot be marked, to follow its name in an error message, or None if it can."""
+        if tensor.ndim < self.point_ndim:
+            return f"has shape {tuple(tensor.shape)}; a point of {self} has {self.point_ndim} dimensions."
         return None
 
     def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Which points are off by more than rounding and ``slack``, and the nearest values of those."""
+        """Return a mask of the points whose error exceeds both rounding and ``slack``, and their nearest points."""
         off = ~(self.error(x) <= max(self.tolerance(x), slack))  # a NaN is off
         return off, self.project_point(x[off].to(working_dtype(x.dtype))).to(x) if bool(off.any()) else x[off]
 
     def index_of(self, point: int) -> int:
-        """The index by which a message names a point, counted over all parts."""
+        """Return the index of a point for error messages, given its position over all layouts."""
         return point
 
     def unserializable_reason(self) -> str | None:
-        """Why a checkpoint cannot record it, as the end of a sentence that begins with its name."""
+        """Return why a checkpoint cannot record it, to follow its name in an error message, or None if it can."""
         parameters = getattr(self, "__dataclass_params__", None)
         if parameters is None or not parameters.frozen or "__dataclass_fields__" not in vars(type(self)):
             return "must be a dataclass that does not change: put @dataclass(frozen=True) above it."
@@ -131,7 +134,7 @@ class Manifold:
         return None
 
     def config(self) -> tuple[Any, ...]:
-        """What it is made of, as a checkpoint records it."""
+        """Return the values of the fields, as a checkpoint records them."""
         return tuple(getattr(self, field) for field in getattr(self, "__dataclass_fields__", ()))
 
 

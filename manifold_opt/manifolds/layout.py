@@ -1,7 +1,7 @@
-"""Where the points of a parameter lie: from a tensor to a batch of points and back, without a copy where one can be.
+"""Layouts: map a tensor to a batch of points and back, as a view if possible.
 
-A *part* of a parameter is a region whose points are alike. It is seen in two steps: its ``rows``, a tensor that other
-tensors' rows can be stacked on, and the ``points`` of such a stack, whatever its height.
+A layout describes a region of a parameter whose points have the same shape. The map has two steps: ``to_rows`` returns
+a tensor that can be concatenated with the rows of other parameters, and ``to_points`` the points of such a tensor.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Shape = tuple[int, ...] | torch.Size
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Equal blocks, one after the other, as wide matrices ``(B, p, n)``: tall ones come transposed.
+    """Layout of equal, consecutive blocks as wide matrices ``(B, p, n)``; tall blocks are transposed.
 
     Attributes:
-        size: rows of one block, columns where ``dim`` is 1.
-        dim: dimension along which the blocks follow one another, 0 (rows) or 1 (columns).
-        start: the first of the rows (columns) that they take up.
-        length: how many those are; all of them where it is None.
-        flatten: whether dimensions beyond the second are flattened, to (first, rest); else all but the last two
-            count matrices.
-        first: the dimension that the rows are, when flattened.
+        size: rows per block, or columns if ``dim`` is 1.
+        dim: dimension along which the blocks are stacked, 0 (rows) or 1 (columns).
+        start: first row (column) of the blocks.
+        length: number of rows (columns) of all blocks; None is all of the tensor.
+        flatten: True flattens dimensions beyond the second to (first, rest); False treats all but the last two
+            as batch dimensions.
+        row_dim: dimension that becomes the rows when the tensor is flattened.
     """
 
     size: int
@@ -35,56 +35,56 @@ class BlockLayout:
     start: int = 0
     length: int | None = None
     flatten: bool = True
-    first: int = 0
-    dims = 2  # of a point
+    row_dim: int = 0
+    point_ndim = 2
 
-    def rows(self, tensor: Tensor, *, copy: bool = False) -> Tensor:
-        """The tensor as one matrix, or the rows (columns) of it that are these blocks'.
+    def to_rows(self, tensor: Tensor, *, copy: bool = False) -> Tensor:
+        """Return the rows (columns) of the blocks, with the tensor flattened to a matrix.
 
         Raises:
-            RuntimeError: it lies so that it cannot be seen as a matrix, and may not be copied.
+            RuntimeError: ``copy`` is False and the strides do not allow a view.
         """
         matrix = tensor
-        if tensor.ndim > 2 or self.first:
-            moved = tensor.movedim(self.first, 0) if self.first else tensor
+        if tensor.ndim > 2 or self.row_dim:
+            moved = tensor.movedim(self.row_dim, 0) if self.row_dim else tensor
             shape = (moved.shape[0], -1) if self.flatten else (-1, moved.shape[-1])
             matrix = moved.reshape(shape) if copy else moved.view(shape)
         return matrix if self.length is None else matrix.narrow(self.dim, self.start, self.length)
 
-    def points(self, rows: Tensor) -> Tensor:
-        """Wide blocks ``(B, p, n)`` of rows, a view."""
+    def to_points(self, rows: Tensor) -> Tensor:
+        """Return the wide blocks ``(B, p, n)`` of some rows, a view."""
         stacked: Tensor = rows.unflatten(self.dim, (-1, self.size)).movedim(self.dim, 0)  # type: ignore[no-untyped-call]
         return stacked.mT if stacked.shape[-2] > stacked.shape[-1] else stacked
 
     def is_tall(self, rows: Tensor) -> bool:
-        """Whether the blocks of some rows have more rows than columns."""
+        """Return True if the blocks have more rows than columns."""
         other = rows.shape[1 - self.dim]
         return self.size < other if self.dim else self.size > other
 
     def block_numel(self, shape: Shape) -> int:
-        """Of one block, in a tensor of a shape."""
+        """Return the number of entries of one block in a tensor of this shape."""
         if not self.flatten:
             return self.size * shape[-1]
-        along = shape[self.first] if self.first else shape[self.dim]
+        along = shape[self.row_dim] if self.row_dim else shape[self.dim]
         return self.size * (math.prod(shape) // along)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Wide blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""
-        return self.points(self.rows(tensor))
+        """Return the wide blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""
+        return self.to_points(self.to_rows(tensor))
 
     def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
-        """The inverse of :meth:`rows` where the blocks are all there is: rows as a view of a tensor's shape."""
-        if not self.first:
+        """Invert :meth:`to_rows` if the blocks cover the whole tensor: return a view of its shape."""
+        if not self.row_dim:
             return rows.view(shape)
-        moved = (shape[self.first], *shape[: self.first], *shape[self.first + 1 :])
-        return rows.view(moved).movedim(0, self.first)
+        moved = (shape[self.row_dim], *shape[: self.row_dim], *shape[self.row_dim + 1 :])
+        return rows.view(moved).movedim(0, self.row_dim)
 
 
 def block_view(tensor: Tensor, blocks: int, dim: int = 0) -> Tensor:
-    """The blocks of a tensor as wide matrices ``(blocks, p, n)``, a view: writing to it writes to the tensor.
+    """Return the blocks of a tensor as wide matrices ``(blocks, p, n)``, a view: writing to it writes to the tensor.
 
     ``dim`` 0 cuts the rows, 1 the columns. More than two dimensions are flattened to (first, rest) as
-    ``torch.nn.init.orthogonal_`` does. Tall blocks come transposed, so that ``p <= n`` always.
+    ``torch.nn.init.orthogonal_`` does. Tall blocks are transposed, so that ``p <= n``.
 
     Args:
         tensor: ``(rows, columns)`` or ``(rows, ...)``.
@@ -108,36 +108,36 @@ def block_view(tensor: Tensor, blocks: int, dim: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class SliceLayout:
-    """The slices of a tensor along one dimension, or the tensor as it is, as points ``(B, ..., *point)``.
+    """Layout of slices along one dimension, or of trailing dimensions, as points ``(B, ..., *point)``.
 
     Attributes:
-        dims: number of dimensions of a point, the last ones.
-        dim: dimension that is moved to the front; None leaves the tensor as it is.
-        start: the first of the slices.
-        length: how many they are; all of them where it is None.
+        point_ndim: number of trailing dimensions that form a point.
+        dim: dimension that is moved to the front; None moves none.
+        start: first slice.
+        length: number of slices; None is all of them.
     """
 
-    dims: int
+    point_ndim: int
     dim: int | None = None
     start: int = 0
     length: int | None = None
 
-    def rows(self, tensor: Tensor, *, copy: bool = False) -> Tensor:  # noqa: ARG002 - a view, always
-        """The slices, ``(B, ...)``; a tensor that is one point becomes a batch of one."""
+    def to_rows(self, tensor: Tensor, *, copy: bool = False) -> Tensor:  # noqa: ARG002
+        """Return the slices ``(B, ...)``, always a view; a tensor that is one point becomes a batch of one."""
         moved = tensor.movedim(self.dim, 0) if self.dim else tensor
-        moved = moved if moved.ndim > self.dims else moved.unsqueeze(0)
+        moved = moved if moved.ndim > self.point_ndim else moved.unsqueeze(0)
         return moved if self.length is None else moved.narrow(0, self.start, self.length)
 
-    def points(self, rows: Tensor) -> Tensor:
-        """The rows as they are."""
+    def to_points(self, rows: Tensor) -> Tensor:
+        """Return the rows unchanged."""
         return rows
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Points of a tensor, a view: writing to it writes to the tensor."""
-        return self.rows(tensor)
+        """Return the points of a tensor, a view: writing to it writes to the tensor."""
+        return self.to_rows(tensor)
 
     def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
-        """The inverse of :meth:`rows` where the slices are all there is."""
+        """Invert :meth:`to_rows` if the slices cover the whole tensor."""
         if not self.dim:
             return rows.view(shape)
         return rows.view(shape[self.dim], *shape[: self.dim], *shape[self.dim + 1 :]).movedim(0, self.dim)
@@ -147,10 +147,10 @@ Layout = BlockLayout | SliceLayout
 
 
 def overlap_problem(tensor: Tensor) -> str | None:
-    """What is wrong with a tensor two of whose entries may lie in one place, as the end of a sentence; None if none do.
+    """Return a message, to follow the tensor's name, if two of its entries may share memory; else None.
 
-    None do if every stride is longer than the entries along the shorter strides reach. (There are layouts without an
-    overlap that are not so. They are refused too.)
+    Entries are known to be distinct if every stride exceeds the extent of all shorter strides. A few layouts without
+    overlap fail this test; they are rejected too.
     """
     reach = 0
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -161,48 +161,48 @@ def overlap_problem(tensor: Tensor) -> str | None:
     return None
 
 
-def get_points(part: Layout, tensor: Tensor) -> Tensor:
-    """The points of a tensor: a view where that can be, else a copy."""
-    return part.points(part.rows(tensor, copy=True))
+def get_points(layout: Layout, tensor: Tensor) -> Tensor:
+    """Return the points of a tensor: a view if its strides allow one, else a copy."""
+    return layout.to_points(layout.to_rows(tensor, copy=True))
 
 
-def is_viewable(part: Layout, tensor: Tensor) -> bool:
-    """Whether the points of a tensor can be written to where they are."""
+def is_viewable(layout: Layout, tensor: Tensor) -> bool:
+    """Return True if the points of a tensor can be viewed, and so be written to in place."""
     try:
-        part.view(tensor)
+        layout.view(tensor)
     except RuntimeError:
         return False
     return True
 
 
-def is_writable(parts: tuple[Layout, ...], tensor: Tensor) -> bool:
-    """Whether the points of a tensor can be written to, where they are or, if they are all there is, by a copy."""
-    if all(is_viewable(part, tensor) for part in parts):
+def is_writable(layouts: tuple[Layout, ...], tensor: Tensor) -> bool:
+    """Return True if the points of a tensor can be written to: through a view, or by a copy of the whole tensor."""
+    if all(is_viewable(layout, tensor) for layout in layouts):
         return True
-    part = parts[0]
-    if len(parts) > 1 or (isinstance(part, BlockLayout) and part.length is not None):
+    layout = layouts[0]
+    if len(layouts) > 1 or (isinstance(layout, BlockLayout) and layout.length is not None):
         return False
     try:
-        get_points(part, tensor)
+        get_points(layout, tensor)
     except RuntimeError:
         return False
     return True
 
 
-def set_points_(part: Layout, tensor: Tensor, which: Any, values: Tensor) -> None:
-    """Write ``values`` to the points of a tensor that ``which``, a mask or an index, says."""
-    lying = tensor if is_viewable(part, tensor) else tensor.contiguous()
-    rows = part.rows(lying, copy=True)
-    points = part.points(rows)
-    points[which] = values
-    if not is_viewable(part, lying):
-        lying = part.from_rows(rows, tensor.shape)
-    if lying is not tensor:
-        tensor.copy_(lying)
+def set_points_(layout: Layout, tensor: Tensor, mask: Any, values: Tensor) -> None:
+    """Write ``values`` to the points of a tensor selected by ``mask``, a mask or an index."""
+    viewable = tensor if is_viewable(layout, tensor) else tensor.contiguous()
+    rows = layout.to_rows(viewable, copy=True)
+    points = layout.to_points(rows)
+    points[mask] = values
+    if not is_viewable(layout, viewable):
+        viewable = layout.from_rows(rows, tensor.shape)
+    if viewable is not tensor:
+        tensor.copy_(viewable)
 
 
-def point_norm(points: Tensor, dims: int, *, keepdim: bool = False) -> Tensor:
-    """Euclidean norm of every point ``(B, ..., *point)``, the last ``dims`` dimensions."""
-    if not dims:
+def point_norm(points: Tensor, point_ndim: int, *, keepdim: bool = False) -> Tensor:
+    """Return the Euclidean norm of every point ``(B, ..., *point)`` over its last ``point_ndim`` dimensions."""
+    if not point_ndim:
         return points.abs()
-    return torch.linalg.vector_norm(points, dim=tuple(range(-dims, 0)), keepdim=keepdim)
+    return torch.linalg.vector_norm(points, dim=tuple(range(-point_ndim, 0)), keepdim=keepdim)

@@ -1,4 +1,4 @@
-"""Orthogonal blocks: each is ``gain`` times a point of the Stiefel manifold."""
+"""Manifold of parameters with orthogonal blocks: each block is ``gain`` times a point of the Stiefel manifold."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True, repr=False)
 class Orthogonal(Manifold):
-    """The constraint of a parameter marked as orthogonal: every block is ``gain`` times an orthogonal matrix.
+    """Constraint of a parameter marked as orthogonal: every block is ``gain`` times an orthogonal matrix.
 
     Attributes:
         blocks: number of equal blocks stacked along ``dim``, or the rows (columns) of each.
         dim: dimension along which they are stacked.
         gain: the singular values of every block.
-        which: the blocks that are orthogonal, by number; None is all of them. The others are free.
-        flatten: whether dimensions beyond the second are flattened, to (first, rest); else the last two are one of a
-            batch of matrices, each of which has so many blocks.
+        which: indices of the orthogonal blocks; None is all of them. The other blocks are unconstrained.
+        flatten: True flattens dimensions beyond the second to (first, rest). False treats the parameter as a batch of
+            matrices, its last two dimensions; ``blocks`` then applies to each matrix.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal
@@ -52,87 +52,87 @@ class Orthogonal(Manifold):
         return f"Orthogonal({shown})"
 
     def block_sizes(self, shape: Shape) -> tuple[int, ...]:
-        """Rows (columns) of every block, of one matrix where there is a batch."""
+        """Return the rows (columns) of every block; for a batch, of one matrix."""
         length = shape[self.dim] if self.flatten else shape[-2]
         return self.blocks if isinstance(self.blocks, tuple) else (length // self.blocks,) * self.blocks
 
     def layouts(self, shape: Shape) -> tuple[BlockLayout, ...]:
-        """Blocks of one size that follow one another, ``(B, p, n)`` each."""
+        """Return one layout ``(B, p, n)`` per run of consecutive marked blocks of equal size."""
         if not self.flatten:
             return (BlockLayout(self.block_sizes(shape)[0], flatten=False),)
         if self.which is None and isinstance(self.blocks, int):
             return (BlockLayout(shape[self.dim] // self.blocks, self.dim),)
-        alike = [
+        runs = [
             (size, [interval for _, _, interval in run])
             for (size, marked), run in itertools.groupby(self._intervals(shape), key=lambda block: block[:2])
             if marked
         ]
         whole = shape[self.dim]
         return tuple(
-            BlockLayout(size, self.dim, *(_span(run) if _span(run)[1] < whole else (0, None))) for size, run in alike
+            BlockLayout(size, self.dim, *(_span(run) if _span(run)[1] < whole else (0, None))) for size, run in runs
         )
 
     def free_rows(self, shape: Shape) -> list[Interval]:
-        """Start and length along ``dim`` of the rows (columns) that are in no orthogonal block."""
+        """Return start and length along ``dim`` of the rows (columns) outside the orthogonal blocks."""
         if self.which is None:
             return []
         runs = itertools.groupby(self._intervals(shape), key=lambda block: block[1])
         return [_span([interval for _, _, interval in run]) for marked, run in runs if not marked]
 
     def _intervals(self, shape: Shape) -> list[tuple[int, bool, Interval]]:
-        """Of every block its size, whether it is marked, and start and length."""
+        """Return the size of every block, whether it is marked, and its start and length."""
         sizes = self.block_sizes(shape)
         starts = itertools.accumulate((0, *sizes[:-1]))
         marked = range(len(sizes)) if self.which is None else self.which
         return [(size, k in marked, (start, size)) for k, (size, start) in enumerate(zip(sizes, starts, strict=True))]
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """The Riemannian gradient in the Euclidean metric."""
+        """Return the Riemannian gradient in the Euclidean metric."""
         return riemannian_gradient(x / self.gain, g)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The polar retraction; the optimizers take the one that their ``retraction`` says."""
+        """Apply the polar retraction; the optimizers use their own ``retraction`` option instead."""
         return self.gain * polar(x / self.gain, v / self.gain)
 
     def project_point(self, x: Tensor) -> Tensor:
-        """The polar factor, in float64."""
+        """Return the polar factors, computed in float64."""
         return self.gain * nearest_orthogonal(x / self.gain)
 
     def error(self, x: Tensor) -> Tensor:
-        r""":math:`\|I - W W^\top\|_F` of each block divided by its gain."""
+        r"""Return :math:`\|I - W W^\top\|_F` of each block W, after division by the gain."""
         return error(x / self.gain)
 
     def tolerance(self, x: Tensor) -> float:
-        """A few units of roundoff a row."""
+        """Return an error of a few units of roundoff per row."""
         return error_at_rounding(x.shape[-2], x.shape[-1], x.dtype)
 
     def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
-        """As for any manifold; ``slack`` is an error a row."""
+        """Return a mask and the nearest points, as for any manifold; ``slack`` is an error per row."""
         return super().find_off_manifold(x, slack * x.shape[-2] ** 0.5)
 
     def index_of(self, point: int) -> int:
-        """The number of a block among all blocks, marked or not."""
+        """Return the index of a block among all blocks, marked or not."""
         return point if self.which is None else self.which[point]
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """Blocks that do not fit the shape, a gain out of range, strides that cannot be seen as a matrix."""
-        return _problem(self, tensor)
+        """Reject blocks that do not fit the shape, a gain out of range, and strides that do not allow a matrix view."""
+        return _invalid_reason(self, tensor)
 
 
 def _span(run: list[Interval]) -> Interval:
     return run[0][0], sum(length for _, length in run)
 
 
-def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
+def _invalid_reason(c: Orthogonal, tensor: Tensor) -> str | None:
     shape = tuple(tensor.shape)
     if tensor.ndim < 2:
         return f"must have at least 2 dimensions, got shape {shape}; a vector has no orthogonal blocks."
     if not isinstance(c.flatten, bool):
         return f"needs flatten=True or False, got {c.flatten!r}."
-    whole = isinstance(c.dim, int) and not isinstance(c.dim, bool)
-    if not whole or c.dim not in (0, 1) or (c.dim == 1 and tensor.ndim != 2):
+    is_int = isinstance(c.dim, int) and not isinstance(c.dim, bool)
+    if not is_int or c.dim not in (0, 1) or (c.dim == 1 and tensor.ndim != 2):
         return f"has shape {shape}; its blocks are stacked along dim 0, or dim 1 of a matrix, got dim={c.dim!r}."
-    problem = _problem_of_blocks(c, shape) or _problem_of_which(c)
+    problem = _invalid_blocks_reason(c, shape) or _invalid_which_reason(c)
     if problem:
         return problem
     if not (isinstance(c.gain, (int, float)) and 0 < c.gain < math.inf):
@@ -147,7 +147,7 @@ def _problem(c: Orthogonal, tensor: Tensor) -> str | None:
     return None
 
 
-def _problem_of_blocks(c: Orthogonal, shape: Shape) -> str | None:
+def _invalid_blocks_reason(c: Orthogonal, shape: Shape) -> str | None:
     blocks, dim = c.blocks, c.dim if c.flatten else len(shape) - 2
     length = shape[dim]
     if not c.flatten and (isinstance(blocks, tuple) or c.which is not None or c.dim != 0):
@@ -169,7 +169,7 @@ def _problem_of_blocks(c: Orthogonal, shape: Shape) -> str | None:
     return None
 
 
-def _problem_of_which(c: Orthogonal) -> str | None:
+def _invalid_which_reason(c: Orthogonal) -> str | None:
     if c.which is None:
         return None
     count = len(c.blocks) if isinstance(c.blocks, tuple) else c.blocks

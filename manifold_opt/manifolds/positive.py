@@ -1,4 +1,4 @@
-"""Positive entries, by the exponential retraction of the positive reals."""
+"""Manifold of parameters with positive entries, with the exponential map of the positive reals as retraction."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from .base import Manifold
 
 @dataclass(frozen=True)
 class Positive(Manifold):
-    r"""The constraint of a parameter whose entries are positive.
+    r"""Constraint of a parameter whose entries are positive.
 
-    In the metric :math:`\langle u, v\rangle_x = uv/x^2`, where :math:`\log x` is a straight coordinate: the Riemannian
-    gradient is :math:`x^2 g`, and the exponential map :math:`x e^{v/x}`. A step multiplies, by at most e with Adam at
-    a learning rate of one, whatever the scale of x.
+    In the metric :math:`\langle u, v\rangle_x = uv/x^2`, which is flat in the coordinate :math:`\log x`, the Riemannian
+    gradient is :math:`x^2 g` and the exponential map :math:`x e^{v/x}`. A step multiplies x by a factor that does not
+    depend on the scale of x: at most e with Adam at a learning rate of one.
     """
 
     allows_decoupled_decay = allows_l2_penalty = True
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """:math:`x^2 g`."""
+        """Return :math:`x^2 g`."""
         return x * (x * g)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """:math:`x e^{v/x}`, kept within what the dtype can hold and still square."""
+        """Return :math:`x e^{v/x}`, clamped to the range whose squares are normal numbers of the dtype."""
         return (x * (v / x).exp()).clamp(*_limits(x.dtype))
 
     def project_tangent(self, x: Tensor, d: Tensor) -> Tensor:  # noqa: ARG002
-        """All numbers are."""
+        """Return ``d``: every real number is a tangent."""
         return d
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """:math:`(v/x) y`: parallel along the step."""
+        """Return :math:`(v/x) y`, the parallel transport along the step."""
         return (v / x) * y
 
     def component_squares(self, x: Tensor, u: Tensor) -> Tensor:
-        """:math:`u^2/x^2`, its square in the metric."""
+        """Return :math:`u^2/x^2`, the square of the tangent in the metric."""
         return (u / x) ** 2
 
     def project_point(self, x: Tensor) -> Tensor:
-        """Positive entries themselves; of others there is none, as the positive reals have no smallest."""
+        """Return ``x``; raise a ValueError unless it is positive: other values have no nearest point."""
         least, most = _limits(x.dtype)
-        off = x[~((x > 0.98 * least) & (x < 1.02 * most))]  # those are rounded themselves
+        off = x[~((x > 0.98 * least) & (x < 1.02 * most))]  # tolerates the rounding of clamped values
         if len(off):
             raise ValueError(
                 f"entries that are not positive and finite, or whose squares are not, such as {float(off[0]):.3g}: "
@@ -55,23 +55,23 @@ class Positive(Manifold):
         return x
 
     def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Which are not positive: none, or a ValueError."""
+        """Return an empty mask and no corrections; raise a ValueError unless all entries are positive."""
         return ~(self.project_point(x) > 0), x.new_empty(0)
 
     def error(self, x: Tensor) -> Tensor:
-        """How far below the smallest of the dtype; NaN of what is not finite."""
+        """Return how far an entry is below the smallest normal number of the dtype; NaN if it is not finite."""
         exact = float64(x)
         below = torch.where(exact > 0, 0, torch.finfo(x.dtype).tiny - exact)
         return torch.where(exact.isfinite(), below, torch.nan)
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """A dtype in which small numbers are zero."""
+        """Reject float16, in which small numbers underflow to zero."""
         if tensor.dtype is torch.float16:
             return "has dtype torch.float16, where all below 3e-8 is zero; keep it in bfloat16 or float32."
         return None
 
 
 def _limits(dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the most whose squares a dtype can hold."""
+    """Return the smallest and the largest number whose squares a dtype can represent."""
     limits = torch.finfo(dtype)
     return limits.tiny**0.5, limits.max**0.5

@@ -1,8 +1,8 @@
-"""A constraint as primitives: what a parameter is tagged with, and what an optimizer's state holds.
+"""Records: constraints as tuples of primitives, for the tags of parameters and for optimizer state.
 
-A record is a tuple of the constraint's name and of what it is made of. A parameter is tagged with that, so that one
-saved by itself loads with ``weights_only=True``, and where this package is not installed. An optimizer's state has the
-bytes of its JSON, for states hold tensors.
+A record is a tuple of the constraint's name and the values of its fields. Parameters are tagged with records, so that
+a saved parameter loads with ``weights_only=True`` and without this package. Optimizer state contains the bytes of the
+record's JSON, because its entries have to be tensors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from . import MANIFOLDS, Manifold
 
 Record = tuple[Any, ...]
-_OWN = frozenset(MANIFOLDS.values()) - {MANIFOLDS["geoopt"]}  # those that their record says in full
-_constraints: dict[Record, Manifold] = {}  # by their tags: the same object every time, for every step asks
-_read: dict[bytes, Record | None] = {}  # what tensors hold
+_OWN = frozenset(MANIFOLDS.values()) - {MANIFOLDS["geoopt"]}  # constraints that their record determines completely
+_constraints: dict[Record, Manifold] = {}  # by tag; cached because every step reads it
+_read: dict[bytes, Record | None] = {}  # cache of record_from_tensor
 
 
 def serialize(constraint: Manifold | None) -> Record | None:
-    """A constraint as primitives: its name, and what it is made of. None of None."""
+    """Return the record of a constraint: its name and the values of its fields. None for None."""
     if constraint is None:
         return None
     kind = type(constraint)
@@ -31,35 +31,35 @@ def serialize(constraint: Manifold | None) -> Record | None:
 
 
 def deserialize(record: Record) -> Manifold | None:
-    """The constraint that a record says, where it is of this package or known by its name; None of another."""
+    """Return the constraint of a record; None if its class is not in ``MANIFOLDS`` or its fields do not fit."""
     name, *options = record
     if name not in MANIFOLDS or MANIFOLDS[name] is MANIFOLDS["geoopt"]:
         return None
     try:
         return MANIFOLDS[name](*options)
-    except TypeError:  # of another version, which makes it of something else
+    except TypeError:  # another version has other fields
         return None
 
 
-def describe(record: Record) -> str:
-    """A record in words, for a message."""
+def format_constraint(record: Record) -> str:
+    """Return a record as text for a message."""
     known = deserialize(record)
     return repr(known) if known is not None else f"{record[0]}({', '.join(map(str, record[1:]))})"
 
 
 def is_record_of(record: Record, constraint: Manifold | None) -> bool:
-    """Return True if a record says this constraint; one of an earlier version may have fewer options."""
+    """Return True if a record is that of this constraint; earlier versions recorded fewer fields."""
     known, full = deserialize(record), serialize(constraint)
     return record == full or known == constraint or (full is not None and record == full[: len(record)])
 
 
 def constraint_to_tag(constraint: Manifold) -> Any:
-    """What a parameter is tagged with: a record, or the constraint itself where a record does not say it in full."""
+    """Return the tag of a parameter: a record, or the constraint itself if a record does not determine it."""
     return serialize(constraint) if type(constraint) in _OWN else constraint
 
 
 def constraint_from_tag(tag: Any) -> Any:
-    """The inverse of :func:`constraint_to_tag`."""
+    """Return the constraint of a tag, the inverse of :func:`constraint_to_tag`; raise a ValueError if it is unknown."""
     if type(tag) is not tuple:
         return tag
     known = _constraints.get(tag)
@@ -77,7 +77,7 @@ def constraint_from_tag(tag: Any) -> Any:
 def record_to_tensor(record: Record) -> Tensor:
     """Return a record as a tensor: the bytes of its JSON, on the CPU.
 
-    They are float32, as the other entries of a state are floating-point: code that scales or averages all of them can.
+    They are float32, because some code scales or averages all entries of a state.
 
     >>> from manifold_opt.manifolds.records import record_to_tensor
     >>> bytes(record_to_tensor(("unit_norm", 0)).byte().tolist()).decode()
@@ -87,10 +87,10 @@ def record_to_tensor(record: Record) -> Tensor:
 
 
 def record_from_tensor(tensor: Any) -> Record | None:
-    """Return the record that a tensor holds, whatever dtype it was loaded as; None if it holds none.
+    """Return the record that a tensor encodes, whatever dtype it was loaded as; None if it encodes none.
 
-    A checkpoint of an earlier version has a single one there, and code that resets or averages all tensors of a state
-    has written to it.
+    That is so for checkpoints of earlier versions, which contain a single one, and after code has reset or averaged
+    all tensors of a state.
     """
     if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.is_meta:
         return None
@@ -106,5 +106,5 @@ def record_from_tensor(tensor: Any) -> Record | None:
 
 
 def to_tuples(record: Any) -> Any:
-    """A record whose tuples have become lists on a way that knows none, like JSON's."""
+    """Convert the lists of a record that was read from JSON back to tuples."""
     return tuple(map(to_tuples, record)) if isinstance(record, (list, tuple)) else record

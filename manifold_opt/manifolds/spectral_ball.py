@@ -1,4 +1,4 @@
-"""Matrices of bounded spectral norm: Lipschitz layers."""
+"""Ball of matrices with bounded spectral norm, for Lipschitz layers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .layout import BlockLayout, Shape
 
 @dataclass(frozen=True)
 class Spectral(Manifold):
-    r"""The constraint of a parameter whose largest singular value is at most ``bound``, flattened to (first, rest).
+    r"""Constraint of a parameter, flattened to (first, rest), whose largest singular value is at most ``bound``.
 
-    A ball, with an inside: there a step is that of torch. One that leads outside ends at the nearest point,
+    Inside the ball a step equals that of torch.optim. A step that leaves the ball ends at the nearest point,
     :math:`U \min(S, b) V^\top`.
 
     Attributes:
         bound: the largest singular value allowed.
-        dim: the dimension that the rows are, when flattened: 1 for a transposed convolution.
+        dim: the dimension that becomes the rows when flattened: 1 for a transposed convolution.
     """
 
     allows_decoupled_decay = allows_l2_penalty = True
@@ -31,43 +31,43 @@ class Spectral(Manifold):
     dim: int = 0
 
     def layouts(self, shape: Shape) -> tuple[BlockLayout, ...]:
-        """One matrix ``(1, p, n)``."""
-        return (BlockLayout(shape[self.dim], first=self.dim),)
+        """Return one layout, a single matrix ``(1, p, n)``."""
+        return (BlockLayout(shape[self.dim], row_dim=self.dim),)
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
-        """The gradient itself: the space is flat."""
+        """Return ``g``: the space is flat."""
         return g
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """The nearest point to x + v."""
+        """Return the point nearest to x + v."""
         return clip_singular_values_(x + v, self.bound)
 
     def project_point(self, x: Tensor) -> Tensor:
-        """Singular values cut off at the bound."""
+        """Clip the singular values to the bound."""
         if not bool(x.isfinite().all()):
             raise ValueError("the value has entries that are not finite. Initialize it first.")
-        # By the path that looks at values, from however far.
+        # The CPU path reads values, so it also handles matrices far outside the ball.
         return clip_singular_values_(x.cpu(), self.bound).to(x) if x.device.type != "cpu" else self.retract(x, 0 * x)
 
     def find_off_manifold(self, x: Tensor, allowed: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Which are outside by more than rounding, and their nearest points."""
-        held = x.to(working_dtype(x.dtype))
-        off = self.error(x) > self.tolerance(x) if held is not x else ~within(held, self.bound)
-        return off, self.project_point(held[off]).to(x) if bool(off.any()) else x[off]
+        """Return a mask of the matrices outside the ball by more than rounding, and their nearest points."""
+        values = x.to(working_dtype(x.dtype))
+        off = self.error(x) > self.tolerance(x) if values is not x else ~within(values, self.bound)
+        return off, self.project_point(values[off]).to(x) if bool(off.any()) else x[off]
 
     def error(self, x: Tensor) -> Tensor:
-        """How far the largest singular value is above the bound, as a share of it."""
+        """Return the excess of the largest singular value over the bound, relative to it."""
         finite = x.isfinite().all(-1).all(-1)
         largest = torch.linalg.matrix_norm(float64(torch.where(finite[:, None, None], x, 0)), 2)
         return torch.where(finite.to(largest.device), (largest / self.bound - 1).clamp_min(0), torch.nan)
 
     def tolerance(self, x: Tensor) -> float:
-        """What may be left of a clipped matrix, and what storing it in less than float32 adds."""
+        """Return the rounding error of clipping, plus that of a dtype below float32."""
         stored = torch.finfo(x.dtype).eps if working_dtype(x.dtype) != x.dtype else 0.0
         return slack(x.to(working_dtype(x.dtype))) + stored
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """A bound out of range, a dimension that it has not."""
+        """Reject a bound out of range and a dimension that the tensor does not have."""
         shape = tuple(tensor.shape)
         if tensor.ndim < 2:
             return f"must have at least 2 dimensions, got shape {shape}; a vector has no singular values."

@@ -1,4 +1,4 @@
-"""Slices of unit norm: rows, columns, filters. A product of spheres, the oblique manifold."""
+"""Oblique manifold, a product of spheres: slices (rows, columns or filters) of unit norm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .layout import Shape, SliceLayout, point_norm
 
 @dataclass(frozen=True, repr=False)
 class UnitNorm(Manifold):
-    r"""The constraint of a parameter each of whose slices along ``dim`` has norm one.
+    r"""Constraint of a parameter whose slices along ``dim`` have norm one.
 
-    What torch's weight_norm calls the direction. The tangents at x are :math:`\{v : \langle x, v\rangle = 0\}`, and
-    the retraction is :math:`(x + v)/\|x + v\|`.
+    torch's weight_norm calls such slices directions. The tangents at x are :math:`\{v : \langle x, v\rangle = 0\}`,
+    and the retraction is :math:`(x + v)/\|x + v\|`.
 
     Attributes:
-        dim: the dimension whose slices they are: 0 for the rows of a Linear, the filters of a convolution.
-        padding_idx: a slice that is left out, as the row of zeros of an embedding; None if there is none.
+        dim: the dimension that indexes the slices: 0 for the rows of a Linear or the filters of a convolution.
+        padding_idx: index of a slice without the constraint, as the zero row of an embedding; None if there is none.
 
     Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
     """
@@ -36,7 +36,7 @@ class UnitNorm(Manifold):
         return f"UnitNorm(dim={self.dim}{'' if self.padding_idx is None else f', padding_idx={self.padding_idx}'})"
 
     def layouts(self, shape: Shape) -> tuple[SliceLayout, ...]:
-        """Slices ``(B, ..)``, each one point: all, or those before and those behind the one that is left out."""
+        """Return one layout of all slices, or two that leave out the slice ``padding_idx``."""
         dims, count, k = len(shape) - 1, shape[self.dim], self.padding_idx
         if k is None:
             return (SliceLayout(dims, self.dim),)
@@ -44,25 +44,25 @@ class UnitNorm(Manifold):
         return tuple(SliceLayout(dims, self.dim, start, length) for start, length in runs if length)
 
     def free_rows(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
-        """The slice that is left out."""
+        """Return the slice ``padding_idx``."""
         return [] if self.padding_idx is None else [(self.padding_idx, 1)]
 
     def index_of(self, point: int) -> int:
-        """The index of a slice among all."""
+        """Return the index of a point among all slices."""
         return point if self.padding_idx is None or point < self.padding_idx else point + 1
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        r""":math:`g - \langle x, g\rangle x`."""
+        r"""Return :math:`g - \langle x, g\rangle x`."""
         return g - _dot(x, g) * x
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        r""":math:`(x + v)/\|x + v\|`, from a step shortened to :math:`10^5`, beyond which x is lost in rounding."""
-        length = point_norm(v, v.ndim - 1, keepdim=True)
-        y = x + v * (_LONGEST / length).clamp_max(1)
-        return y / _length(y)
+        r"""Return :math:`(x + v)/\|x + v\|`; v is cut to norm :math:`10^5`, beyond which x is lost in rounding."""
+        norm = point_norm(v, v.ndim - 1, keepdim=True)
+        y = x + v * (_MAX_STEP_NORM / norm).clamp_max(1)
+        return y / _norm(y)
 
     def project_point(self, x: Tensor) -> Tensor:
-        """Slices divided by their norms, in float64."""
+        """Divide the slices by their norms, in float64; raise a ValueError if a slice is zero or not finite."""
         norm = point_norm(float64(x), x.ndim - 1, keepdim=True)
         if not bool((norm.isfinite() & (norm > 0)).all()):
             raise ValueError(
@@ -72,15 +72,15 @@ class UnitNorm(Manifold):
         return (float64(x) / norm).to(x)
 
     def error(self, x: Tensor) -> Tensor:
-        r""":math:`|\|x\| - 1|`."""
+        r"""Return :math:`|\|x\| - 1|`."""
         return (point_norm(float64(x), x.ndim - 1) - 1).abs()
 
     def tolerance(self, x: Tensor) -> float:
-        """Rounding of the entries and of their norm."""
+        """Return the rounding error of the entries and of their norm."""
         return (4 if working_dtype(x.dtype) == x.dtype else 0.6) * torch.finfo(x.dtype).eps
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """A dimension that it has not, or slices of one entry."""
+        """Reject a dimension that the tensor does not have, and slices of one entry."""
         shape = tuple(tensor.shape)
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 0 <= self.dim < len(shape):
             return f"has shape {shape}, and no slices along dim={self.dim!r}; give one of 0 to {len(shape) - 1}."
@@ -95,13 +95,13 @@ class UnitNorm(Manifold):
         return None
 
 
-_LONGEST = 1e5
+_MAX_STEP_NORM = 1e5
 
 
-def _length(y: Tensor) -> Tensor:
-    """The norms ``(B, 1, ..)``, to rounding: torch's own of long or strided slices are off by hundreds of roundoffs."""
-    parts = torch.view_as_real(y) if y.is_complex() else y
-    return (parts * parts).flatten(1).sum(1).sqrt().view(-1, *[1] * (y.ndim - 1))
+def _norm(y: Tensor) -> Tensor:
+    """Return the norms ``(B, 1, ..)`` to rounding; torch's norm of long or strided slices is off by hundreds of eps."""
+    components = torch.view_as_real(y) if y.is_complex() else y
+    return (components * components).flatten(1).sum(1).sqrt().view(-1, *[1] * (y.ndim - 1))
 
 
 def _dot(x: Tensor, g: Tensor) -> Tensor:

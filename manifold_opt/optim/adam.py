@@ -35,7 +35,9 @@ def _rule(group: Group, bucket: Bucket) -> Any:
     steps: Scalar = bucket.steps_per_block() if bucket.shared_step is None else bucket.shared_step or 1
     coefficients = AdamCoefficients(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps, group["eps"])
     if not bucket.stiefel:
-        return functools.partial(tangent.adam, bucket.constraint, dims=bucket.part.dims, coefficients=coefficients)
+        return functools.partial(
+            tangent.adam, bucket.constraint, dims=bucket.part.point_ndim, coefficients=coefficients
+        )
     options = AdamOptions(bucket.scale(group), group["metric"], coefficients)
     if group["second_moment"] == "block":
         return stiefel.adam_block_square, stiefel.adam_block_wide, options

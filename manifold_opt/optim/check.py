@@ -14,7 +14,7 @@ from ..constraints.persistence import has_records, module_records
 from ..constraints.tag import constraint_of, find_off_manifold, is_sharded, was_unmarked
 from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
-from ..manifolds.geoopt import kept_by
+from ..manifolds.geoopt import is_handled_by
 from ..stiefel.retractions import RETRACTIONS
 from .engine.optimizer import ManifoldOptimizer
 from .engine.state import check_owner, check_shapes
@@ -239,7 +239,7 @@ def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
     if opt is None and p.requires_grad:
         yield f"{name} is marked, but in no optimizer that check was given, so none of them updates it."
     if opt is not None and not isinstance(opt, ManifoldOptimizer):
-        if not kept_by(opt, p):
+        if not is_handled_by(opt, p):
             yield _not_kept(name, adjective, opt)
         return
     try:

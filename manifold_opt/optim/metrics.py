@@ -60,5 +60,5 @@ def _tangent_norm(p: Tensor) -> float:
         for part in constraint.layouts(p.shape):
             x, g = (get_points(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
             with FullPrecision(x.device.type):
-                norms.append(float(point_norm(constraint.riemannian_gradient(x, g), part.dims).max()))
+                norms.append(float(point_norm(constraint.riemannian_gradient(x, g), part.point_ndim).max()))
     return largest(norms)

@@ -266,7 +266,7 @@ def validate_finite_gradients(
         before = 0
         for part in constraint.layouts(p.shape):
             points = get_points(part, g)
-            sound = point_norm(points, part.dims) <= limit
+            sound = point_norm(points, part.point_ndim) <= limit
             if not bool(sound.all()):
                 index = constraint.index_of(before + int((~sound).nonzero()[0, 0]))
                 raise FloatingPointError(

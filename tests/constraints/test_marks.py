@@ -190,7 +190,7 @@ def test_manifolds_of_ones_own():
 
 @dataclass(frozen=True)
 class Pairs(Cube):
-    dims = 2
+    point_ndim = 2
 
 
 def test_what_a_manifold_says_of_its_points():

@@ -56,9 +56,9 @@ def test_writing_through_the_view_writes_the_tensor(shape, dim, layout):
         SliceLayout(4),
         SliceLayout(0),
         BlockLayout(2),
-        BlockLayout(3, first=1),
+        BlockLayout(3, row_dim=1),
     ],
 )
 def test_rows_and_back(part):
     x = torch.arange(120.0).view(2, 3, 4, 5)
-    assert torch.equal(part.from_rows(part.rows(x, copy=True), x.shape), x)
+    assert torch.equal(part.from_rows(part.to_rows(x, copy=True), x.shape), x)

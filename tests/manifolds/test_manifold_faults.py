@@ -40,14 +40,14 @@ def points_in(p, tensor):
 def picture(opt, parameters):
     """Every point of every parameter with its moments, along one dimension."""
     (part,) = constraint_of(parameters[0]).layouts(parameters[0].shape)
-    rows = [points_in(p, p.detach()).flatten(0, -1 - part.dims).clone() for p in parameters]
+    rows = [points_in(p, p.detach()).flatten(0, -1 - part.point_ndim).clone() for p in parameters]
     seen = [torch.cat(rows)]
     for key in opt.state[parameters[0]]:
         moments = [opt.state[p][key] for p in parameters]
         if key not in UNMOVED and moments[0] is not None:
             same = moments[0].shape == parameters[0].shape
             pieces = [points_in(p, m) if same else m for p, m in zip(parameters, moments, strict=True)]
-            seen.append(torch.cat([m.flatten(0, -1 - part.dims).clone() for m in pieces]))
+            seen.append(torch.cat([m.flatten(0, -1 - part.point_ndim).clone() for m in pieces]))
     return seen
 
 
@@ -157,7 +157,7 @@ def test_half_a_decay_a_step_does_not_feed_the_momentum():
 class Wary(Manifold):
     """The plane, with a gradient that squares, and a retraction that takes no NaN."""
 
-    dims = 1
+    point_ndim = 1
 
     def riemannian_gradient(self, x, g):  # noqa: ARG002
         return g * g * 1e8

@@ -27,7 +27,7 @@ def test_axioms(name, axiom):
     if axiom.__name__ in case.breaks:
         pytest.skip("geoopt does not promise it")
     (part,) = case.manifold.layouts(case.shape)
-    axiom(case.manifold, points(case), tuple(range(-part.dims, 0)))
+    axiom(case.manifold, points(case), tuple(range(-part.point_ndim, 0)))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float64).eps
 
 def dims_of(manifold: Manifold, x: Tensor) -> tuple[int, ...]:
     """Dimensions of one point in a batch."""
-    (part,) = {part.dims for part in manifold.layouts(x.shape if x.ndim > 1 else (1, *x.shape))}
+    (part,) = {part.point_ndim for part in manifold.layouts(x.shape if x.ndim > 1 else (1, *x.shape))}
     return tuple(range(-part, 0))
 
 

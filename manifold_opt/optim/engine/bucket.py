@@ -105,8 +105,8 @@ class Bucket:
         self.working = working_dtype(first.dtype)
         self.gathered = len(self.parameters) > 1 or not is_viewable(self.part, first.detach())
         self.low = first.dtype in LOW
-        rows = self.part.rows(first.detach(), copy=True)
-        points = self.part.points(rows)
+        rows = self.part.to_rows(first.detach(), copy=True)
+        points = self.part.to_points(rows)
         self.each = len(points)
         self.blocks = self.each * len(self.parameters)
         self.point = points.shape[1:]
@@ -133,9 +133,9 @@ class Bucket:
             # A gradient may have a memory format that cannot be viewed so; a parameter, here, has not. Detached, for
             # torch refuses to swap a parameter that a view refers to.
             return get_points(self.part, tensors[0].detach())
-        rows = tensors if self._as_they_lie else [self.part.rows(t, copy=True) for t in tensors]
+        rows = tensors if self._as_they_lie else [self.part.to_rows(t, copy=True) for t in tensors]
         buffer = self._buffer(name, self.stacked, tensors[0], pool)
-        return self.part.points(torch.cat(rows, self._along, out=buffer))
+        return self.part.to_points(torch.cat(rows, self._along, out=buffer))
 
     def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor, pool: Pool | None) -> Tensor:
         """Return a buffer, the same one in every step."""
@@ -147,7 +147,7 @@ class Bucket:
 
     def storage(self, tensors: list[Tensor]) -> Tensor:
         """The members' ``tensors`` as rows, a copy that they can be views of."""
-        return torch.cat([self.part.rows(tensor, copy=True) for tensor in tensors], self._along)
+        return torch.cat([self.part.to_rows(tensor, copy=True) for tensor in tensors], self._along)
 
     def _gather_state(self, pool: Pool | None) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the moments and the masters of all points: where they lie, or gathered from the members'."""
@@ -181,7 +181,7 @@ class Bucket:
         """
         if master is None or host_can_branch(values):
             return
-        now, eps, dims = values.to(master.dtype), torch.finfo(values.dtype).eps, self.part.dims
+        now, eps, dims = values.to(master.dtype), torch.finfo(values.dtype).eps, self.part.point_ndim
         gap, size = now - master, point_norm(now, dims, keepdim=True)
         scale = size / max(1, now.shape[now.ndim - dims :].numel()) ** 0.5  # of an entry
         other = (gap.abs() > 4 * eps * (now.abs() + scale)) | (point_norm(gap, dims, keepdim=True) > eps * size)
@@ -203,7 +203,7 @@ class Bucket:
         if not self._has_param_shape(tensors):
             torch._foreach_copy_(self._own(tensors), list(values.split(self.each)))  # type: ignore[no-untyped-call]
             return
-        rows = [self.part.rows(tensor.detach()) for tensor in tensors]
+        rows = [self.part.to_rows(tensor.detach()) for tensor in tensors]
         torch._foreach_copy_(rows, list(self._stack(values).split(self._rows, self._along)))  # type: ignore[no-untyped-call]
 
     def _stack(self, values: Tensor) -> Tensor:

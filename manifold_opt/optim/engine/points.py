@@ -29,7 +29,7 @@ def update_points(
     batch: Batch, gradients: Tensor, bucket: Bucket, group: Group, rule: Rule, context: StepContext
 ) -> None:
     """Move the points of a batch along their tangents, and their moments with them."""
-    manifold, dims, lr = bucket.constraint, bucket.part.dims, group["lr"]
+    manifold, dims, lr = bucket.constraint, bucket.part.point_ndim, group["lr"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     decoupled = group.get("decoupled_weight_decay", context.decoupled)
     decay = (

@@ -101,7 +101,7 @@ def _overwritten(bucket: Bucket, points: Tensor, masters: list[Tensor]) -> tuple
     That is the nearest value, as it has been from the beginning for those that have not moved yet.
     """
     values = torch.cat([get_points(bucket.part, master) for master in masters])
-    dims = bucket.part.dims
+    dims = bucket.part.point_ndim
     other = values.to(points.dtype) != points
     other = other.flatten(other.ndim - dims).any(-1) if dims else other
     off = other.clone()
@@ -118,7 +118,7 @@ def _far_warnings(
     optimizer: ManifoldOptimizer, bucket: Bucket, written: list[Tensor], off: Tensor, gap: Tensor
 ) -> list[str]:
     """Return a warning of the point that is farthest off, if it is far; ``gap`` is how far those ``off`` are."""
-    distances = point_norm(gap, bucket.part.dims).flatten()
+    distances = point_norm(gap, bucket.part.point_ndim).flatten()
     if not len(gap) or float(distances.max()) <= _FAR:
         return []
     parameter = written[int(off.nonzero()[distances.argmax(), 0]) // bucket.each]

@@ -21,8 +21,8 @@ from ...manifolds import Manifold, Orthogonal
 from ...manifolds.layout import Layout, get_points, is_viewable, set_points_
 from ...manifolds.records import (
     Record,
-    describe,
     deserialize,
+    format_constraint,
     is_record_of,
     record_from_tensor,
     record_to_tensor,
@@ -86,7 +86,7 @@ def _allocate_moment(bucket: Bucket, present: list[Tensor], scalar: bool) -> tup
         storage = torch.cat(present) if scalar else bucket.storage(present)
         if scalar:
             return list(storage.split(bucket.each)), storage  # type: ignore[no-untyped-call]
-        return bucket.split(storage), bucket.part.points(storage)
+        return bucket.split(storage), bucket.part.to_points(storage)
     if not scalar:
         present = [
             _with_layout_of(bucket.part, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)
@@ -198,8 +198,8 @@ def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any
         record = record_from_tensor(state[CONSTRAINED])
         raise ValueError(
             f"{name}: a parameter of shape {describe_param(group, parameter)} is not marked, but its state is that of "
-            f"a marked one{'' if record is None else f', {describe(record)}'}, handed over to it. Mark it so too, or "
-            "del opt.state[param]."
+            f"a marked one{'' if record is None else f', {format_constraint(record)}'}, handed over to it. Mark it so "
+            "too, or del opt.state[param]."
         )
 
 
@@ -252,7 +252,7 @@ def check_checkpoint(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> No
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
                 raise ValueError(
                     f"{name}: the checkpoint was written with parameter {position} of group {index}{label}, shape "
-                    f"{tuple(parameter.shape)}, marked as {describe(then)}; here it is "
+                    f"{tuple(parameter.shape)}, marked as {format_constraint(then)}; here it is "
                     f"{'not marked' if now is None else now}. "
                     "Mark it as it was before loading; it can be unmarked, or marked otherwise, afterwards."
                 )
@@ -358,7 +358,7 @@ def _reshape_moment(moment: Tensor | None, scalar: bool, parameter: Tensor, cons
 def _one(part: Layout, tensor: Tensor) -> Tensor:
     """One number of each point of a part, ``(B, 1, ..)``."""
     points = get_points(part, tensor)
-    for dim in range(points.ndim - part.dims, points.ndim):
+    for dim in range(points.ndim - part.point_ndim, points.ndim):
         points = points.narrow(dim, 0, 1)
     return points
 
@@ -368,5 +368,5 @@ def _mean(part: Layout, tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = (tensor.real + tensor.imag) / 2
     points = get_points(part, tensor)
-    dims = tuple(range(points.ndim - part.dims, points.ndim))
+    dims = tuple(range(points.ndim - part.point_ndim, points.ndim))
     return points.mean(dims, keepdim=True) if dims else points
