@@ -1,6 +1,6 @@
-"""Orthogonal weights, kept orthogonal by the optimizer.
+"""Riemannian optimizers for PyTorch that keep marked weights orthogonal, or on another manifold.
 
-Mark a weight, or each gate block of it, and train it with the drop-in SGD, Adam or AdamW of this package:
+Mark a weight, or its gate blocks, and train it with the drop-in SGD, Adam or AdamW of this package:
 
     from manifold_opt import Adam, mark_orthogonal
 

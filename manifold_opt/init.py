@@ -1,6 +1,4 @@
-"""Orthogonal starts, block by block, with a gain.
-
-The name ends where torch.nn.init's would: ``init.orthogonal_``.
+"""Initialization with orthogonal blocks, in the style of torch.nn.init.
 
 >>> import torch
 >>> from manifold_opt import init
@@ -41,34 +39,34 @@ def orthogonal_(
     det: int | None = None,
     generator: Generator | None = None,
 ) -> T:
-    r"""Fill a tensor in place with orthogonal blocks, ``gain`` times a point of the Stiefel manifold each.
+    r"""Fill a tensor in place with orthogonal blocks, each ``gain`` times a point of the Stiefel manifold.
 
     Args:
-        tensor: ``(blocks * p, n)``, or more dimensions, flattened to (first, rest). It need not be marked. A complex
-            one gets unitary blocks.
-        blocks: number of equal blocks stacked along dim 0, or the rows of each. Default: those of its mark, else 1.
-        gain: singular values of every block. Default: that of its mark, else 1.
-        scheme: how each block is drawn.
+        tensor: ``(blocks * p, n)``; more dimensions are flattened to (first, rest). It need not be marked. Complex
+            tensors get unitary blocks.
+        blocks: number of equal blocks stacked along dim 0, or the rows of each. Defaults to those of the mark, else 1.
+        gain: singular values of every block. Defaults to that of the mark, else 1.
+        scheme: distribution of each block.
 
-            - ``"haar"``: uniformly from all orthogonal matrices (as ``torch.nn.init.orthogonal_``), or unitary ones.
+            - ``"haar"``: uniform over the orthogonal (as ``torch.nn.init.orthogonal_``) or unitary matrices.
             - ``"henaff"``: 2 x 2 rotations along the diagonal, by angles uniform in :math:`[-\pi, \pi)`
-              (Henaff, Szlam & LeCun 2016). What makes orthogonal RNNs learn long delays.
-            - ``"cayley"``: the same with angles uniform in :math:`[0, \pi/2)`, the Cayley transform of
+              (Henaff, Szlam & LeCun 2016); lets orthogonal RNNs learn long delays.
+            - ``"cayley"``: as ``"henaff"``, with angles uniform in :math:`[0, \pi/2)`, the Cayley transform of
               skew blocks :math:`\sqrt{(1-\cos t)/(1+\cos t)}` (Helfrich, Willmott & Ye 2018).
             - ``"identity"``: ones on the diagonal (Le, Jaitly & Hinton 2015).
 
-            An odd last row has a one on the diagonal; of a rectangular block these are the leading rows
-            or columns. All but the first are real.
-        det: 1 for rotations, of determinant +1 but for the gain, -1 for the other component; real square blocks only.
-            ``"haar"`` is uniform over the component. The other schemes give rotations by themselves.
+            An odd last row has a one on the diagonal. A rectangular block gets the leading rows or columns of a
+            square one. Only ``"haar"`` has complex entries.
+        det: sign of the determinant, for real square blocks: 1 for rotations, -1 for the other component. ``"haar"``
+            is uniform over the component. The other schemes draw rotations by default.
         generator: source of random numbers, as in torch.nn.init.
 
     Returns:
         The same tensor.
 
     Raises:
-        ValueError: unknown scheme, blocks that do not divide dim 0, a gain that is not above 0, a determinant that
-            the blocks cannot have, or arguments that contradict the tensor's mark. Nothing has been written then.
+        ValueError: the scheme is unknown, ``blocks`` does not divide dim 0, the gain is not above 0, the blocks cannot
+            have the determinant, or an argument contradicts the tensor's mark. The tensor is unchanged then.
 
     >>> import torch
     >>> from manifold_opt import init, orthogonality_error
@@ -80,23 +78,25 @@ def orthogonal_(
     >>> round(float(torch.linalg.det(rotation)), 12)
     1.0
     """
-    constraint = _checked(tensor, blocks, gain, scheme)
-    parts = constraint.layouts(tensor.shape)
-    views = [get_points(part, tensor.detach()) for part in parts]
+    constraint = _resolve_constraint(tensor, blocks, gain, scheme)
+    layouts = constraint.layouts(tensor.shape)
+    views = [get_points(layout, tensor.detach()) for layout in layouts]
     for view in views:
         if det is not None:
             check_determinant("init.orthogonal_", det, view)
-    for part, view in zip(parts, views, strict=True):
+    for layout, view in zip(layouts, views, strict=True):
         count, p, n = view.shape
         drawn = _SCHEMES[scheme](count, p, n, in_double(view.dtype), generator)
         if det is not None:
             drawn[:, -1] *= det * determinant(drawn)[:, None]
-        set_points_(part, tensor.detach(), ..., constraint.gain * drawn.to(view))
+        set_points_(layout, tensor.detach(), ..., constraint.gain * drawn.to(view))
     return tensor
 
 
-def _checked(tensor: Tensor, blocks: int | Sequence[int] | None, gain: float | None, scheme: str) -> Orthogonal:
-    """What the blocks are to be, as the arguments and the mark say, or a ValueError."""
+def _resolve_constraint(
+    tensor: Tensor, blocks: int | Sequence[int] | None, gain: float | None, scheme: str
+) -> Orthogonal:
+    """Return the constraint given by the arguments and the mark; raise a ValueError if they contradict each other."""
     check_whole("init.orthogonal_", tensor)
     mark = constraint_of(tensor)
     if scheme not in _SCHEMES:
@@ -149,13 +149,13 @@ _SCHEMES: dict[str, Callable[[int, int, int, torch.dtype, Generator | None], Ten
 
 
 def _rotations(angles: Tensor, p: int, n: int) -> Tensor:
-    """The leading ``p`` rows of n x n block diagonals of 2 x 2 rotations by ``angles``, ``(count, n // 2)``."""
-    turned = torch.eye(n, dtype=angles.dtype, device=angles.device).repeat(len(angles), 1, 1)
+    """Return the leading ``p`` rows of block diagonals of 2 x 2 rotations by ``angles``, ``(count, n // 2)``."""
+    rotations = torch.eye(n, dtype=angles.dtype, device=angles.device).repeat(len(angles), 1, 1)
     even = torch.arange(0, n - 1, 2, device=angles.device)
-    turned[:, even, even] = turned[:, even + 1, even + 1] = angles.cos()
-    turned[:, even + 1, even] = angles.sin()
-    turned[:, even, even + 1] = -angles.sin()
-    return turned[:, :p]
+    rotations[:, even, even] = rotations[:, even + 1, even + 1] = angles.cos()
+    rotations[:, even + 1, even] = angles.sin()
+    rotations[:, even, even + 1] = -angles.sin()
+    return rotations[:, :p]
 
 
 def _uniform(count: int, size: int, generator: Generator | None) -> Tensor:
@@ -163,5 +163,5 @@ def _uniform(count: int, size: int, generator: Generator | None) -> Tensor:
 
 
 def _device(generator: Generator | None) -> torch.device:
-    """Where to draw: on the generator's device; float64 on the CPU otherwise, the same on every machine."""
+    """Return the generator's device; by default the CPU, so that values are the same on every machine."""
     return torch.device("cpu") if generator is None else generator.device

@@ -1,1 +1,1 @@
-"""How a parameter becomes constrained, and stays so."""
+"""Marking parameters with constraints, and keeping the marks."""

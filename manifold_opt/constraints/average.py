@@ -1,4 +1,4 @@
-"""What to do after weights have been averaged: put them back on their manifold, or average so that they stay there."""
+"""Weight averaging: project averaged parameters to their manifolds, or average so that they stay there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .persistence import restore_all
+from .persistence import restore_model
 from .tag import constraint_of, find_off_manifold, write_points_
 
 AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
@@ -15,19 +15,18 @@ AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 
 @torch.no_grad()
 def project_to_manifold_(model: nn.Module) -> nn.Module:
-    """Put every marked parameter of a module back on its manifold, to the nearest point, in place.
+    """Project every marked parameter of a module to the nearest point of its manifold, in place.
 
-    The thing to do after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep
-    their bits.
+    Call it after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep their bits.
 
     Args:
-        model: any module; one without marked parameters stays as it is.
+        model: any module; a module without marked parameters is not changed.
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: one is not finite or rank-deficient; nothing has been written then.
+        ValueError: a parameter is not finite or rank-deficient; no parameter has been changed then.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal, orthogonality_error, project_to_manifold_
@@ -38,34 +37,34 @@ def project_to_manifold_(model: nn.Module) -> nn.Module:
     >>> orthogonality_error(project_to_manifold_(layer))["weight"] < 1e-5
     True
     """
-    found = []
-    restore_all(model)
+    corrections = []
+    restore_model(model)
     for name, p in model.named_parameters():
         constraint = constraint_of(p)
         if constraint is not None:
             try:
-                found.append((p, find_off_manifold(p, constraint)))
-            except ValueError as refusal:
-                raise ValueError(f"project_to_manifold_: {name}: {refusal}") from None
-    for p, off in found:
-        write_points_(p, off)
+                corrections.append((p, find_off_manifold(p, constraint)))
+            except ValueError as error:
+                raise ValueError(f"project_to_manifold_: {name}: {error}") from None
+    for p, found in corrections:
+        write_points_(p, found)
     return model
 
 
 def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageFn:
-    """An ``avg_fn`` for torch.optim.swa_utils.AveragedModel whose averages of marked parameters stay orthogonal.
+    """Return an ``avg_fn`` for torch.optim.swa_utils.AveragedModel that keeps marked parameters on their manifolds.
 
-    The average in the surrounding space, then the nearest point: the induced arithmetic mean of two.
+    It averages in the surrounding space and takes the nearest point: the induced arithmetic mean of two points.
 
     Args:
         model: the module whose parameters are averaged.
-        decay: of an exponential moving average, in [0, 1); the mean of all, unless given.
+        decay: decay of an exponential moving average, in [0, 1). By default the arithmetic mean of all parameters.
 
     Returns:
         A function of the average so far, the current parameter and their count.
 
     Raises:
-        ValueError: ``decay`` out of range; when called, a parameter that is not the model's.
+        ValueError: ``decay`` is out of range; when the function is called, the parameter is not one of the model.
 
     Reference: Moakher (2002), *Means and averaging in the group of rotations*.
 
@@ -83,19 +82,19 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
         raise ValueError(f"orthogonal_average: decay must lie in [0, 1), got {decay}.")
 
     def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        share = 1 - decay if decay is not None else 1 / (int(count) + 1)
-        if not (averaged.is_floating_point() or averaged.is_complex()):  # a count, of a BatchNorm
-            return averaged + (current - averaged) * share
-        mean = averaged.lerp(current, share)
-        # AveragedModel hands over detached tensors, on which no mark is to be seen: by the memory they share.
-        marks = {p.data_ptr(): constraint_of(p) for p in (*model.buffers(), *model.parameters())}
-        if current.data_ptr() not in marks:
+        weight = 1 - decay if decay is not None else 1 / (int(count) + 1)
+        if not (averaged.is_floating_point() or averaged.is_complex()):  # such as num_batches_tracked of a BatchNorm
+            return averaged + (current - averaged) * weight
+        mean = averaged.lerp(current, weight)
+        # AveragedModel passes detached tensors without marks; find the parameter by its memory.
+        constraints = {p.data_ptr(): constraint_of(p) for p in (*model.buffers(), *model.parameters())}
+        if current.data_ptr() not in constraints:
             raise ValueError(
                 "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "
                 "another device. Give it the model that update_parameters gets; for averages on another device, "
                 "average as torch does and call project_to_manifold_(averaged_model) afterwards."
             )
-        constraint = marks[current.data_ptr()]
+        constraint = constraints[current.data_ptr()]
         if constraint is not None:
             write_points_(mean, find_off_manifold(mean, constraint))
         return mean

@@ -1,4 +1,4 @@
-"""How far from orthogonal: of a tensor, a marked parameter, a whole model."""
+"""Orthogonality error of a tensor, a marked parameter or a model."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from ..linalg.matrices import float64
 from ..manifolds import Orthogonal
 from ..manifolds.layout import get_points
 from ..stiefel.geometry import error
-from .orthogonalize import matrices_of
-from .persistence import restore_all
+from .orthogonalize import blocks_and_gains
+from .persistence import restore_model
 from .tag import constraint_of
 
-Sizes = int | Sequence[int]
+BlockSizes = int | Sequence[int]
 
 
 @overload
-def orthogonality_error(x: Tensor, blocks: Sizes | None = None) -> float: ...
+def orthogonality_error(x: Tensor, blocks: BlockSizes | None = None) -> float: ...
 @overload
 def orthogonality_error(x: nn.Module) -> dict[str, float]: ...
 @overload
-def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> float | dict[str, float]: ...
-def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> float | dict[str, float]:
-    r"""Distance from orthogonality, the largest :math:`\|I - W W^\top\|_F` over the matrices of ``x``.
+def orthogonality_error(x: Tensor | nn.Module, blocks: BlockSizes | None = None) -> float | dict[str, float]: ...
+def orthogonality_error(x: Tensor | nn.Module, blocks: BlockSizes | None = None) -> float | dict[str, float]:
+    r"""Return the distance from orthogonality, the largest :math:`\|I - W W^\top\|_F` over the matrices of ``x``.
 
-    Computed in float64; :math:`\|I - W^\top W\|_F` for tall matrices. NaN if an entry is.
+    It is computed in float64, as :math:`\|I - W^\top W\|_F` for tall matrices. NaN if an entry is NaN.
 
     Args:
         x: a marked parameter, whose blocks are divided by their gain first; any other tensor
-            ``(..., p, n)`` as a batch of matrices; or a module.
-        blocks: cut an unmarked tensor into so many blocks along dim 0 first, or blocks of so many rows, as
-            mark_orthogonal would.
+            ``(..., p, n)``, a batch of matrices; or a module.
+        blocks: number of blocks along dim 0 to split an unmarked tensor into, or the rows of each, as in
+            mark_orthogonal.
 
     Returns:
-        The largest error as a float. For a module, ``{name: error}`` of its parameters marked as orthogonal.
+        The largest error as a float. For a module, ``{name: error}`` for its parameters marked as orthogonal.
 
     Raises:
-        ValueError: a tensor with fewer than two dimensions, or not of a floating-point or complex dtype; ``blocks``
-            that do not divide dim 0, that contradict the mark, or of a module.
+        ValueError: the tensor has fewer than two dimensions, or no floating-point or complex dtype; ``blocks``
+            does not divide dim 0, contradicts the mark, or is given for a module.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal, orthogonality_error
@@ -56,14 +56,14 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> f
     if isinstance(x, nn.Module):
         if blocks is not None:
             raise ValueError("orthogonality_error: blocks goes with a tensor; a module's parameters have their marks.")
-        restore_all(x)
+        restore_model(x)
         return {
             name: float(orthogonality_error(parameter))
             for name, parameter in x.named_parameters()
             if isinstance(constraint_of(parameter), Orthogonal)
         }
     mark = constraint_of(x)
-    matrices = matrices_of(x, "orthogonality_error")
+    matrices = blocks_and_gains(x, "orthogonality_error")
     if blocks is not None:
         cut = Orthogonal(blocks if isinstance(blocks, int) else tuple(blocks))
         if cut.invalid_reason(x) or (isinstance(mark, Orthogonal) and mark.blocks != cut.blocks):
@@ -71,12 +71,11 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: Sizes | None = None) -> f
                 f"orthogonality_error: blocks={blocks} must divide dim 0 of shape {tuple(x.shape)}, and be those of "
                 f"its mark if it has one, here {mark}."
             )
-        matrices = (
-            matrices if mark is not None else [(get_points(part, x.detach()), 1.0) for part in cut.layouts(x.shape)]
-        )
-    return largest(float(error(float64(w) / gain).max()) for w, gain in matrices if w.numel())
+        if mark is None:
+            matrices = [(get_points(layout, x.detach()), 1.0) for layout in cut.layouts(x.shape)]
+    return max_or_nan(float(error(float64(w) / gain).max()) for w, gain in matrices if w.numel())
 
 
-def largest(values: Iterable[float]) -> float:
-    """The largest of some numbers, 0 of none; NaN if one is, where ``max`` may pass over it."""
+def max_or_nan(values: Iterable[float]) -> float:
+    """Return the largest value, 0 if there is none, or NaN if a value is NaN, which ``max`` might ignore."""
     return max(values, key=lambda value: math.inf if math.isnan(value) else value, default=0.0)

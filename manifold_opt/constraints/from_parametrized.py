@@ -1,7 +1,7 @@
-"""From a parametrized weight to a marked one: same value, same name, and the checkpoints of before still load.
+"""Conversion of a parametrized weight to a marked parameter with the same value and name; old checkpoints still load.
 
-torch.nn.utils.parametrizations.orthogonal, and geotorch, which registers parametrizations of torch's own kind, compute
-the weight anew from other tensors at every use. A marked weight is the parameter itself.
+torch.nn.utils.parametrizations.orthogonal and geotorch compute the weight from other tensors at every use. A marked
+weight is the parameter itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..stiefel.geometry import error
 from .modules import mark_orthogonal
 from .tag import DTYPES
 
-_TOLERANCE = 1e-3  # of a row: more is not the rounding of a parametrization
+_TOLERANCE = 1e-3  # per row; larger errors are not the rounding of a parametrization
 _REMEDY = (
     "torch.nn.utils.parametrize.remove_parametrizations(module, name) keeps its value; then mark_orthogonal takes it "
     "to the nearest orthogonal one."
@@ -26,25 +26,25 @@ _REMEDY = (
 
 @torch.no_grad()
 def from_parametrized(module: nn.Module, name: str = "weight") -> nn.Parameter:
-    r"""Turn a weight under an orthogonal parametrization into a plain marked parameter of the same value.
+    r"""Replace a weight under an orthogonal parametrization by a marked parameter of the same value.
 
-    For torch.nn.utils.parametrizations.orthogonal with any of its maps, and for geotorch's orthogonal and alike: one
-    matrix, or a batch ``(..., p, n)``. A value that is orthogonal to rounding keeps its bits. An optimizer built
-    before has the parameters of before: build it anew, after this.
+    It supports torch.nn.utils.parametrizations.orthogonal with any of its maps and the orthogonal parametrizations of
+    geotorch, for one matrix or a batch ``(..., p, n)``. A value that is orthogonal to rounding keeps its bits. Create
+    the optimizer afterwards: an existing optimizer still refers to the replaced parameters.
 
-    ``load_state_dict`` of the module, and of any that contains it, goes on taking checkpoints saved before, with keys
-    like ``parametrizations.weight.original``: the old parametrization, of which the module keeps a copy without its
-    values, computes the weight from them. Copies and pickles of the module keep that.
+    ``load_state_dict`` of the module, and of any module that contains it, still accepts older checkpoints with keys
+    like ``parametrizations.weight.original``. The module keeps a copy of the parametrization without its values, which
+    computes the weight from them. Copies and pickles of the module include it.
 
     Args:
         module: the module that has the weight, or one that contains it.
         name: name of the weight, dots allowed.
 
     Returns:
-        The parameter, the module's own under that name.
+        The new parameter of the module.
 
     Raises:
-        ValueError: a weight that is not parametrized, or not orthogonal; nothing has been written then.
+        ValueError: the weight is not parametrized or not orthogonal; the module is unchanged then.
 
     >>> import torch
     >>> from manifold_opt.constraints.from_parametrized import from_parametrized
@@ -58,19 +58,19 @@ def from_parametrized(module: nn.Module, name: str = "weight") -> nn.Parameter:
     """
     owner, leaf = _owner(module, name)
     parametrizations: ParametrizationList = owner.parametrizations[leaf]  # type: ignore[index, assignment]
-    value = copy.deepcopy(parametrizations)().detach()  # a copy: evaluating it may change what it is computed from
+    value = copy.deepcopy(parametrizations)().detach()  # a copy, because evaluation may change its buffers
     _check(module, name, parametrizations, value)
     options: dict[str, Any] = {"blocks": 1} if value.ndim == 2 else {"flatten": False}
-    # What cannot be marked is refused here, while the module is as it was.
+    # Marks a copy first, to raise its errors before the module is modified.
     value = mark_orthogonal(nn.Parameter(value.clone(memory_format=torch.contiguous_format)), **options).detach()
-    keys = ParametrizedKeys(leaf, parametrizations)
+    hook = ParametrizationStateDictHook(leaf, parametrizations)
     remove_parametrizations(owner, leaf)
     parameter: nn.Parameter = getattr(owner, leaf)
     parameter.set_(value)
-    setattr(owner, leaf, parameter)  # where an RNN keeps its weights in a list, too
+    setattr(owner, leaf, parameter)  # an RNN also has its weights in a list
     if isinstance(owner, nn.RNNBase) and not is_parametrized(owner):
         owner.flatten_parameters()
-    keys.listen_to(owner)
+    hook.register_on(owner)
     mark_orthogonal(module, name, **options)
     return parameter
 
@@ -93,7 +93,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _check(module: nn.Module, name: str, parametrizations: ParametrizationList, value: Tensor) -> None:
-    """Raise a ValueError unless the weight can become a parameter of its own and is orthogonal."""
+    """Raise a ValueError unless the weight can become a parameter and is orthogonal."""
     kinds = ", ".join(type(child).__name__ for child in parametrizations)
     label = f"from_parametrized: {name} of {type(module).__name__}, computed by {kinds},"
     if value.ndim < 2 or value.numel() == 0 or value.dtype not in DTYPES:
@@ -116,12 +116,12 @@ def _check(module: nn.Module, name: str, parametrizations: ParametrizationList, 
         )
 
 
-class ParametrizedKeys:
-    """What lets a module with a plain weight load the keys of a parametrized one: a hook of its load_state_dict.
+class ParametrizationStateDictHook:
+    """Pre-hook of load_state_dict that loads the keys of a parametrized weight into a plain one.
 
     Attributes:
-        name: of the weight.
-        template: the parametrization, with tensors that have a shape and no values.
+        name: name of the weight.
+        template: the parametrization, with tensors on the meta device.
     """
 
     def __init__(self, name: str, parametrizations: ParametrizationList) -> None:
@@ -130,12 +130,12 @@ class ParametrizedKeys:
         empty = {k: v.to("meta") for k, v in self.template.state_dict().items() if isinstance(v, Tensor)}
         self.template.load_state_dict(empty, strict=False, assign=True)
 
-    def listen_to(self, module: nn.Module) -> None:
-        """Be called when ``module`` loads, instead of an earlier one for the same weight."""
+    def register_on(self, module: nn.Module) -> None:
+        """Register as a pre-hook of ``module``, replacing an earlier one for the same weight."""
         hooks = module._load_state_dict_pre_hooks
         for key, hook in list(hooks.items()):
             known = getattr(hook, "hook", hook)
-            if isinstance(known, ParametrizedKeys) and known.name == self.name:
+            if isinstance(known, ParametrizationStateDictHook) and known.name == self.name:
                 del hooks[key]
         module.register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
 
@@ -150,26 +150,26 @@ class ParametrizedKeys:
         unexpected_keys: list[str],  # noqa: ARG002
         error_msgs: list[str],
     ) -> None:
-        """Put the weight in the place of what it is computed from; what lacks is reported as torch does."""
+        """Replace the tensors of the parametrization by the weight; report missing keys as torch does."""
         weight, old = prefix + self.name, f"{prefix}parametrizations.{self.name}."
-        given = {key.removeprefix(old): key for key in state_dict if key.startswith(old)}
-        own = {key: t for key, t in self.template.state_dict().items() if isinstance(t, Tensor)}
-        if weight in state_dict or is_parametrized(module, self.name) or not given.keys() & own.keys():
+        loaded = {key.removeprefix(old): key for key in state_dict if key.startswith(old)}
+        template = {key: t for key, t in self.template.state_dict().items() if isinstance(t, Tensor)}
+        if weight in state_dict or is_parametrized(module, self.name) or not loaded.keys() & template.keys():
             return
-        tensors = {key: state_dict.pop(given[key]) for key in own if key in given}
-        lacking = [old + key for key in own if key not in given]
+        tensors = {key: state_dict.pop(loaded[key]) for key in template if key in loaded}
+        missing = [old + key for key in template if key not in loaded]
         try:
-            state_dict[weight] = getattr(module, self.name).detach() if lacking else self._compute(tensors, own)
+            state_dict[weight] = getattr(module, self.name).detach() if missing else self._compute(tensors, template)
         except RuntimeError as problem:
             error_msgs.append(f"{old}*: {problem}")
             state_dict[weight] = getattr(module, self.name).detach()
-        missing_keys.extend(lacking)
+        missing_keys.extend(missing)
 
     @torch.no_grad()
-    def _compute(self, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
-        # Half precision has no factorizations; what is finer than the template is computed as fine.
-        fit = {key: t.detach().to(torch.promote_types(t.dtype, own[key].dtype)) for key, t in tensors.items()}
+    def _compute(self, tensors: dict[str, Tensor], template: dict[str, Tensor]) -> Tensor:
+        # Half precision has no factorizations; the higher precision of both is used.
+        cast = {key: t.detach().to(torch.promote_types(t.dtype, template[key].dtype)) for key, t in tensors.items()}
         parametrizations = copy.deepcopy(self.template)
-        parametrizations.load_state_dict(fit, assign=True)
+        parametrizations.load_state_dict(cast, assign=True)
         value: Tensor = parametrizations()
         return value.detach()

@@ -1,4 +1,4 @@
-"""Constraints other than orthogonality: mark_unit_norm, mark_spectral, mark_positive, mark_manifold."""
+"""Marking functions for constraints other than orthogonality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..manifolds import Positive, Spectral, UnitNorm
 from ..manifolds.geoopt import wrap
-from .validation import get_parameter, marked
+from .validation import get_parameter, validate_and_constrain
 
 T = TypeVar("T", bound=Tensor)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -24,24 +24,24 @@ def mark_unit_norm(
     target: Tensor | nn.Module, name: str | None = None, *, dim: int = 0, padding_idx: int | None = None
 ) -> Tensor: ...
 def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0, padding_idx: int | None = None) -> Any:
-    r"""Mark a parameter whose slices along ``dim`` have norm one, and divide them by their norms.
+    r"""Mark a parameter so that its slices along ``dim`` have norm one, and divide them by their norms.
 
-    The rows of a Linear, the filters of a convolution (``dim=0``), the columns (``dim=1``): what torch's weight_norm
-    calls the direction. Weight decay does not act on it: its length is fixed.
+    The slices are the rows of a Linear or the filters of a convolution (``dim=0``), or the columns (``dim=1``). torch's
+    weight_norm calls them directions. Weight decay has no effect, because the norms are fixed.
 
     Args:
         target: a leaf tensor, or a module that has one, with its name.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
-        dim: dimension whose slices they are, from 0.
-        padding_idx: index of a slice that is left as it is and trained as torch trains it, like the row of zeros of an
-            embedding. Of an nn.Embedding or nn.EmbeddingBag its own, unless given.
+        dim: dimension that indexes the slices, at least 0.
+        padding_idx: index of an unconstrained slice, which trains as with torch.optim, like the zero row of an
+            embedding. Defaults to the ``padding_idx`` of an nn.Embedding or nn.EmbeddingBag.
 
     Returns:
         The parameter, the same object.
 
     Raises:
-        ValueError: a parameter that cannot be marked, or not so, like one with a slice of zeros; the message names the
-            slice and the remedy. Nothing has been written then.
+        ValueError: the parameter cannot be marked, for example because a slice is zero; the message names the slice
+            and the remedy. The parameter is unchanged then.
 
     Reference: Absil & Gallivan (2006), *Joint diagonalization on the oblique manifold*.
 
@@ -56,11 +56,11 @@ def mark_unit_norm(target: Any, name: Any = None, *, dim: int = 0, padding_idx: 
     tensor(True)
     """
     if isinstance(target, nn.Module):
-        get_parameter("mark_unit_norm", target, name)  # or it says what is wrong with the name
+        get_parameter("mark_unit_norm", target, name)  # raises if the name is wrong
         owner = target.get_submodule(name.rpartition(".")[0])
         if padding_idx is None and dim == 0 and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
             padding_idx = owner.padding_idx
-    return marked("mark_unit_norm", target, name, UnitNorm(dim, padding_idx))
+    return validate_and_constrain("mark_unit_norm", target, name, UnitNorm(dim, padding_idx))
 
 
 @overload
@@ -72,30 +72,30 @@ def mark_spectral(
     target: Tensor | nn.Module, name: str | float = 1.0, bound: float | None = None, *, dim: int | None = None
 ) -> Tensor: ...
 def mark_spectral(target: Any, name: Any = None, bound: Any = None, *, dim: int | None = None) -> Any:
-    r"""Mark a parameter whose largest singular value is at most ``bound``, flattened to (first, rest).
+    r"""Mark a parameter, flattened to (first, rest), so that its largest singular value is at most ``bound``.
 
-    ``mark_spectral(module, "weight", 1.0)`` or ``mark_spectral(param, 1.0)``. A linear layer so marked is
-    ``bound``-Lipschitz after every step, and not by the estimate of a power iteration. Inside the ball a weight moves
-    as torch would move it, with weight decay; a step that leads out ends at the nearest point.
+    Call ``mark_spectral(module, "weight", 1.0)`` or ``mark_spectral(param, 1.0)``. A marked linear layer is
+    ``bound``-Lipschitz after every step; the bound does not rely on a power iteration. Inside the ball a step equals
+    that of torch.optim, with weight decay; a step that leaves the ball ends at the nearest point.
 
-    Of a convolution it is the norm of the flattened filters, as in torch.nn.utils.parametrizations.spectral_norm: that
-    of the layer itself, with kernels of k entries, is at most :math:`\sqrt k` times it.
+    For a convolution the bound applies to the flattened filters, as in torch.nn.utils.parametrizations.spectral_norm.
+    The norm of the layer itself, with kernels of k entries, is at most :math:`\sqrt k` times as large.
 
     Args:
         target: a leaf tensor of at least two dimensions, or a module that has one, with its name.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
-        bound: the largest singular value allowed, from 1e-12 to 1e12; 1 unless given.
-        dim: dimension that the rows are when it is flattened. 0 unless given, and 1 for the weight of a transposed
-            convolution, as in torch.
+        bound: the largest singular value allowed, from 1e-12 to 1e12. Defaults to 1.
+        dim: dimension that becomes the rows when the parameter is flattened. Defaults to 0, and to 1 for the weight
+            of a transposed convolution, as in torch.
 
     Returns:
         The parameter, the same object.
 
     Raises:
-        ValueError: a bound out of range, or a parameter that cannot be marked; nothing has been written then.
+        ValueError: the bound is out of range or the parameter cannot be marked; it is unchanged then.
 
     Reference: Yoshida & Miyato (2017); Gouk et al. (2021), *Regularisation of neural networks by enforcing Lipschitz
-    continuity*, whose projection divides, where this one cuts off.
+    continuity*; their projection divides by the norm, while this one clips singular values.
 
     >>> import torch
     >>> from manifold_opt import Adam, mark_spectral
@@ -112,10 +112,10 @@ def mark_spectral(target: Any, name: Any = None, bound: Any = None, *, dim: int 
     if dim is None:
         dim = 0
         if isinstance(target, nn.Module):
-            get_parameter("mark_spectral", target, name)  # or it says what is wrong with the name
+            get_parameter("mark_spectral", target, name)  # raises if the name is wrong
             dim = 1 if isinstance(target.get_submodule(name.rpartition(".")[0]), _TRANSPOSED) else 0
     bound = float(bound) if isinstance(bound, Real) and not isinstance(bound, bool) else bound
-    return marked("mark_spectral", target, name, Spectral(1.0 if bound is None else bound, dim))
+    return validate_and_constrain("mark_spectral", target, name, Spectral(1.0 if bound is None else bound, dim))
 
 
 @overload
@@ -125,13 +125,13 @@ def mark_positive(target: T, name: None = None) -> T: ...
 @overload
 def mark_positive(target: Tensor | nn.Module, name: str | None = None) -> Tensor: ...
 def mark_positive(target: Any, name: Any = None) -> Any:
-    """Mark a parameter whose entries are positive, and stay so: scales, temperatures, rates, variances.
+    """Mark a parameter so that its entries stay positive: scales, temperatures, rates, variances.
 
-    A step multiplies every entry, by the exponential of minus the learning rate times the gradient with respect to its
-    logarithm: with Adam by at most about ``1 + lr``. Learning rates are relative changes.
+    A step of SGD multiplies every entry by the exponential of ``-lr`` times the gradient with respect to its logarithm.
+    Learning rates are relative changes: a step of Adam changes an entry by a factor of at most about ``1 + lr``.
 
     Args:
-        target: a leaf tensor of any shape, or a module that has one, with its name. Its entries are positive already,
+        target: a leaf tensor of any shape, or a module that has one, with its name. Its entries must be positive,
             from 1e-19 to 1e19 (float64: 1e-154 to 1e154).
         name: name of the module's parameter, dots allowed. Left out for a tensor.
 
@@ -139,9 +139,9 @@ def mark_positive(target: Any, name: Any = None) -> Any:
         The parameter, the same object.
 
     Raises:
-        ValueError: entries that are not positive, or a parameter that cannot be marked; nothing has been written then.
+        ValueError: an entry is not positive, or the parameter cannot be marked; it is unchanged then.
 
-    Reference: Bhatia (2007), *Positive Definite Matrices*, chapter 6, for matrices of one entry.
+    Reference: Bhatia (2007), *Positive Definite Matrices*, chapter 6, for 1 x 1 matrices.
 
     >>> import torch
     >>> from manifold_opt import SGD, mark_positive
@@ -151,7 +151,7 @@ def mark_positive(target: Any, name: Any = None) -> Any:
     >>> scale.detach() / torch.tensor([1.0, 4.0])  # e ** -1, and e ** 1
     tensor([0.3679, 2.7183])
     """
-    return marked("mark_positive", target, name, Positive())
+    return validate_and_constrain("mark_positive", target, name, Positive())
 
 
 @overload
@@ -161,24 +161,23 @@ def mark_manifold(target: T, name: Any, manifold: None = None) -> T: ...
 @overload
 def mark_manifold(target: Tensor | nn.Module, name: Any, manifold: Any = None) -> Tensor: ...
 def mark_manifold(target: Any, name: Any = None, manifold: Any = None) -> Any:
-    """Mark a parameter as a point, or a batch of points, of a manifold of geoopt, or of one of your own.
+    """Mark a parameter as a point, or a batch of points, of a manifold of geoopt or a :class:`~manifold_opt.Manifold`.
 
-    ``mark_manifold(param, geoopt.PoincareBall())`` or ``mark_manifold(module, "weight", geoopt.Sphere())``. The
-    gradient, the retraction and the transport are geoopt's. Its Stiefel manifolds are the exception: they take this
-    package's own path, the ``retraction`` and ``metric`` of the optimizer's group. A geoopt.ManifoldParameter needs no
-    mark: handed to an optimizer of this package it is taken as it is.
+    Call ``mark_manifold(param, geoopt.PoincareBall())`` or ``mark_manifold(module, "weight", geoopt.Sphere())``. The
+    gradient, the retraction and the transport are those of geoopt, except for its Stiefel manifolds: these use
+    ``retraction`` and ``metric`` of the optimizer's parameter group. A geoopt.ManifoldParameter needs no mark; the
+    optimizers of this package accept it directly.
 
     Args:
         target: a leaf tensor whose last dimensions are a point, or a module that has one, with its name.
         name: name of the module's parameter, dots allowed. Left out for a tensor.
-        manifold: of geoopt, or a :class:`~manifold_opt.Manifold`.
+        manifold: a manifold of geoopt, or a :class:`~manifold_opt.Manifold`.
 
     Returns:
-        The parameter, the same object; projected where it was not on the manifold.
+        The parameter, the same object, projected to the manifold.
 
     Raises:
-        ValueError: something else than a manifold, or a parameter that it has no place for; nothing has been written
-            then.
+        ValueError: ``manifold`` is not a manifold, or the parameter does not fit it; it is unchanged then.
 
     >>> import geoopt, torch
     >>> from manifold_opt import SGD, mark_manifold
@@ -188,7 +187,7 @@ def mark_manifold(target: Any, name: Any = None, manifold: Any = None) -> Any:
     tensor([0.6000, 0.8000], requires_grad=True)
     """
     if isinstance(target, nn.Module):
-        get_parameter("mark_manifold", target, name)  # or it says what is wrong with the name
+        get_parameter("mark_manifold", target, name)  # raises if the name is wrong
     elif manifold is None:
         name, manifold = None, name
-    return marked("mark_manifold", target, name, wrap(manifold))
+    return validate_and_constrain("mark_manifold", target, name, wrap(manifold))

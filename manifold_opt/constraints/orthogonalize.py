@@ -1,4 +1,4 @@
-"""Move the blocks of a parameter, or plain matrices, towards orthogonality in place."""
+"""Newton-Schulz steps towards orthogonality, in place, for a parameter's blocks or for plain matrices."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ T = TypeVar("T", bound=Tensor)
 def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
     r"""Move towards orthogonality in place, :math:`W \leftarrow (1+\beta) W - \beta W W^\top W`.
 
-    Every block of a marked parameter (after division by its gain), or every matrix of a batch
-    ``(..., p, n)``, wide or tall. The error shrinks by :math:`1 - 2\beta` a step near the manifold, and is
-    squared at ``beta = 0.5``.
+    It applies to every block of a marked parameter (after division by its gain), or to every matrix of a batch
+    ``(..., p, n)``, wide or tall. Near the manifold each step multiplies the error by :math:`1 - 2\beta`;
+    ``beta = 0.5`` squares it.
 
     Args:
-        tensor: marked parameter or ``(..., p, n)`` of a floating-point or complex dtype.
+        tensor: a marked parameter, or a batch ``(..., p, n)`` of a floating-point or complex dtype.
         beta: rate, in (0, 1).
         steps: number of iterations, at least 1.
 
@@ -35,11 +35,11 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
         The same tensor.
 
     Raises:
-        ValueError: ``beta`` or ``steps`` out of range, or a singular value above
-            :math:`\sqrt{(1+\beta)/\beta}`, from where the iteration does not find the nearest orthogonal
-            matrix; :func:`nearest_orthogonal` does from anywhere. Nothing has been written then.
+        ValueError: ``beta`` or ``steps`` is out of range, or a singular value is above
+            :math:`\sqrt{(1+\beta)/\beta}`, so that the iteration does not converge to the nearest orthogonal
+            matrix; use :func:`nearest_orthogonal`. The tensor is unchanged then.
 
-    Reference: Higham (2008), *Functions of Matrices*, section 8.3, for ``beta = 0.5``, the Newton-Schulz iteration.
+    Reference: Higham (2008), *Functions of Matrices*, section 8.3, for ``beta = 0.5``: the Newton-Schulz iteration.
 
     >>> import torch
     >>> from manifold_opt import orthogonalize_
@@ -54,22 +54,23 @@ def orthogonalize_(tensor: T, beta: float = 0.5, steps: int = 1) -> T:
     if problem:
         raise ValueError(f"orthogonalize_: the tensor {problem}")
     dtype = working_dtype(tensor.dtype)
-    found = matrices_of(tensor, "orthogonalize_")
-    for matrices, gain in found:
-        _check_basin(matrices.to(dtype) / gain, beta)
+    pairs = blocks_and_gains(tensor, "orthogonalize_")
+    for matrices, gain in pairs:
+        _check_convergence(matrices.to(dtype) / gain, beta)
     mark = constraint_of(tensor)
-    parts = mark.layouts(tensor.shape) if isinstance(mark, Orthogonal) else ()
-    for (matrices, gain), part in itertools.zip_longest(found, parts):
+    layouts = mark.layouts(tensor.shape) if isinstance(mark, Orthogonal) else ()
+    for (matrices, gain), layout in itertools.zip_longest(pairs, layouts):
         with FullPrecision(tensor.device.type):
             new = (gain * newton_schulz(matrices.to(dtype) / gain, beta=beta, steps=steps)).to(tensor.dtype)
-        matrices.copy_(new) if part is None else set_points_(part, tensor.detach(), ..., new)
+        matrices.copy_(new) if layout is None else set_points_(layout, tensor.detach(), ..., new)
     return tensor
 
 
-def _check_basin(w: Tensor, beta: float) -> None:
+def _check_convergence(w: Tensor, beta: float) -> None:
+    """Raise a ValueError if a singular value is outside the radius of convergence."""
     with FullPrecision(w.device.type):
         gram = w.mH @ w if w.shape[-2] > w.shape[-1] else w @ w.mH
-        # The cheap bound decides nearly always; the SVD cannot be asked where an entry is not finite.
+        # The cheap bound nearly always suffices. The SVD would raise if an entry is not finite.
         if not bool((spectral_bound(gram) < convergence_radius(beta) ** 2).all()) and not (
             bool(w.isfinite().all()) and bool((torch.linalg.matrix_norm(w, 2) < convergence_radius(beta)).all())
         ):
@@ -79,12 +80,12 @@ def _check_basin(w: Tensor, beta: float) -> None:
             )
 
 
-def matrices_of(tensor: Tensor, name: str) -> list[tuple[Tensor, float]]:
-    """The matrices that ``tensor`` stands for, views where they can be, and the gain they are to be divided by."""
+def blocks_and_gains(tensor: Tensor, name: str) -> list[tuple[Tensor, float]]:
+    """Return batches of the tensor's blocks or matrices, as views if possible, each with its gain."""
     check_whole(name, tensor)
     constraint = constraint_of(tensor)
     if isinstance(constraint, Orthogonal):
-        return [(get_points(part, tensor.detach()), constraint.gain) for part in constraint.layouts(tensor.shape)]
+        return [(get_points(layout, tensor.detach()), constraint.gain) for layout in constraint.layouts(tensor.shape)]
     if tensor.ndim < 2 or tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name}: needs a marked parameter or matrices (..., p, n) of a floating-point or complex dtype, got shape "

@@ -1,9 +1,9 @@
-"""How a mark comes along when a parameter becomes another one: copied, sent to a process, loaded in its place.
+"""Persistence of marks when a parameter is copied, sent to another process or replaced by a load.
 
-torch rebuilds a parameter in many places, and attributes of the old one are not always handed on. What this package
-adds to that, once, when it is imported: ``copy.deepcopy`` of a parameter, and its way to another process, keep the
-mark. And a module that was marked by name remembers that. The parameter that stands there after ``load_state_dict``, or
-when an optimizer is built, is marked too; :func:`~manifold_opt.check` can tell where a mark has been lost.
+torch creates new parameters in many places and does not always copy their attributes. Importing this package therefore
+patches ``copy.deepcopy`` of a parameter and its transfer to another process to keep the mark. A module also records
+which of its parameters were marked by name. A parameter that replaces one of them is marked after ``load_state_dict``
+or when an optimizer is created, and :func:`~manifold_opt.check` reports lost marks.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from ..manifolds import MANIFOLDS, Manifold
 from .tag import constraint_of, free, is_sharded, set_constraint, was_unmarked
 
 _RECORD = "_manifold_opt_record"
-_lock = threading.RLock()  # of what follows: modules are copied and marked in several threads
+_lock = threading.RLock()  # guards _records and _tables: threads may copy and mark modules concurrently
 
 
 class ConstraintTable(Protocol):
-    """What an optimizer remembers of its parameters: the constraint of each, None for one that was unmarked."""
+    """An optimizer's table of constraints: that of each parameter, None for one that was unmarked."""
 
     constraints: dict[Tensor, Manifold | None]
 
 
 class ModuleRecord:
-    """Which parameters of a module have been marked by name.
+    """Record of the parameters of a module that have been marked by name.
 
-    It holds the module's own dictionary of parameters, and none beside it, so that a parameter which has been replaced
-    is freed, and is not saved with the module. A copy or a pickle of a module brings the record of that dictionary's
-    copy.
+    It refers to the module's dictionary of parameters and not to the parameters, so that a replaced parameter is freed
+    and is not saved with the module. A copy or a pickle of the module includes a record of the copied dictionary.
 
     Attributes:
-        parameters: the module's own, by name.
-        constraints: by name; None of a parameter that unmark has freed.
-        labels: what a message calls each.
+        parameters: the module's dictionary of parameters.
+        constraints: constraint by name; None for a parameter that was unmarked.
+        labels: name in messages, by name.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter | None]) -> None:
@@ -57,8 +56,8 @@ class ModuleRecord:
         _register(self)
 
 
-_records: weakref.WeakSet[ModuleRecord] = weakref.WeakSet()  # of all modules that are alive
-_tables: weakref.WeakSet[ConstraintTable] = weakref.WeakSet()  # of all optimizers that are alive
+_records: weakref.WeakSet[ModuleRecord] = weakref.WeakSet()  # of all live modules
+_tables: weakref.WeakSet[ConstraintTable] = weakref.WeakSet()  # of all live optimizers
 
 
 def _register(record: ModuleRecord) -> None:
@@ -67,32 +66,33 @@ def _register(record: ModuleRecord) -> None:
 
 
 def register_table(table: ConstraintTable) -> None:
-    """Let ``table.constraints`` be changed where a parameter in it is unmarked."""
+    """Register a table, whose entry of a parameter becomes None when the parameter is unmarked."""
     with _lock:
         _tables.add(table)
 
 
-def record(module: nn.Module, name: str, constraint: Manifold, label: str) -> None:
-    """Remember in a module that its own parameter ``name`` has been marked."""
+def record_on_module(module: nn.Module, name: str, constraint: Manifold, label: str) -> None:
+    """Record in a module that its parameter ``name`` has been marked."""
     with _lock:
         if _RECORD not in module.__dict__:
             module.__dict__[_RECORD] = ModuleRecord(module._parameters)
-            module.register_load_state_dict_post_hook(restore)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(restore_constraints)  # type: ignore[no-untyped-call]
         known: ModuleRecord = module.__dict__[_RECORD]
         known.constraints[name], known.labels[name] = constraint, label
 
 
 def _record_of(module: nn.Module) -> ModuleRecord | None:
+    """Return the record of a module, or None."""
     known: ModuleRecord | None = module.__dict__.get(_RECORD)
-    if known is not None and known.parameters is not module._parameters:  # handed on by a module made of another
-        own = ModuleRecord(module._parameters)
-        own.constraints, own.labels = dict(known.constraints), dict(known.labels)
-        known = module.__dict__[_RECORD] = own
+    if known is not None and known.parameters is not module._parameters:  # copied from another module
+        copied = ModuleRecord(module._parameters)
+        copied.constraints, copied.labels = dict(known.constraints), dict(known.labels)
+        known = module.__dict__[_RECORD] = copied
     return known
 
 
 def module_records(module: nn.Module) -> dict[str, Manifold]:
-    """What a module remembers, by the names of its own parameters."""
+    """Return the recorded constraints of a module, by parameter name."""
     known = _record_of(module)
     if known is None:
         return {}
@@ -100,46 +100,47 @@ def module_records(module: nn.Module) -> dict[str, Manifold]:
 
 
 def has_records(model: nn.Module) -> bool:
-    """Whether a parameter of a model has been marked by name once, whatever has become of it."""
+    """Return True if a parameter of the model was ever marked by name, even if it was unmarked or replaced later."""
     return any(_RECORD in module.__dict__ for module in model.modules())
 
 
-def restore(module: nn.Module, *_: Any) -> None:
-    """Mark the parameters that a module remembers, where others have taken their place or a load has dropped the mark.
+def restore_constraints(module: nn.Module, *_: Any) -> None:
+    """Mark the recorded parameters of a module again if they were replaced or a load has dropped their mark.
 
-    One that unmark has freed stays free. A shard cannot be marked.
+    Unmarked parameters stay unmarked. Shards cannot be marked.
     """
     known = _record_of(module)
     if known is None:
         return
     for name, constraint in known.constraints.items():
-        now = module._parameters.get(name)
-        if now is None or constraint_of(now) is not None or was_unmarked(now) or is_sharded(now):
+        current = module._parameters.get(name)
+        if current is None or constraint_of(current) is not None or was_unmarked(current) or is_sharded(current):
             continue
         if constraint is None:
-            free(now)
+            free(current)
         else:
-            set_constraint(now, constraint)
+            set_constraint(current, constraint)
 
 
-def restore_all(model: nn.Module) -> None:
-    """Mark what the modules inside a model remember and have lost, as :func:`restore` does for one of them."""
+def restore_model(model: nn.Module) -> None:
+    """Apply :func:`restore_constraints` to every module of a model."""
     for module in model.modules():
-        restore(module)
+        restore_constraints(module)
 
 
-def remembered(parameters: Iterable[Tensor]) -> dict[int, tuple[str, Manifold | None]]:
-    """Return by id which of the parameters stand where a module remembers a mark: a name and the constraint.
+def remembered_constraints(parameters: Iterable[Tensor]) -> dict[int, tuple[str, Manifold | None]]:
+    """Return label and constraint, by id, of the parameters whose name is recorded in a module.
 
-    The constraint is None where :func:`~manifold_opt.unmark` has freed the parameter.
+    The constraint is None if the parameter was unmarked.
     """
     return {
-        id(known.parameters[name]): (known.labels[name], known.constraints[name]) for known, name in _places(parameters)
+        id(known.parameters[name]): (known.labels[name], known.constraints[name])
+        for known, name in _find_records(parameters)
     }
 
 
-def _places(parameters: Iterable[Tensor]) -> list[tuple[ModuleRecord, str]]:
-    """Records that remember one of these parameters, and under which name.
+def _find_records(parameters: Iterable[Tensor]) -> list[tuple[ModuleRecord, str]]:
+    """Return the records of these parameters, each with the parameter's name in it.
 
     All records are searched every time, because torch does not report that a parameter has been replaced.
     """
@@ -150,8 +151,8 @@ def _places(parameters: Iterable[Tensor]) -> list[tuple[ModuleRecord, str]]:
         ]
 
 
-def forget(parameters: Iterable[Tensor]) -> None:
-    """Let no module and no optimizer miss the mark of parameters, and tag each that has or had one as freed."""
+def forget_constraints(parameters: Iterable[Tensor]) -> None:
+    """Unmark parameters, and set their entries in module records and optimizer tables to None."""
     parameters = list(parameters)
     known = {id(known.parameters[name]) for known, name in _set_in_records(parameters, None)}
     with _lock:
@@ -165,20 +166,20 @@ def forget(parameters: Iterable[Tensor]) -> None:
 
 
 def update_records(parameter: Tensor) -> None:
-    """Let the modules that remember a parameter remember it as it is marked now."""
+    """Store the current constraint of a parameter in the module records that contain it."""
     _set_in_records([parameter], constraint_of(parameter))
 
 
 def _set_in_records(parameters: list[Tensor], constraint: Manifold | None) -> list[tuple[ModuleRecord, str]]:
-    places = _places(parameters)
-    for known, name in places:
+    records = _find_records(parameters)
+    for known, name in records:
         known.constraints[name] = constraint
-    return places
+    return records
 
 
 def forget_module_constraints(module: nn.Module) -> None:
-    """The same of every parameter of a module, and of what it and its submodules remember and have no more."""
-    forget(module.parameters())
+    """Unmark every parameter of a module, and clear its records, also those of parameters that no longer exist."""
+    forget_constraints(module.parameters())
     for child in module.modules():
         known = _record_of(child)
         if known is not None:
@@ -186,18 +187,18 @@ def forget_module_constraints(module: nn.Module) -> None:
 
 
 def sharded_constraints(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, Manifold]]:
-    """Shards that stand where a module remembers a marked parameter: each with its name there, and the constraint.
+    """Yield the shards that replace a marked parameter, each with the recorded label and constraint.
 
-    FSDP2, tensor parallel and replicate put a DTensor there; FSDP1 has one flat parameter, which says of what.
+    FSDP2, tensor parallel and replicate replace it by a DTensor; FSDP1 by one flat parameter with ``_param_infos``.
     """
     shards = [p for p in parameters if is_sharded(p)]
     if not shards:
         return
-    places = remembered(shards)
+    found = remembered_constraints(shards)
     for p in shards:
-        label, kept = places.get(id(p), ("", None))
-        if kept is not None:
-            yield p, label, kept
+        label, recorded = found.get(id(p), ("", None))
+        if recorded is not None:
+            yield p, label, recorded
         for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ())):
             constraint = module_records(info.module).get(info.param_name)
             if constraint is not None:
@@ -212,7 +213,7 @@ def _deepcopy_with_mark(self: nn.Parameter, memo: dict[int, Any]) -> nn.Paramete
     copied: nn.Parameter = _deepcopy(self, memo)  # type: ignore[no-untyped-call]
     constraint = constraint_of(self)
     if constraint is not None:
-        set_constraint(copied, copy.deepcopy(constraint, memo))  # what is learnt of it is the copy's own
+        set_constraint(copied, copy.deepcopy(constraint, memo))  # learnable tensors of a manifold are copied too
     elif was_unmarked(self):
         free(copied)
     return copied
@@ -236,4 +237,4 @@ def _rebuild_with_mark(constraint: Manifold | None, rebuild: Any, arguments: Any
 
 nn.Parameter.__deepcopy__ = _deepcopy_with_mark  # type: ignore[method-assign, assignment]
 ForkingPickler.register(nn.Parameter, _reduce_with_mark)
-add_safe_globals(list(MANIFOLDS.values()))  # of parameters that were saved with the constraint itself as their mark
+add_safe_globals(list(MANIFOLDS.values()))  # older files have the constraint itself as the tag

@@ -1,7 +1,6 @@
-"""What a parameter promises: its points lie on a manifold.
+"""Tag of a marked parameter, which stores its constraint.
 
-The promise is an attribute of the parameter. The parameter stays the plain ``nn.Parameter`` it was, under
-its own name, with its own storage.
+The tag is an attribute. The parameter remains an ordinary ``nn.Parameter`` with its name and storage.
 """
 
 from __future__ import annotations
@@ -17,50 +16,51 @@ from ..manifolds.geoopt import constraint_of_geoopt, make_euclidean
 from ..manifolds.layout import BlockLayout, Layout, get_points, set_points_
 from ..manifolds.records import constraint_from_tag, constraint_to_tag
 
-DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # of parameters that can be marked
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # that can be marked
 
-CONSTRAINED = "constrained"  # key in an optimizer's state of a parameter: under which constraint the moments are held
+CONSTRAINED = "constrained"  # key in optimizer state: the constraint that the moments belong to
 TAG = "_manifold_opt_constraint"  # attribute of a marked parameter
-marks_made = "0"  # changes with every mark; a string, for a compiled step is compiled anew when it changes
+marks_made = "0"  # changes with every mark; compiled steps are guarded by it, which needs a string
 T = TypeVar("T", bound=Tensor)
-Corrections = list[tuple[Layout, Tensor, Tensor]]  # where points lie, which of them are off, and the nearest values
+Corrections = list[tuple[Layout, Tensor, Tensor]]  # layouts, masks of the points to correct, and their nearest points
 
 
 @torch.no_grad()
 def find_off_manifold(
     parameter: Tensor, constraint: Manifold, slack: float = 0.0
 ) -> list[tuple[Layout, Tensor, Tensor]]:
-    """Of every part of a parameter which points are off their manifold, and the nearest values of those.
+    """Find the points of a parameter whose error exceeds both rounding and ``slack``.
 
-    Off by more than rounding, or where ``slack`` allows for more, than that. Empty if none is.
+    Returns:
+        One entry per layout with such points: the layout, a mask, and the nearest points of the masked ones.
 
     Raises:
-        ValueError: a point has no nearest value, such as a block that is not finite or is rank-deficient. The message
-            gives the index of the point.
+        ValueError: a point has no nearest point, for example a block that is not finite or is rank-deficient. The
+            message gives the index of the point.
     """
     if parameter.is_meta:
-        return []  # it has no value yet; the first step puts it back
-    parts = constraint.layouts(parameter.shape)
-    batches = [get_points(part, parameter.detach()) for part in parts]
-    before, found = 0, []
-    for part, points in zip(parts, batches, strict=True):
+        return []  # it has no values yet; the first step projects it
+    layouts = constraint.layouts(parameter.shape)
+    batches = [get_points(layout, parameter.detach()) for layout in layouts]
+    offset, found = 0, []
+    for layout, points in zip(layouts, batches, strict=True):
         try:
             off, values = constraint.find_off_manifold(points, slack)
-        except ValueError as refusal:
-            if isinstance(part, BlockLayout) and part.is_tall(part.to_rows(parameter.detach(), copy=True)):
-                points = points.mT  # as they lie in the parameter, for their shape to be said
-            place, reason = _first_refused(constraint, points, slack) or (0, refusal)
-            alone = sum(map(len, batches)) == 1
-            where = "" if alone else f"{constraint.point_name} {constraint.index_of(before + place)}: "
-            raise ValueError(where + str(reason).removeprefix("nearest_orthogonal: ")) from None
+        except ValueError as error:
+            if isinstance(layout, BlockLayout) and layout.is_tall(layout.to_rows(parameter.detach(), copy=True)):
+                points = points.mT  # so that the message has the shape of the blocks in the parameter
+            index, reason = _first_invalid(constraint, points, slack) or (0, error)
+            single = sum(map(len, batches)) == 1
+            prefix = "" if single else f"{constraint.point_name} {constraint.index_of(offset + index)}: "
+            raise ValueError(prefix + str(reason).removeprefix("nearest_orthogonal: ")) from None
         if bool(off.any()):
-            found.append((part, off, values))
-        before += len(points)
+            found.append((layout, off, values))
+        offset += len(points)
     return found
 
 
-def _first_refused(constraint: Manifold, points: Tensor, slack: float) -> tuple[int, ValueError] | None:
-    """Place of the first point without a nearest value, found by bisection, and what is said of that point alone."""
+def _first_invalid(constraint: Manifold, points: Tensor, slack: float) -> tuple[int, ValueError] | None:
+    """Find the first point without a nearest point by bisection; return its index and its error."""
     first = 0
     while len(points) > 1:
         half = points[: len(points) // 2]
@@ -72,25 +72,25 @@ def _first_refused(constraint: Manifold, points: Tensor, slack: float) -> tuple[
             first, points = first + len(half), points[len(half) :]
     try:
         constraint.find_off_manifold(points, slack)
-    except ValueError as refusal:
-        return first, refusal
-    return None  # only together, whatever that means to a manifold of somebody else
+    except ValueError as error:
+        return first, error
+    return None  # a user's manifold may raise only for the whole batch
 
 
 @torch.no_grad()
-def write_points_(parameter: Tensor, found: Corrections) -> None:
-    """Write what :func:`find_off_manifold` has found."""
-    for part, off, values in found:
-        set_points_(part, parameter.detach(), off, values)
+def write_points_(parameter: Tensor, corrections: Corrections) -> None:
+    """Write the nearest points found by :func:`find_off_manifold` to the parameter."""
+    for layout, off, values in corrections:
+        set_points_(layout, parameter.detach(), off, values)
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a process has a part of it only: a DTensor, or a flat piece of FSDP1. To import those takes long."""
+    """Return True if the parameter is a DTensor or a flat parameter of FSDP1; avoids their slow imports."""
     return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
 
 
 def set_constraint(parameter: Tensor, constraint: Manifold) -> None:
-    """Tag a parameter. What it promises has to be true already: marking.py sees to that."""
+    """Tag a parameter, which has to be on the manifold already."""
     _set_tag(parameter, constraint_to_tag(constraint))
 
 
@@ -101,21 +101,21 @@ def _set_tag(parameter: Tensor, tag: Any) -> None:
 
 
 def free(parameter: Tensor) -> None:
-    """Take the tag off a parameter and let it say so. A geoopt.ManifoldParameter gets the Euclidean manifold."""
+    """Set the tag of a parameter to None, for unmarked; a geoopt.ManifoldParameter becomes Euclidean."""
     if constraint_of(parameter) is not None:
         make_euclidean(parameter)
     _set_tag(parameter, None)
 
 
 def tag_geoopt_parameter(parameter: Tensor) -> None:
-    """Tag a parameter that says by itself what it is: a graph that torch.compile traces sees the tag, not the rest."""
+    """Tag a geoopt.ManifoldParameter, because a graph traced by torch.compile reads only the tag."""
     constraint = constraint_of(parameter)
     if constraint is not None and not hasattr(parameter, TAG):
         set_constraint(parameter, constraint)
 
 
 def was_unmarked(parameter: Tensor) -> bool:
-    """Whether unmark has taken a constraint off it, so that it is not missed."""
+    """Return True if the parameter was unmarked, so that its constraint must not be restored."""
     return hasattr(parameter, TAG) and constraint_of(parameter) is None
 
 
@@ -124,17 +124,17 @@ def constraint_of(x: Tensor) -> Manifold | None: ...
 @overload
 def constraint_of(x: nn.Module) -> dict[str, Manifold]: ...
 def constraint_of(x: Any) -> Any:
-    """The constraint that a parameter was marked with, or those of all marked parameters of a module.
+    """Return the constraint of a parameter, or those of all marked parameters of a module.
 
     Args:
         x: any tensor, or a module.
 
     Returns:
-        An :class:`~manifold_opt.Orthogonal`, another of :data:`~manifold_opt.MANIFOLDS`, or one of your own; None of a
-        parameter that is free. For a module, ``{name: constraint}`` of its marked parameters.
+        An :class:`~manifold_opt.Orthogonal` or another :class:`~manifold_opt.Manifold`; None for an unmarked parameter.
+        For a module, ``{name: constraint}`` for its marked parameters.
 
     Raises:
-        TypeError: neither a tensor nor a module.
+        TypeError: ``x`` is neither a tensor nor a module.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_orthogonal
@@ -153,4 +153,4 @@ def constraint_of(x: Any) -> Any:
         return {name: known for name, p in x.named_parameters() if (known := constraint_of(p)) is not None}
     if not isinstance(x, Tensor):
         raise TypeError(f"constraint_of: needs a parameter or a module, got {type(x).__name__}.")
-    return constraint_of_geoopt(x) or found  # its manifold may be another one by now
+    return constraint_of_geoopt(x) or found  # the parameter's manifold may have changed since it was tagged

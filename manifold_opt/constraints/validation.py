@@ -1,4 +1,4 @@
-"""At the door: everything is refused that cannot be kept later, with the remedy, before anything is written."""
+"""Validation of parameters before marking: reject those that cannot stay on a manifold, before changing any."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..manifolds import Manifold
 from ..manifolds.layout import overlap_problem
-from .persistence import forget, forget_module_constraints, record, update_records
+from .persistence import forget_constraints, forget_module_constraints, record_on_module, update_records
 from .tag import DTYPES, constraint_of, find_off_manifold, is_sharded, set_constraint, was_unmarked, write_points_
 
 T = TypeVar("T", bound=Tensor)
 
 
 def param_label(target: Any, name: Any) -> str:
-    """What a parameter is called in a message."""
+    """Return the name of a parameter for a message."""
     return f"{type(target).__name__}.{name}" if isinstance(target, nn.Module) else "the parameter"
 
 
-def mark(function: str, target: Any, name: Any, parameter: T, constraint: Manifold) -> T:
-    """Mark one parameter, given as ``(module, name)`` or by itself, that has been checked."""
-    _project_and_tag(function, [(parameter, constraint, param_label(target, name))])
+def constrain(caller: str, target: Any, name: Any, parameter: T, constraint: Manifold) -> T:
+    """Mark one validated parameter, given as ``(module, name)`` or by itself."""
+    _project_and_tag(caller, [(parameter, constraint, param_label(target, name))])
     if isinstance(target, nn.Module):
-        _remember(target, [(parameter, constraint, name)])
+        _record_on_modules(target, [(parameter, constraint, name)])
     return parameter
 
 
-def constrain_all(function: str, module: nn.Module, found: Sequence[tuple[nn.Parameter, Manifold, str]]) -> list[str]:
-    """Mark parameters that have been found inside a module and checked; their names."""
-    _project_and_tag(function, found)
-    _remember(module, found)
+def constrain_all(caller: str, module: nn.Module, found: Sequence[tuple[nn.Parameter, Manifold, str]]) -> list[str]:
+    """Mark validated parameters of a module and return their names."""
+    _project_and_tag(caller, found)
+    _record_on_modules(module, found)
     return [label for _, _, label in found]
 
 
@@ -42,21 +42,21 @@ M = TypeVar("M", Tensor, nn.Module)
 
 
 def unmark(target: M, name: str | None = None) -> M:
-    """Take the constraint off a parameter, or off all parameters of a module; values stay.
+    """Remove the constraint of a parameter, or of all parameters of a module; values do not change.
 
-    A geoopt.ManifoldParameter gets the Euclidean manifold. The moments that an optimizer has are converted to those of
-    torch.optim by its next step, or when its state is saved.
+    A geoopt.ManifoldParameter gets the Euclidean manifold. An optimizer converts its moments to those of torch.optim in
+    its next step, or when its state is saved.
 
     Args:
         target: any tensor, or a module.
-        name: name of one parameter of the module, dots allowed. Without it all are unmarked.
+        name: name of one parameter of the module, dots allowed. Defaults to all parameters.
 
     Returns:
-        The same object, which trains as torch would train it.
+        The same object, which trains as with torch.optim.
 
     Raises:
-        TypeError: neither a tensor nor a module.
-        ValueError: a module has no parameter of that name, or a tensor is given a name.
+        TypeError: ``target`` is neither a tensor nor a module.
+        ValueError: the module has no parameter of that name, or a name is given with a tensor.
 
     >>> import torch
     >>> from manifold_opt import constraint_of, mark_recurrent, unmark
@@ -68,27 +68,27 @@ def unmark(target: M, name: str | None = None) -> M:
     if not isinstance(target, (nn.Module, Tensor)):
         raise TypeError(f"unmark: needs a parameter or a module, got {type(target).__name__}.")
     if isinstance(target, nn.Module) and name is not None:
-        forget([get_parameter("unmark", target, name)])
+        forget_constraints([get_parameter("unmark", target, name)])
     elif name is not None:
         raise ValueError("unmark: a tensor takes no name; give unmark(param).")
     elif isinstance(target, nn.Module):
         forget_module_constraints(target)
     else:
-        forget([target])
+        forget_constraints([target])
     return target
 
 
-def marked(function: str, target: Any, name: Any, constraint: Manifold) -> Any:
-    """Check and mark a parameter that is given as ``(param)`` or ``(module, name)``."""
+def validate_and_constrain(caller: str, target: Any, name: Any, constraint: Manifold) -> Any:
+    """Validate and mark a parameter, given as ``(param)`` or ``(module, name)``."""
     if not isinstance(target, nn.Module) and name is not None:
-        raise ValueError(f"{function}: a tensor takes no name; give {function}(param).")
-    parameter = get_parameter(function, target, name) if isinstance(target, nn.Module) else target
-    validate_parameter(function, parameter, constraint, param_label(target, name))
-    return mark(function, target, name, parameter, constraint)
+        raise ValueError(f"{caller}: a tensor takes no name; give {caller}(param).")
+    parameter = get_parameter(caller, target, name) if isinstance(target, nn.Module) else target
+    validate_parameter(caller, parameter, constraint, param_label(target, name))
+    return constrain(caller, target, name, parameter, constraint)
 
 
-def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) -> None:
-    """Let the modules inside a module remember marks under all names of each parameter: it may be tied."""
+def _record_on_modules(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) -> None:
+    """Record marks in the modules that own the parameters, under all names of a tied parameter."""
     names: dict[int, set[str]] = {id(parameter): {name} for parameter, _, name in found}
     for key, p in module.named_parameters(remove_duplicate=False):
         if id(p) in names:
@@ -98,16 +98,14 @@ def _remember(module: nn.Module, found: Sequence[tuple[Tensor, Manifold, str]]) 
             path, _, leaf = key.rpartition(".")
             label = key if path else f"{type(module).__name__}.{leaf}"
             owner = module.get_submodule(path)
-            if owner._parameters.get(leaf) is parameter:  # not one that the module forwards from another
-                record(owner, leaf, constraint, label)
+            if owner._parameters.get(leaf) is parameter:  # not an attribute that forwards to another module
+                record_on_module(owner, leaf, constraint, label)
 
 
-def get_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:
-    """The parameter of a module by its name; a ValueError that says what there is, unless it is one."""
+def get_parameter(caller: str, module: nn.Module, name: Any) -> nn.Parameter:
+    """Return the parameter of a module by name; raise a ValueError that lists its parameters if there is none."""
     if not isinstance(name, str):
-        raise ValueError(
-            f'{function}: a module needs the name of its parameter, as in {function}(gru, "weight_hh_l0").'
-        )
+        raise ValueError(f'{caller}: a module needs the name of its parameter, as in {caller}(gru, "weight_hh_l0").')
     path, _, leaf = name.rpartition(".")
     kind = type(module).__name__
     try:
@@ -116,33 +114,34 @@ def get_parameter(function: str, module: nn.Module, name: Any) -> nn.Parameter:
         owner = None
     if owner is not None and (isinstance(owner, ParametrizationList) or is_parametrized(owner, leaf)):
         raise ValueError(
-            f"{function}: {name} of {kind} is parametrized, so the weight is computed anew at every use and not "
+            f"{caller}: {name} of {kind} is parametrized, so the weight is computed anew at every use and not "
             "trained itself. First call torch.nn.utils.parametrize.remove_parametrizations(module, name), which "
             "keeps its value, then mark it."
         )
     if owner is not None and f"{leaf}_mask" in owner._buffers and f"{leaf}_orig" in owner._parameters:
         raise ValueError(
-            f"{function}: {name} of {kind} is pruned, so it is computed at every use from {leaf}_orig and its mask. "
+            f"{caller}: {name} of {kind} is pruned, so it is computed at every use from {leaf}_orig and its mask. "
             f"First call torch.nn.utils.prune.remove(module, {leaf!r}). Marking fills the zeros again."
         )
     value = getattr(owner, leaf, None)
     if not isinstance(value, nn.Parameter):
         known = ", ".join(key for key, _ in module.named_parameters()) or "none"
         raise ValueError(
-            f"{function}: {kind} has no parameter {name!r}; it has {known}. (A weight that hooks compute is not "
+            f"{caller}: {kind} has no parameter {name!r}; it has {known}. (A weight that hooks compute is not "
             "one: first undo them with torch.nn.utils.remove_weight_norm or remove_spectral_norm.)"
         )
     return value
 
 
-def validate_parameter(function: str, parameter: Tensor, constraint: Manifold, label: str) -> None:
-    """Raise a ValueError that names the rule and the remedy, unless ``parameter`` can be so marked."""
-    problem = _problem(parameter, constraint)
-    if problem:
-        raise ValueError(f"{function}: {label} {problem}")
+def validate_parameter(caller: str, parameter: Tensor, constraint: Manifold, label: str) -> None:
+    """Raise a ValueError that names the rule and the remedy if ``parameter`` cannot be marked."""
+    reason = _invalid_reason(parameter, constraint)
+    if reason:
+        raise ValueError(f"{caller}: {label} {reason}")
 
 
-def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
+def _invalid_reason(parameter: Tensor, constraint: Manifold) -> str | None:
+    """Return why a parameter cannot be marked, to follow its name in an error message, or None."""
     if not isinstance(parameter, Tensor):
         return f"must be a tensor or a module, got {type(parameter).__name__}."
     if is_lazy(parameter):
@@ -176,9 +175,9 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
         return f"has dtype {parameter.dtype}; {type(constraint).__name__} is for real parameters."
     if parameter.numel() == 0:
         return f"is empty, shape {shape}."
-    problem = overlap_problem(parameter) or constraint.invalid_reason(parameter)
-    if problem:
-        return problem
+    reason = overlap_problem(parameter) or constraint.invalid_reason(parameter)
+    if reason:
+        return reason
     present = constraint_of(parameter)
     if present is not None and present != constraint:
         return f"is already marked as {present}, not {constraint}; call unmark on it first."
@@ -186,18 +185,18 @@ def _problem(parameter: Tensor, constraint: Manifold) -> str | None:
 
 
 @torch.no_grad()
-def _project_and_tag(function: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> None:
-    """Project and mark all, or none."""
+def _project_and_tag(caller: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> None:
+    """Project and mark all parameters, or none if one has no nearest point."""
     marks = list(marks)
     projected = []
     for parameter, constraint, label in marks:
         try:
             projected.append(find_off_manifold(parameter, constraint))
-        except ValueError as refusal:
-            raise ValueError(f"{function}: {label}: {refusal}") from None
+        except ValueError as error:
+            raise ValueError(f"{caller}: {label}: {error}") from None
     for (parameter, constraint, _), found in zip(marks, projected, strict=True):
         write_points_(parameter, found)
-        again = was_unmarked(parameter)
+        unmarked_before = was_unmarked(parameter)
         set_constraint(parameter, constraint)
-        if again:
+        if unmarked_before:
             update_records(parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..constraints.diagnostics import largest, orthogonality_error
+from ..constraints.diagnostics import max_or_nan, orthogonality_error
 from ..constraints.tag import constraint_of
 from ..linalg.precision import FullPrecision, working_dtype
 from ..manifolds import Orthogonal
@@ -41,9 +41,9 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     marked = [p for group in self.param_groups for p in group["params"] if constraint_of(p) is not None]
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     return {
-        "orthogonality_error": largest(map(orthogonality_error, orthogonal)),
-        "manifold_error": largest(map(_error, set(marked) - set(orthogonal))),
-        "tangent_norm": largest(map(_tangent_norm, marked)),
+        "orthogonality_error": max_or_nan(map(orthogonality_error, orthogonal)),
+        "manifold_error": max_or_nan(map(_error, set(marked) - set(orthogonal))),
+        "tangent_norm": max_or_nan(map(_tangent_norm, marked)),
         **{name: self._engine.counters.total(name) for name in NAMES},
     }
 
@@ -51,7 +51,9 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
 def _error(p: Tensor) -> float:
     constraint = constraint_of(p)
     assert constraint is not None
-    return largest(float(constraint.error(get_points(part, p.detach())).max()) for part in constraint.layouts(p.shape))
+    return max_or_nan(
+        float(constraint.error(get_points(part, p.detach())).max()) for part in constraint.layouts(p.shape)
+    )
 
 
 def _tangent_norm(p: Tensor) -> float:
@@ -61,4 +63,4 @@ def _tangent_norm(p: Tensor) -> float:
             x, g = (get_points(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
             with FullPrecision(x.device.type):
                 norms.append(float(point_norm(constraint.riemannian_gradient(x, g), part.point_ndim).max()))
-    return largest(norms)
+    return max_or_nan(norms)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..constraints.persistence import remembered, sharded_constraints
+from ..constraints.persistence import remembered_constraints, sharded_constraints
 from ..constraints.tag import (
     DTYPES,
     constraint_of,
@@ -69,7 +69,7 @@ def retag_parameters(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> 
     parameters, drops what is an attribute. Or it stands where a module remembers a mark.
     """
     bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
-    places = remembered(bare) if bare else {}
+    places = remembered_constraints(bare) if bare else {}
     restored = []
     for p in bare:
         if p in optimizer._engine.constraints:

@@ -474,8 +474,8 @@ def test_project_and_the_error_see_a_mark_that_a_conversion_has_dropped():
 def test_marks_of_many_modules_are_found_in_one_pass(monkeypatch):
     """Unmarking a module, checking it and building an optimizer look through all records a few times, not per layer."""
     net = nn.Sequential(*(layer() for _ in range(30)))
-    passes, places = [], survival._places
-    monkeypatch.setattr(survival, "_places", lambda some: passes.append(1) or places(some))
+    passes, find = [], survival._find_records
+    monkeypatch.setattr(survival, "_find_records", lambda some: passes.append(1) or find(some))
     opt = SGD([{"params": [p]} for p in net.parameters()] + [{"params": [nn.Parameter(torch.zeros(2))]}], lr=0.1)
     check(net, opt)
     step(opt)
