@@ -10,13 +10,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from ..linalg.precision import LOW
+from ..linalg.precision import LOW_PRECISION
 from ..manifolds import Manifold
 from ..manifolds.geoopt import constraint_of_geoopt, make_euclidean
 from ..manifolds.layout import BlockLayout, Layout, get_points, set_points_
 from ..manifolds.records import constraint_from_tag, constraint_to_tag
 
-DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW)  # that can be marked
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, *LOW_PRECISION)  # that can be marked
 
 CONSTRAINED = "constrained"  # key in optimizer state: the constraint that the moments belong to
 TAG = "_manifold_opt_constraint"  # attribute of a marked parameter

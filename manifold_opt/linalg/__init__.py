@@ -1,1 +1,1 @@
-"""Linear algebra on batches of matrices ``(..., p, n)``. It needs torch only."""
+"""Linear algebra on batches of matrices ``(..., p, n)``. Depends on torch only."""

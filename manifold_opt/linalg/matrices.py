@@ -1,4 +1,4 @@
-"""Wide and tall matrices, their symmetric and skew parts, and double precision."""
+"""Helpers for batches of matrices: wide and tall ones, symmetric and skew parts, double precision, tolerances."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of
 
 
 def is_tall(x: Tensor) -> bool:
-    """Whether the matrices of ``x`` have more rows than columns."""
+    """Return True if the matrices of ``x`` have more rows than columns."""
     return x.shape[-2] > x.shape[-1]
 
 
 def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a function written for wide matrices take tall ones too, as transposes of wide ones.
+    """Extend a function for wide matrices to tall ones, which are transposed before and after.
 
-    Without a conjugate, also where they are complex: orthonormal columns are the rows of the transpose.
+    The transpose is not conjugated, since a matrix has orthonormal columns if its transpose has orthonormal rows.
     """
 
     @functools.wraps(function)
@@ -32,37 +32,37 @@ def wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def sym(a: Tensor) -> Tensor:
-    r"""Symmetric part :math:`(A + A^\top)/2`, Hermitian if complex."""
+    r"""Return the symmetric part :math:`(A + A^\top)/2`, Hermitian if complex."""
     return 0.5 * (a + a.mH)
 
 
 def skew(a: Tensor) -> Tensor:
-    r"""Skew-symmetric part :math:`(A - A^\top)/2`, skew-Hermitian if complex."""
+    r"""Return the skew-symmetric part :math:`(A - A^\top)/2`, skew-Hermitian if complex."""
     return (a - a.mH) / 2
 
 
 def float64(x: Tensor) -> Tensor:
-    """``x`` in float64, or complex128, on the CPU where the device has none."""
+    """Return ``x`` in float64 or complex128, on the CPU if its device has no double precision."""
     return (x.cpu() if x.device.type == "mps" else x).to(in_double(x.dtype))
 
 
 def in_double(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of double precision, real or complex as ``dtype`` is."""
+    """Return float64 for a real dtype, complex128 for a complex one."""
     return torch.promote_types(dtype, torch.float64)
 
 
 def check_whole(name: str, x: Tensor) -> None:
-    """Raise a ValueError if ``x`` is a DTensor: ``float`` and ``bool`` of one see the part of this process only."""
+    """Raise a ValueError if ``x`` is a DTensor, whose ``float`` and ``bool`` read the local shard only."""
     if hasattr(x, "placements"):
         raise ValueError(f"{name}: got a DTensor, of which every process has a part; give it x.full_tensor().")
 
 
 def error_at_rounding(p: int, n: int, dtype: torch.dtype) -> float:
-    """Largest :func:`error` that still counts as orthogonal to rounding in ``dtype``.
+    """Return the largest :func:`error` of a matrix that counts as orthogonal to rounding in ``dtype``.
 
-    Backward stable algorithms leave a few units of roundoff a row, and rows add up as their root. Measuring it in
-    float64 adds the rounding of sums of n products. In bfloat16 and float16 nothing is computed: their entries are
-    rounded once, and such errors add up as a random walk does.
+    Backward stable algorithms leave a few units of roundoff per row, which add up with the square root of the number of
+    rows. Measuring the error in float64 adds the rounding of sums of n products. In bfloat16 and float16 each entry is
+    rounded once, and these errors are independent.
     """
     if dtype in (torch.bfloat16, torch.float16):
         return torch.finfo(dtype).eps * (1 + 0.4 * min(p, n) ** 0.5)

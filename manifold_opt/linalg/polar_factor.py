@@ -1,8 +1,8 @@
-r"""The polar factor of a point plus a tangent, by as few products as its length allows.
+r"""Polar factor of a point plus a tangent, with fewer products for shorter tangents.
 
 With :math:`X = W + V` and :math:`D = X X^\top - I`, which is :math:`V V^\top` up to rounding, the factor is
-:math:`(I + D)^{-1/2} X`. D is positive semidefinite, so that its norm says how long an interval a polynomial in D
-has to cover (polynomials.py). Where no polynomial reaches, scaled Newton-Schulz steps come first.
+:math:`(I + D)^{-1/2} X`. D is positive semidefinite, so its eigenvalues lie between 0 and its norm, and a polynomial
+in D that is accurate there is used (polynomials.py). For larger norms, scaled Newton-Schulz steps come first.
 
 Reference: Higham (2008), *Functions of Matrices*, chapter 8.
 """
@@ -43,17 +43,17 @@ def polar_factor(x: Tensor) -> Tensor:
 def polar_factor_(x: Tensor, *, out: Tensor, ws: Workspace, expected: float = math.inf) -> bool:
     r"""Write the orthogonal factor :math:`(X X^\top)^{-1/2} X` to ``out``, where :math:`X X^\top \succeq I`.
 
-    2 T in float32 while the norm of D is below 7e-4, one product of p x p matrices more for every two degrees of the
-    polynomial above that, up to 0.9; beyond, 2 T more for every Newton-Schulz step, which divides the norm by up to 7.
+    Cost in float32: 2 T if the norm of D is below 7e-4; up to 0.9, one more product of p x p matrices for every two
+    degrees of the polynomial; above 0.9, 2 T more for every Newton-Schulz step, which divides the norm by up to 7.
 
     Args:
         x: ``(B, p, n)``, wide: a point plus a tangent, up to rounding. Overwritten.
-        out: where the result goes; neither ``x`` nor in ``ws``.
+        out: tensor for the result; neither ``x`` nor a buffer of ``ws``.
         ws: buffers.
-        expected: largest norm of D that a point on the manifold plus the tangent can have.
+        expected: largest possible norm of D for a point on the manifold plus the tangent.
 
     Returns:
-        False, with ``x`` and ``out`` as they were, if the norm of D is larger than expected or not finite.
+        False, with ``x`` and ``out`` unchanged, if the norm of D is larger than ``expected`` or not finite.
     """
     d = gram_minus_identity(x, out=ws.a)
     size = largest_norm(d)
@@ -76,10 +76,10 @@ def polar_factor_(x: Tensor, *, out: Tensor, ws: Workspace, expected: float = ma
 
 
 def _newton_schulz_step_(x: Tensor, d: Tensor, upper: float, *, spare: Tensor) -> float:
-    r"""Move the singular values of ``x`` from [1, ``upper``] to [1, u], in place, and return u.
+    r"""Map the singular values of ``x`` from [1, ``upper``] to [1, u], in place, and return u.
 
-    One step :math:`X \leftarrow (\tfrac32 m X - \tfrac12 m^3 X X^\top X)/l`, with the scale
-    :math:`m^2 = 3/(1 + u + u^2)` that sends both ends of the interval to the same value l, the least of all.
+    The step is :math:`X \leftarrow (\tfrac32 m X - \tfrac12 m^3 X X^\top X)/l`. The scale
+    :math:`m^2 = 3/(1 + u + u^2)` maps both ends of the interval to the same value l, the minimum.
 
     Reference: Chen & Chow (2014), *A stable scaling of Newton-Schulz for improving the sign function computation of a
     Hermitian matrix*.
@@ -92,16 +92,16 @@ def _newton_schulz_step_(x: Tensor, d: Tensor, upper: float, *, spare: Tensor) -
 
 
 def polar_sync_free(w: Tensor, v: Tensor, ws: Workspace) -> tuple[Tensor, Tensor]:
-    """Return the polar factors of ``w + v``, and which steps were shortened, ``(B, 1, 1)``.
+    """Return the polar factors of ``w + v``, and a mask ``(B, 1, 1)`` of steps that were shortened.
 
-    As :func:`polar_factor_`, where no value may be read: by the polynomial of the highest degree for all blocks, to
-    whose reach a longer step is shortened. The norm of a step must not be so large that its eighth power overflows.
+    Sync-free version of :func:`polar_factor_`: the polynomial of the highest degree is used for all blocks, and longer
+    steps are shortened to its range. The eighth power of the norm of a step must not overflow.
     """
     fit = INVERSE_SQRT[w.dtype][-1]
     x = torch.add(w, v, out=ws.x)
     d = gram_minus_identity(x, out=ws.a)
     c = matmul(d, d, out=ws.b)
-    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2)  # of the size of D over the reach, squared
+    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2)  # (norm of D / reach)^2
     square = excess.clamp_min(1)
     factor = square.sqrt()
     x = torch.addcdiv(w, v, factor.sqrt().to(w.dtype), out=x)

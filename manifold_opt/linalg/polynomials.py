@@ -24,7 +24,7 @@ class Fit(NamedTuple):
 
     Attributes:
         reach: largest eigenvalue of the matrix for which the polynomial is accurate to rounding.
-        coefficients: those of x, x^2, and so on: one, or an even number of them.
+        coefficients: coefficients of x, x^2, and so on; one, or an even number.
     """
 
     reach: float
@@ -37,8 +37,8 @@ Fits = dict[torch.dtype, tuple[Fit, ...]]
 def interpolate(quotient: Callable[[Tensor], Tensor], degree: int, reach: float) -> Fit:
     r"""Return the polynomial of ``degree`` that equals :math:`x \cdot` ``quotient(x)`` at Chebyshev nodes.
 
-    The nodes are the roots of the Chebyshev polynomial of degree ``degree`` + 1, moved to [0, reach] so that the
-    lowest root is zero. Of all polynomials that vanish there, the interpolant at these nodes is close to the best.
+    The nodes are the roots of the Chebyshev polynomial of degree ``degree`` + 1, mapped to [0, reach] such that the
+    lowest root is zero. The interpolant is close to the best polynomial that vanishes at zero.
 
     >>> from manifold_opt.linalg.polynomials import interpolate
     >>> [round(c, 6) for c in interpolate(lambda x: 3 + 2 * x, degree=2, reach=0.5).coefficients]  # 3 x + 2 x^2
@@ -100,7 +100,7 @@ def polynomial(
 ) -> Tensor:
     r"""Write ``onto`` :math:`+ c_1 B + c_2 B^2 + \dots` to ``out`` and return it.
 
-    By Horner's rule in C = B^2, with one product for every two degrees above the second: every level is
+    Horner's rule in C = B^2 needs one product for every two degrees above the second: every level is
     :math:`c_k (B + (c_{k+1} / c_k)\, C)` plus C times the level above it. ``spare`` is overwritten, or B if it is None.
     """
     degree = len(coefficients)

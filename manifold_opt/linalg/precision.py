@@ -1,8 +1,8 @@
-"""Float32 products that are float32's, whatever runs around them.
+"""Float32 matmuls in full float32, regardless of the autocast and TF32 settings.
 
-Orthogonality to rounding is that of the products it is computed with. Three things make torch multiply float32 in
-less: autocast, :func:`torch.set_float32_matmul_precision` (with ``torch.backends.cuda.matmul.allow_tf32``, the same
-setting), and since torch 2.9 a ``fp32_precision`` of each backend.
+The orthogonality error of a weight depends on the precision of the matmuls. Three settings reduce it: autocast,
+:func:`torch.set_float32_matmul_precision` (equivalent to ``torch.backends.cuda.matmul.allow_tf32``), and since torch
+2.9 ``fp32_precision`` of each backend.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-LOW = (torch.bfloat16, torch.float16)  # what a parameter may be stored in, but not moved in
-MASTER = "master"  # key of the values in float32 of such a parameter in an optimizer's state
+LOW_PRECISION = (torch.bfloat16, torch.float16)  # dtypes of parameters that have a float32 master copy
+MASTER = "master"  # state key of the master copy
 _BACKENDS: tuple[Any, ...] = tuple(
     backend.matmul
     for backend in (torch.backends.cuda, torch.backends.mkldnn)
@@ -23,7 +23,7 @@ _BACKENDS: tuple[Any, ...] = tuple(
 
 
 class FullPrecision:
-    """A context in which float32 products on a type of device are exact to float32's rounding.
+    """Context manager that runs float32 matmuls on a device type in full float32.
 
     >>> import torch
     >>> from manifold_opt.linalg.precision import FullPrecision
@@ -38,38 +38,38 @@ class FullPrecision:
 
     def __init__(self, device_type: str) -> None:
         self._autocast = without_autocast(device_type)
-        self._overall: str | None = None
-        self._each: list[str] = []
+        self._global: str | None = None
+        self._per_backend: list[str] = []
 
     def __enter__(self) -> None:
         self._autocast.__enter__()
-        if _overall() != "highest":
-            self._each = [backend.fp32_precision for backend in _BACKENDS]
-            self._overall = _overall()
-            if self._overall is not None:
+        if _global_precision() != "highest":
+            self._per_backend = [backend.fp32_precision for backend in _BACKENDS]
+            self._global = _global_precision()
+            if self._global is not None:
                 torch.set_float32_matmul_precision("highest")
             for backend in _BACKENDS:
                 backend.fp32_precision = "ieee"
 
     def __exit__(self, *error: Any) -> None:
-        if self._overall is not None:
-            torch.set_float32_matmul_precision(self._overall)
-        for backend, value in zip(_BACKENDS, self._each, strict=False):
+        if self._global is not None:
+            torch.set_float32_matmul_precision(self._global)
+        for backend, value in zip(_BACKENDS, self._per_backend, strict=False):
             inherited = value == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else value
         self._autocast.__exit__(*error)
 
 
 def is_full_precision(device_types: set[str]) -> bool:
-    """Return True if float32 products are full ones on some devices, whatever runs around."""
+    """Return True if the current settings run float32 matmuls in full float32 on all these device types."""
     for device_type in device_types:
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             return False
-    return _overall() == "highest"
+    return _global_precision() == "highest"
 
 
 def full_precision(device_types: set[str]) -> AbstractContextManager[Any]:
-    """Return a context in which float32 products are full ones on some devices."""
+    """Return a context manager that runs float32 matmuls in full float32 on all these device types."""
     stack = ExitStack()
     for device_type in device_types:
         stack.enter_context(FullPrecision(device_type))
@@ -77,26 +77,26 @@ def full_precision(device_types: set[str]) -> AbstractContextManager[Any]:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a parameter of this dtype is moved in: float32 for those of low precision."""
-    return torch.float32 if dtype in LOW else dtype
+    """Return the dtype in which a parameter is updated: float32 for bfloat16 and float16."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context without autocast, for what torch.compile traces too. The meta device knows none."""
+    """Return a context manager without autocast that torch.compile can trace. No-op on the meta device."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-def _overall() -> str | None:
-    """The setting of all backends together; None where they have been set apart, and torch refuses to name one."""
+def _global_precision() -> str | None:
+    """Return the global matmul precision; None if torch raises because backends have different settings."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
 
 
-def warn_unless_full() -> None:
-    """In a compiled step the settings in force while it runs are not ours to change: say so."""
-    if _overall() != "highest":
+def warn_if_reduced_precision() -> None:
+    """Warn if the matmul precision is reduced in a compiled step, which cannot change the setting."""
+    if _global_precision() != "highest":
         warnings.warn(
             "A compiled step of manifold_opt multiplies in the precision of "
             "torch.set_float32_matmul_precision, which is not 'highest': the weights are orthogonal to that precision "
@@ -105,5 +105,5 @@ def warn_unless_full() -> None:
         )
 
 
-# As torch.compiler.assume_constant_result does, which would import the compiler: called while a graph is traced.
-warn_unless_full._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Equivalent to torch.compiler.assume_constant_result, which would import the compiler.
+warn_if_reduced_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]

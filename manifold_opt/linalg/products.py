@@ -1,6 +1,6 @@
-"""Matrix products of a batch ``(B, p, n)``, and the question whether Python may read a value.
+"""Matrix products of batches ``(B, p, n)``, real or complex, and a test whether Python may read values.
 
-Matrices are real or complex; a Gram matrix is with the conjugate transpose, norms are real.
+Gram matrices use the conjugate transpose.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from .matrices import in_double
 
-READ_ON_CPU = True  # tests set it to False, and every step then runs as it does on an accelerator
-_SPLIT_ROWS = 384  # from which on half of a Gram matrix is worth a second pass over it: 0.62 to 0.80 of the time
-_LONG_COLUMNS, _FEW_ROWS = 8192, 128  # of matrices whose Gram matrix is a sum of so many terms that its rounding shows
-_PIECE = 1024  # columns that are summed in the dtype of the matrix
-_SLABS = 4  # that it is cut into: (1 + 1/4) / 2 of the work is left
+READ_ON_CPU = True  # tests set it to False to run steps on the CPU as on an accelerator
+_SPLIT_MIN_ROWS = 384  # above, computing half of a Gram matrix and copying the rest takes 0.62 to 0.80 of the time
+_LONG_MIN_COLUMNS, _LONG_MAX_ROWS = 8192, 128  # Gram matrices of such sizes are summed in float64 to limit rounding
+_CHUNK_COLUMNS = 1024  # columns that are summed in the dtype of the matrix
+_SLABS = 4  # row slabs of a Gram matrix: (1 + 1/4) / 2 of the work remains
 
 
 def host_can_branch(x: Tensor) -> bool:
     """Return True if Python may read values of ``x`` and branch on them.
 
-    That is free on the CPU. It stalls an accelerator, and breaks a graph that is being traced.
+    Reading is free on the CPU. It synchronizes with an accelerator, and breaks a graph that is being traced.
     """
     return READ_ON_CPU and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def real_view(x: Tensor) -> Tensor:
-    """Return a real tensor as it is, of a complex one a view ``(2, ...)`` of the real and the imaginary parts."""
+    """Return a real tensor unchanged, and for a complex one a view ``(2, ...)`` of its real and imaginary parts."""
     return torch.view_as_real(x).movedim(-1, 0) if x.dtype.is_complex else x
 
 
@@ -38,34 +38,34 @@ def norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
 
 
 def largest_norm(x: Tensor) -> float:
-    """Return the largest Frobenius norm of a batch, NaN if one is: the host reads it."""
+    """Return the largest Frobenius norm of a batch, NaN if any is NaN. Synchronizes with the device."""
     if x.shape[0] == 1:
         return float(torch.linalg.vector_norm(x))
     return float(torch.linalg.vector_norm(x, dim=(-2, -1)).max())
 
 
 def matmul(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0) -> Tensor:
-    """Write ``alpha * a @ b`` to ``out`` and return it: 1 product."""
+    """Write ``alpha * a @ b`` to ``out`` and return it. Cost: 1 product."""
     return torch.bmm(a, b, out=out) if alpha == 1 else torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
 
 
 def matmul_add(x: Tensor, a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Write ``beta * x + alpha * a @ b`` to ``out``, which may be ``x``, and return it: 1 product."""
+    """Write ``beta * x + alpha * a @ b`` to ``out``, which may be ``x``, and return it. Cost: 1 product."""
     return torch.baddbmm(x, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def gram(x: Tensor, *, out: Tensor | None = None, adjoint: Tensor | None = None) -> Tensor:
-    """Return ``x @ x.mH`` of wide ``x``, ``(..., p, n)``, in ``out`` if given: 1 product, 5/8 from 384 rows on.
+    """Return ``x @ x.mH`` for wide ``x``, ``(..., p, n)``. Cost: 1 product, 5/8 from 384 rows on.
 
-    ``adjoint`` is ``x.mH``, if there is such a view already.
+    The result is written to ``out`` if given. ``adjoint`` is an existing view ``x.mH``.
     """
     if out is None:
         p = x.shape[-2]
         batch = x.reshape(-1, *x.shape[-2:])
         return gram(batch, out=batch.new_empty(len(batch), p, p)).view(*x.shape[:-2], p, p)
-    if x.shape[-1] >= _LONG_COLUMNS and x.shape[-2] <= _FEW_ROWS:
+    if x.shape[-1] >= _LONG_MIN_COLUMNS and x.shape[-2] <= _LONG_MAX_ROWS:
         return _gram_of_long(x, out)
-    if x.shape[-2] < _SPLIT_ROWS or not host_can_branch(x):
+    if x.shape[-2] < _SPLIT_MIN_ROWS or not host_can_branch(x):
         return torch.bmm(x, x.mH if adjoint is None else adjoint, out=out)
     for rows, before, upto in _slabs(x.shape[-2]):
         torch.bmm(x[:, rows], x[:, upto].mH, out=out[:, rows, upto])
@@ -74,25 +74,26 @@ def gram(x: Tensor, *, out: Tensor | None = None, adjoint: Tensor | None = None)
 
 
 def _gram_of_long(x: Tensor, out: Tensor) -> Tensor:
-    """Write :func:`gram` to ``out``, by pieces of the columns whose Gram matrices are added up in float64."""
+    """Write :func:`gram` to ``out``, summing the Gram matrices of chunks of columns in float64."""
     dtype = x.dtype if x.device.type == "mps" else in_double(x.dtype)
-    count = x.shape[-1] // _PIECE
-    pieces, rest = x[..., : count * _PIECE].unflatten(-1, (count, _PIECE)), x[..., count * _PIECE :]  # type: ignore[no-untyped-call]
-    for k in range(len(x)):  # of one matrix the pieces are a batch, a view
-        some = pieces[k].movedim(1, 0)
-        total = torch.bmm(some, some.mH).sum(0, dtype=dtype)
+    count = x.shape[-1] // _CHUNK_COLUMNS
+    whole, rest = x[..., : count * _CHUNK_COLUMNS], x[..., count * _CHUNK_COLUMNS :]
+    chunks = whole.unflatten(-1, (count, _CHUNK_COLUMNS))  # type: ignore[no-untyped-call]
+    for k in range(len(x)):  # the chunks of one matrix are a batch, without a copy
+        batch = chunks[k].movedim(1, 0)
+        total = torch.bmm(batch, batch.mH).sum(0, dtype=dtype)
         out[k] = total.add_(rest[k] @ rest[k].mH)
     return out
 
 
 def gram_minus_identity(x: Tensor, *, out: Tensor) -> Tensor:
-    """Write ``x @ x.mH - I`` to ``out`` and return it: 1 product, 5/8 from 384 rows on."""
+    """Write ``x @ x.mH - I`` to ``out`` and return it. Cost: 1 product, 5/8 from 384 rows on."""
     gram(x, out=out).diagonal(dim1=-2, dim2=-1).sub_(1)
     return out
 
 
 def _slabs(p: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield the rows of every slab, those before it, and those up to its end."""
+    """Yield for every slab the slices of its rows, of the rows before it, and of both."""
     for i in range(_SLABS):
         start, stop = p * i // _SLABS, p * (i + 1) // _SLABS
         yield slice(start, stop), slice(0, start), slice(0, stop)

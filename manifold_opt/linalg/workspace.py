@@ -1,4 +1,4 @@
-"""Memory that a step needs and the next one needs again."""
+"""Workspaces: buffers that are reused from step to step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SQUARE, WIDE = "abcdef", "uwxyz"  # names of buffers (B, p, p) and (B, p, n)
 
 
 class Pool:
-    """Memory of the workspaces of one optimizer: one flat buffer per name and dtype, large enough for each of them.
+    """Memory of the workspaces of one optimizer: one flat buffer per name, dtype and device, shared by all of them.
 
     >>> import torch
     >>> from manifold_opt.linalg.workspace import Pool, Workspace
@@ -19,7 +19,7 @@ class Pool:
     >>> first, second = (Workspace(pool, torch.zeros(count, 2, 3)) for count in (4, 2))
     >>> first.x.shape, second.x.shape, second.a.shape
     (torch.Size([4, 2, 3]), torch.Size([2, 2, 3]), torch.Size([2, 2, 2]))
-    >>> first.x.data_ptr() == second.x.data_ptr()  # what was in it is lost
+    >>> first.x.data_ptr() == second.x.data_ptr()  # the same memory
     True
     """
 
@@ -27,35 +27,35 @@ class Pool:
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._size: dict[tuple[bool, torch.dtype, torch.device], int] = {}
 
-    def announce(self, like: Tensor, square: int, wide: int) -> None:
-        """Let the buffers that are made from now on have so many entries at least."""
+    def reserve(self, like: Tensor, square: int, wide: int) -> None:
+        """Set a minimum size, in entries, for buffers that are allocated later: square ones and wide ones."""
         for is_square, size in ((True, square), (False, wide)):
             key = (is_square, like.dtype, like.device)
             self._size[key] = max(size, self._size.get(key, 0))
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return the buffer of a name as a tensor of a shape."""
+        """Return the buffer ``name`` as a tensor of this shape, with the dtype and device of ``like``."""
         size, key = 1, (name, like.dtype, like.device)
         for length in shape:
             size *= length
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
-            announced = self._size.get((name in SQUARE, like.dtype, like.device), 0)
-            flat = self._flat[key] = torch.empty(max(size, announced), dtype=like.dtype, device=like.device)
+            reserved = self._size.get((name in SQUARE, like.dtype, like.device), 0)
+            flat = self._flat[key] = torch.empty(max(size, reserved), dtype=like.dtype, device=like.device)
         return flat[:size].view(shape)
 
     def nbytes(self) -> int:
-        """Return the bytes held."""
+        """Return the number of allocated bytes."""
         return sum(flat.nbytes for flat in self._flat.values())
 
 
 class Workspace:
-    """Buffers for a batch of wide matrices ``(B, p, n)``, each made when it is first asked for.
+    """Buffers for a batch of wide matrices ``(B, p, n)``, each allocated on first use.
 
     Attributes:
         a, b, c, d, e, f: ``(B, p, p)``.
         u, w, x, y, z: ``(B, p, n)``.
-        readable: whether values of the batch may be read.
+        readable: whether Python may read values of the batch.
     """
 
     def __init__(self, pool: Pool | None, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
@@ -65,7 +65,7 @@ class Workspace:
         self._adjoints: dict[str, Tensor] = {}
         self._square, self._wide = (count, p, p), (count, p, n)
         if pool is not None:
-            pool.announce(like, count * p * p, count * p * n)
+            pool.reserve(like, count * p * p, count * p * n)
 
     def __getattr__(self, name: str) -> Tensor:
         if len(name) != 1 or name not in SQUARE + WIDE:
@@ -77,13 +77,13 @@ class Workspace:
         return buffer
 
     def adjoint(self, name: str, x: Tensor) -> Tensor:
-        """Return ``x.mH``, a view that is made once: by one name it is always asked for the same tensor."""
+        """Return the view ``x.mH``, cached under ``name``. A name must always be used for the same tensor."""
         try:
             return self._adjoints[name]
         except KeyError:
             return self._adjoints.setdefault(name, x.mH)
 
     def make(self, names: str) -> None:
-        """Make these buffers now, so that there is memory for them before a step writes anything."""
+        """Allocate these buffers now, so that an out-of-memory error is raised before a step writes anything."""
         for name in names:
             getattr(self, name)

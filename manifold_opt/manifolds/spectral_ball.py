@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
-from ..linalg.singular_values import LARGEST, SMALLEST, clip_singular_values_, slack, within
+from ..linalg.singular_values import MAX_BOUND, MIN_BOUND, clip_singular_values_, is_inside_ball, tolerance
 from .base import Manifold
 from .layout import BlockLayout, Shape
 
@@ -52,7 +52,7 @@ class Spectral(Manifold):
     def find_off_manifold(self, x: Tensor, allowed: float = 0.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return a mask of the matrices outside the ball by more than rounding, and their nearest points."""
         values = x.to(working_dtype(x.dtype))
-        off = self.error(x) > self.tolerance(x) if values is not x else ~within(values, self.bound)
+        off = self.error(x) > self.tolerance(x) if values is not x else ~is_inside_ball(values, self.bound)
         return off, self.project_point(values[off]).to(x) if bool(off.any()) else x[off]
 
     def error(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Spectral(Manifold):
     def tolerance(self, x: Tensor) -> float:
         """Return the rounding error of clipping, plus that of a dtype below float32."""
         stored = torch.finfo(x.dtype).eps if working_dtype(x.dtype) != x.dtype else 0.0
-        return slack(x.to(working_dtype(x.dtype))) + stored
+        return tolerance(x.to(working_dtype(x.dtype))) + stored
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
         """Reject a bound out of range and a dimension that the tensor does not have."""
@@ -74,6 +74,8 @@ class Spectral(Manifold):
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 0 <= self.dim < len(shape):
             return f"has shape {shape}: its rows cannot lie along dim={self.dim!r}; give one of 0 to {len(shape) - 1}."
         number = isinstance(self.bound, (int, float)) and not isinstance(self.bound, bool)
-        if not number or not SMALLEST <= self.bound <= LARGEST:
-            return f"needs a bound from {SMALLEST:g} to {LARGEST:g}, got {self.bound!r}. 1.0 makes a layer 1-Lipschitz."
+        if not number or not MIN_BOUND <= self.bound <= MAX_BOUND:
+            return (
+                f"needs a bound from {MIN_BOUND:g} to {MAX_BOUND:g}, got {self.bound!r}. 1.0 makes a layer 1-Lipschitz."
+            )
         return None

@@ -165,7 +165,7 @@ def test_a_workspace_has_no_other_names(name):
 @pytest.mark.parametrize("shapes", [((2, 2, 3), (4, 5, 6)), ((4, 5, 6), (2, 2, 3))])
 @pytest.mark.parametrize("used", [0, 1])
 def test_workspaces_of_a_pool_share_memory(shapes, used):
-    """That of the largest, whichever is made first, and used first: all are announced before one is used."""
+    """That of the largest, whichever is made first, and used first: all are reserved before one is used."""
     pool = Pool()
     first, second = spaces = [Workspace(pool, torch.empty(*shape)) for shape in shapes]
     spaces[used].make("ax")
@@ -191,9 +191,9 @@ def test_the_memory_of_a_pool_grows():
     after = Workspace(pool, torch.empty(2, 2, 3))
     assert after.x.data_ptr() == late.x.data_ptr()
     assert pool.nbytes() == 4 * 50 * 2 * 3
-    pool.announce(torch.empty(0), square=1000, wide=10)
+    pool.reserve(torch.empty(0), square=1000, wide=10)
     assert late.b.untyped_storage().nbytes() == 4000
-    assert late.z.untyped_storage().nbytes() == 4 * 50 * 2 * 3  # announced before, and more
+    assert late.z.untyped_storage().nbytes() == 4 * 50 * 2 * 3  # reserved before, and more
 
 
 def test_buffers_that_are_made_at_once():

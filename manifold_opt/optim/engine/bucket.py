@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...constraints.tag import constraint_of
-from ...linalg.precision import LOW, MASTER, working_dtype
+from ...linalg.precision import LOW_PRECISION, MASTER, working_dtype
 from ...linalg.products import host_can_branch
 from ...linalg.workspace import Pool, Workspace
 from ...manifolds import Manifold, Orthogonal
@@ -104,7 +104,7 @@ class Bucket:
         self.real = working_dtype(first.dtype).to_real()  # which torch.compile cannot ask for
         self.working = working_dtype(first.dtype)
         self.gathered = len(self.parameters) > 1 or not is_viewable(self.part, first.detach())
-        self.low = first.dtype in LOW
+        self.low = first.dtype in LOW_PRECISION
         rows = self.part.to_rows(first.detach(), copy=True)
         points = self.part.to_points(rows)
         self.each = len(points)

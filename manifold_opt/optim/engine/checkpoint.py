@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ...constraints.tag import CONSTRAINED, constraint_of
-from ...linalg.precision import LOW, MASTER
+from ...linalg.precision import LOW_PRECISION, MASTER
 from ...manifolds.records import record_from_tensor
 from ..options import track_constraints
 from .optimizer import ManifoldOptimizer
@@ -79,7 +79,7 @@ def _as_saved(optimizer: ManifoldOptimizer, given: dict[str, Any]) -> None:
         saved = given["state"].get(key, {})
         if CONSTRAINED in saved and record_from_tensor(saved[CONSTRAINED]) is not None:
             optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.float32, copy=True)
-        if constraint_of(parameter) is None or parameter.dtype not in LOW:
+        if constraint_of(parameter) is None or parameter.dtype not in LOW_PRECISION:
             continue
         for name in (*optimizer._algorithm.state_keys, MASTER):
             if isinstance(saved.get(name), Tensor):

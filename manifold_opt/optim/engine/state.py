@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...constraints.tag import CONSTRAINED, constraint_of, find_off_manifold, was_unmarked, write_points_
-from ...linalg.precision import LOW, MASTER, FullPrecision, working_dtype
+from ...linalg.precision import LOW_PRECISION, MASTER, FullPrecision, working_dtype
 from ...manifolds import Manifold, Orthogonal
 from ...manifolds.layout import Layout, get_points, is_viewable, set_points_
 from ...manifolds.records import (
@@ -185,7 +185,7 @@ def _to_torch_state(
     state.pop(MASTER, None)
     del state[CONSTRAINED]
     for key in optimizer._algorithm.state_keys:
-        if isinstance(state.get(key), Tensor) and parameter.dtype in LOW:
+        if isinstance(state.get(key), Tensor) and parameter.dtype in LOW_PRECISION:
             state[key] = state[key].to(parameter.dtype)
 
 
@@ -311,7 +311,7 @@ def _change(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, rec
     if not isinstance(constraint, Orthogonal):
         return
     for part in constraint.layouts(parameter.shape):
-        value = state.get(MASTER, parameter.detach()) if parameter.dtype in LOW else parameter.detach()
+        value = state.get(MASTER, parameter.detach()) if parameter.dtype in LOW_PRECISION else parameter.detach()
         w = get_points(part, value).to(working_dtype(value.dtype), copy=True)
         if w.shape[-2] != w.shape[-1]:
             continue

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...constraints import tag
-from ...linalg.precision import full_precision, is_full_precision, warn_unless_full, without_autocast
+from ...linalg.precision import full_precision, is_full_precision, warn_if_reduced_precision, without_autocast
 from ...linalg.products import host_can_branch
 from ...linalg.workspace import Pool
 from .context import StepContext
@@ -62,7 +62,7 @@ def step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
 
 def _step_traced(optimizer: ManifoldOptimizer) -> None:
     """Take a step in a graph that torch.compile traces. It knows _init_group by name, and runs it outside the graph."""
-    warn_unless_full()
+    warn_if_reduced_precision()
     assert tag.marks_made  # a graph that depends on it is compiled anew where a mark is made later
     prepared = []
     for group in optimizer.param_groups:
