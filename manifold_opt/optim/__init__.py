@@ -1,4 +1,4 @@
-"""Optimizers of torch.optim that keep marked parameters on their manifold."""
+"""Optimizers of torch.optim with marked parameters constrained to a manifold."""
 
 from .adam import Adam, AdamW
 from .sgd import SGD

@@ -1,4 +1,4 @@
-"""Adam and AdamW: those of torch.optim that keep marked parameters on their manifold."""
+"""Adam and AdamW with marked parameters constrained to a manifold."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .directions.stiefel import AdamCoefficients, AdamOptions, Scalar, SecondMom
 from .engine.bucket import Bucket
 from .engine.optimizer import Algorithm, Group
 from .options import Nonfinite
-from .unconstrained import lists_of_adam, step_free_rows_adam, step_unconstrained_adam
+from .unconstrained import empty_lists_adam, step_free_rows_adam, step_unconstrained_adam
 
 
 def _moments(group: Group) -> tuple[list[str], list[str]]:
-    """Return the keys of the moments that the options of a group ask for, and of those with one number per block."""
+    """Return the keys of the moments that the options of a group need, and of those with one number per block."""
     squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
     return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
 
 
 def _rule(group: Group, bucket: Bucket) -> Any:
-    """Return the direction of torch.optim.Adam's options."""
+    """Return the direction for the options of a group."""
     beta1, beta2 = group["betas"]
     if not type(beta1) is type(beta2) is float:
         beta1, beta2 = _to_float(beta1), _to_float(beta2)
-    # None yet is possible: a GradScaler has skipped the first.
+    # The count is 0 if a GradScaler has skipped the first step.
     steps: Scalar = bucket.steps_per_block() if bucket.shared_step is None else bucket.shared_step or 1
     coefficients = AdamCoefficients(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps, group["eps"])
     if not bucket.stiefel:
         return functools.partial(
-            tangent.adam, bucket.constraint, dims=bucket.part.point_ndim, coefficients=coefficients
+            tangent.adam, bucket.constraint, dims=bucket.layout.point_ndim, coefficients=coefficients
         )
     options = AdamOptions(bucket.scale(group), group["metric"], coefficients)
     if group["second_moment"] == "block":
@@ -52,40 +52,39 @@ ALGORITHM = Algorithm(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     _moments,
     _rule,
-    lists_of_adam,
+    empty_lists_adam,
     step_unconstrained_adam,
     step_free_rows_adam,
 )
 
 
 class Adam(BaseOptimizer, torch.optim.Adam):
-    r"""torch.optim.Adam that keeps marked parameters on their manifold: orthogonal ones orthogonal.
+    r"""Adam with Riemannian updates for marked parameters; a subclass of torch.optim.Adam.
 
-    Unmarked parameters train bit for bit as with torch.optim.Adam. The direction of a marked one is made
-    tangent, and it is retracted onto the manifold in every step. Weight decay does not act on orthogonal ones
-    and those of unit norm: their length is fixed.
+    Unmarked parameters are updated bit for bit as by torch.optim.Adam. A marked parameter is updated along a tangent
+    direction with transported moments, and retracted to its manifold in every step. Weight decay has no effect on
+    orthogonal and unit-norm parameters, whose norm is fixed.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay: as in torch.optim.Adam.
         foreach, maximize, capturable, differentiable, fused: as in torch.optim.Adam. The last two must be off in a
             group with marked parameters.
-        retraction: a name in :data:`~manifold_opt.RETRACTIONS`: how a marked block moves along its direction.
-        metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
-            canonical one is twice as long.
-        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's, at least 0.
-        second_moment: ``"element"`` holds one mean square an entry, as torch does, and learns fastest.
-            ``"block"`` holds one mean square a block, equivariant under rotations (Becigneul & Ganea 2019).
+        retraction: retraction for orthogonal blocks, a name in :data:`~manifold_opt.RETRACTIONS`.
+        metric: metric that defines the gradient of orthogonal blocks, ``"euclidean"`` or ``"canonical"``. On square
+            blocks, the canonical gradient is twice the Euclidean one.
+        orthogonal_lr_scale: factor for the learning rate of orthogonal blocks, at least 0.
+        second_moment: ``"element"`` stores one mean square per entry, as torch does, and learns fastest. ``"block"``
+            stores one mean square per block, and is equivariant under rotations (Becigneul & Ganea 2019).
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
-        nonfinite: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
-            the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
-            FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
-            accelerator it waits, and in a compiled step it is ``"skip"``.)
+        nonfinite: behavior for a block whose gradient is non-finite or overflows when squared. ``"skip"`` leaves the
+            block and its moments unchanged and counts it (:meth:`metrics`). ``"raise"`` raises a FloatingPointError
+            before anything is modified; it synchronizes with an accelerator, and acts as ``"skip"`` in a compiled step.
 
-    All keyword-only options can also be set in a parameter group.
+    All keyword-only options can also be set per parameter group.
 
     Raises:
-        ValueError: an option out of range, or one that a marked parameter cannot honour.
+        ValueError: an option is out of range, or not supported for marked parameters.
 
     >>> import torch
     >>> from manifold_opt import Adam, mark_orthogonal, orthogonality_error
@@ -132,7 +131,7 @@ class Adam(BaseOptimizer, torch.optim.Adam):
             "correction_steps": correction_steps,
             "nonfinite": nonfinite,
         }
-        # torch 2.6 does not have it yet.
+        # Only if set: torch 2.6 does not have this option.
         newer = {"decoupled_weight_decay": True} if decoupled_weight_decay else {}
         super().__init__(
             params,
@@ -152,10 +151,10 @@ class Adam(BaseOptimizer, torch.optim.Adam):
 
 
 class AdamW(BaseOptimizer, torch.optim.AdamW):
-    r"""torch.optim.AdamW that keeps marked parameters on their manifold: orthogonal ones orthogonal.
+    r"""AdamW with Riemannian updates for marked parameters; a subclass of torch.optim.AdamW.
 
-    Everything as in :class:`Adam`, but that weight decay is decoupled, on by default (0.01). It acts on unmarked
-    parameters, and on those whose manifold it does not lead away from: of bounded spectral norm, and positive ones.
+    Like :class:`Adam`, but with decoupled weight decay, 0.01 by default. Weight decay acts on unmarked parameters, and
+    on marked ones that it keeps on their manifold: those of bounded spectral norm, and positive ones.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
@@ -163,7 +162,7 @@ class AdamW(BaseOptimizer, torch.optim.AdamW):
         retraction, metric, orthogonal_lr_scale, second_moment, beta, correction_steps, nonfinite: as in :class:`Adam`.
 
     Raises:
-        ValueError: an option out of range, or one that a marked parameter cannot honour.
+        ValueError: an option is out of range, or not supported for marked parameters.
 
     >>> import torch
     >>> from manifold_opt import AdamW, mark_orthogonal

@@ -16,8 +16,8 @@ from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
 from ..manifolds.geoopt import is_handled_by
 from ..stiefel.retractions import RETRACTIONS
+from .engine.convert import check_owner, check_shapes
 from .engine.optimizer import ManifoldOptimizer
-from .engine.state import check_owner, check_shapes
 from .options import (
     sharded_problem,
     track_constraints,

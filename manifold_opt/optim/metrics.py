@@ -1,4 +1,4 @@
-"""What an optimizer says of its marked parameters when asked."""
+"""Metrics of the marked parameters of an optimizer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .engine.optimizer import ManifoldOptimizer
 
 @torch.no_grad()
 def metrics(self: ManifoldOptimizer) -> dict[str, float]:
-    r"""How the marked parameters are doing. Nothing of it is computed unless this is called.
+    r"""Compute metrics of the marked parameters. A step computes none of them except the counts.
 
     Returns:
-        Numbers by name.
+        Numbers by name:
 
-        - ``orthogonality_error``: the largest :math:`\|I - W W^\top\|_F` of a block.
-        - ``manifold_error``: the largest distance from its manifold of any other point, as that manifold measures it.
-        - ``tangent_norm``: the largest :math:`\|P_W(G)\|_F` of a block, for the gradients that are there now; zero at a
-          constrained optimum, NaN where a gradient is not finite.
-        - ``skipped_blocks``: how often a block has not been moved because its gradient was not finite, or too large to
-          be squared, or its result could not be right.
-        - ``clamped_steps``: how often the step of a block was shortened to what its retraction can take.
+        - ``orthogonality_error``: largest :math:`\|I - W W^\top\|_F` over all orthogonal blocks.
+        - ``manifold_error``: largest error of points on other manifolds, as :meth:`Manifold.error` defines it.
+        - ``tangent_norm``: largest :math:`\|P_W(G)\|_F` over all blocks with a gradient; zero at a constrained optimum,
+          NaN if a gradient is not finite.
+        - ``skipped_blocks``: number of block updates that were skipped, because the gradient was non-finite or
+          overflowed when squared, or the result was not finite.
+        - ``clamped_steps``: number of block updates whose step was shortened to the longest one of its retraction.
 
     >>> import torch
     >>> from manifold_opt import SGD, mark_orthogonal
@@ -42,25 +42,25 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     return {
         "orthogonality_error": max_or_nan(map(orthogonality_error, orthogonal)),
-        "manifold_error": max_or_nan(map(_error, set(marked) - set(orthogonal))),
+        "manifold_error": max_or_nan(map(_manifold_error, set(marked) - set(orthogonal))),
         "tangent_norm": max_or_nan(map(_tangent_norm, marked)),
         **{name: self._engine.counters.total(name) for name in NAMES},
     }
 
 
-def _error(p: Tensor) -> float:
+def _manifold_error(p: Tensor) -> float:
     constraint = constraint_of(p)
     assert constraint is not None
     return max_or_nan(
-        float(constraint.error(get_points(part, p.detach())).max()) for part in constraint.layouts(p.shape)
+        float(constraint.error(get_points(layout, p.detach())).max()) for layout in constraint.layouts(p.shape)
     )
 
 
 def _tangent_norm(p: Tensor) -> float:
     constraint, norms = constraint_of(p), []
     if p.grad is not None and constraint is not None:
-        for part in constraint.layouts(p.shape):
-            x, g = (get_points(part, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
+        for layout in constraint.layouts(p.shape):
+            x, g = (get_points(layout, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
             with FullPrecision(x.device.type):
-                norms.append(float(point_norm(constraint.riemannian_gradient(x, g), part.point_ndim).max()))
+                norms.append(float(point_norm(constraint.riemannian_gradient(x, g), layout.point_ndim).max()))
     return max_or_nan(norms)

@@ -1,4 +1,4 @@
-"""SGD: torch.optim.SGD that keeps marked parameters on their manifold."""
+"""SGD with marked parameters constrained to a manifold."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .directions import stiefel, tangent
 from .engine.bucket import Bucket
 from .engine.optimizer import Algorithm, Group
 from .options import Nonfinite
-from .unconstrained import lists_of_sgd, step_free_rows_sgd, step_unconstrained_sgd
+from .unconstrained import empty_lists_sgd, step_free_rows_sgd, step_unconstrained_sgd
 
 
 def _moments(group: Group) -> tuple[list[str], list[str]]:
-    """Return the keys of the moments that the options of a group ask for, and of those with one number per block."""
+    """Return the keys of the moments that the options of a group need, and of those with one number per block."""
     return ["momentum_buffer"] if group["momentum"] != 0 else [], []
 
 
 def _rule(group: Group, bucket: Bucket) -> Any:
-    """Return the direction of torch.optim.SGD's options; the first gradient enters the buffer whole."""
+    """Return the direction for the options of a group. The first gradient enters the momentum undamped, as in torch."""
     momentum, nesterov = group["momentum"], group["nesterov"]
-    dampening = 0.0 if bucket.fresh else group["dampening"]
-    bucket.fresh = False
+    dampening = 0.0 if bucket.first_momentum else group["dampening"]
+    bucket.first_momentum = False
     if not bucket.stiefel:
         return functools.partial(
             tangent.sgd, bucket.constraint, momentum=momentum, dampening=dampening, nesterov=nesterov
@@ -36,34 +36,35 @@ def _rule(group: Group, bucket: Bucket) -> Any:
     return stiefel.sgd_square, stiefel.sgd_wide, options
 
 
-ALGORITHM = Algorithm(("momentum_buffer",), _moments, _rule, lists_of_sgd, step_unconstrained_sgd, step_free_rows_sgd)
+ALGORITHM = Algorithm(
+    ("momentum_buffer",), _moments, _rule, empty_lists_sgd, step_unconstrained_sgd, step_free_rows_sgd
+)
 
 
 class SGD(BaseOptimizer, torch.optim.SGD):
-    r"""torch.optim.SGD that keeps marked parameters on their manifold: orthogonal ones orthogonal.
+    r"""SGD with Riemannian updates for marked parameters; a subclass of torch.optim.SGD.
 
-    Unmarked parameters train bit for bit as with torch.optim.SGD. A marked one follows its Riemannian
-    gradient, with a momentum that moves along with it, and is retracted onto the manifold in every step.
-    Weight decay does not act on orthogonal ones and those of unit norm: their length is fixed.
+    Unmarked parameters are updated bit for bit as by torch.optim.SGD. A marked parameter is updated along its
+    Riemannian gradient, with transported momentum, and retracted to its manifold in every step. Weight decay has no
+    effect on orthogonal and unit-norm parameters, whose norm is fixed.
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
             as in torch.optim.SGD. The last two must be off in a group with marked parameters.
-        retraction: a name in :data:`~manifold_opt.RETRACTIONS`: how a marked block moves along its direction.
-        metric: ``"euclidean"`` or ``"canonical"``: whose gradient is followed. On square blocks the
-            canonical one is twice as long.
-        orthogonal_lr_scale: learning rate of orthogonal blocks as a multiple of their group's, at least 0.
+        retraction: retraction for orthogonal blocks, a name in :data:`~manifold_opt.RETRACTIONS`.
+        metric: metric that defines the gradient of orthogonal blocks, ``"euclidean"`` or ``"canonical"``. On square
+            blocks, the canonical gradient is twice the Euclidean one.
+        orthogonal_lr_scale: factor for the learning rate of orthogonal blocks, at least 0.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
-        nonfinite: what to do about a block whose gradient is not finite, or too large to be squared. ``"skip"`` leaves
-            the block and its moments as they are, and counts it (:meth:`metrics`); ``"raise"`` raises a
-            FloatingPointError, and nothing at all has been changed. (That looks at every gradient first: on an
-            accelerator it waits, and in a compiled step it is ``"skip"``.)
+        nonfinite: behavior for a block whose gradient is non-finite or overflows when squared. ``"skip"`` leaves the
+            block and its moments unchanged and counts it (:meth:`metrics`). ``"raise"`` raises a FloatingPointError
+            before anything is modified; it synchronizes with an accelerator, and acts as ``"skip"`` in a compiled step.
 
-    All keyword-only options can also be set in a parameter group.
+    All keyword-only options can also be set per parameter group.
 
     Raises:
-        ValueError: an option out of range, or one that a marked parameter cannot honour.
+        ValueError: an option is out of range, or not supported for marked parameters.
 
     >>> import torch
     >>> from manifold_opt import SGD, mark_orthogonal, orthogonality_error

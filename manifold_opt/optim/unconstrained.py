@@ -1,4 +1,4 @@
-"""Unmarked parameters, stepped by torch's own functional optimizers."""
+"""Step of unmarked parameters, and of rows outside every block, by torch's own functional optimizers."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ..linalg.precision import MASTER, working_dtype
+from .engine.grouping import FreeRows
 from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists
-from .engine.plan import FreeRows
 
-_ADAM_CAN_DECOUPLE = "decoupled_weight_decay" in inspect.signature(adam).parameters  # not that of torch 2.6
+_ADAM_CAN_DECOUPLE = "decoupled_weight_decay" in inspect.signature(adam).parameters  # not in torch 2.6
 
 
-def lists_of_sgd(_: Any, __: Group) -> Lists:
-    """What torch.optim.SGD._init_group fills: parameters, gradients, buffers."""
+def empty_lists_sgd(_: Any, __: Group) -> Lists:
+    """Return empty lists for torch.optim.SGD._init_group: parameters, gradients, buffers."""
     return [], [], []
 
 
 def step_unconstrained_sgd(optimizer: Any, group: Group, lists: Lists, has_sparse_grad: bool) -> None:
-    """torch.optim.SGD.step of one group, without its hooks."""
+    """Perform torch.optim.SGD.step for one group, without hooks."""
     params, _, buffers = lists
-    _sgd(group, lists, has_sparse_grad, *_scaling(optimizer))
+    _sgd(group, lists, has_sparse_grad, *_grad_scaler_state(optimizer))
     if group["momentum"] != 0:
         for parameter, buffer in zip(params, buffers, strict=True):
             optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
 def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> None:
-    """The same of rows that are in no block of their marked parameters."""
+    """Perform torch.optim.SGD.step for the rows outside every block."""
     states = [optimizer.state[rows.parameter] for rows in free] if group["momentum"] != 0 else []
-    held = [rows.view(state["momentum_buffer"]) for rows, state in zip(free, states, strict=False)]
-    buffers: list[Any] = [None if rows.fresh else buffer for rows, buffer in zip(free, held, strict=False)]
+    stored = [rows.view(state["momentum_buffer"]) for rows, state in zip(free, states, strict=False)]
+    buffers: list[Any] = [None if rows.first_momentum else buffer for rows, buffer in zip(free, stored, strict=False)]
     buffers = buffers or [None] * len(free)
     values, gradients = _views(optimizer, free)
-    before = _copies(optimizer, values, held)
+    backups = _backups(optimizer, values, stored)
     _sgd(group, (values, gradients, buffers), False)
-    for rows, buffer, new in zip(free, held, buffers, strict=False):
-        if rows.fresh:
+    for rows, buffer, new in zip(free, stored, buffers, strict=False):
+        if rows.first_momentum:
             buffer.copy_(new)
-            rows.fresh = False
-    _put_back(optimizer, before)
-    _round(free, values)
+            rows.first_momentum = False
+    _undo_on_overflow(optimizer, backups)
+    _round_to_storage(free, values)
 
 
 def _sgd(
@@ -55,7 +55,7 @@ def _sgd(
 ) -> None:
     params, grads, buffers = lists
     if group["nesterov"] and group["foreach"] is not False:
-        grads = [grad.clone() for grad in grads]  # torch's foreach Nesterov adds the momentum to them in place
+        grads = [grad.clone() for grad in grads]  # torch's foreach Nesterov modifies them in place
     keys = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
     sgd(
         params,
@@ -69,8 +69,8 @@ def _sgd(
 
 
 def _views(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
-    """The rows, and their gradients, without the scale that a GradScaler leaves to a fused step: this is none."""
-    scale, _ = _scaling(optimizer)
+    """Return the rows and their gradients, unscaled if a GradScaler left that to the step."""
+    scale, _ = _grad_scaler_state(optimizer)
     gradients = [rows.view(rows.parameter.grad) for rows in free]  # type: ignore[arg-type]
     gradients = [gradient.to(working_dtype(gradient.dtype)) for gradient in gradients]
     gradients = gradients if scale is None else [gradient / scale.to(gradient) for gradient in gradients]
@@ -78,50 +78,50 @@ def _views(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Ten
 
 
 def _rows_of(optimizer: Any, free: FreeRows) -> Tensor:
-    """The rows, or of a parameter of low precision their values in float32, which follow what is written to it."""
+    """Return the rows, or for low precision those of the master copy, updated where the parameter was modified."""
     rows, master = free.view(free.parameter), optimizer.state[free.parameter].get(MASTER)
     if master is None:
         return rows
-    held = free.view(master)
-    return held.copy_(torch.where(held.to(rows.dtype) == rows, held, rows.to(held.dtype)))
+    copy = free.view(master)
+    return copy.copy_(torch.where(copy.to(rows.dtype) == rows, copy, rows.to(copy.dtype)))
 
 
-def _round(free: list[FreeRows], values: list[Tensor]) -> None:
-    """Parameters of low precision as the rounding of what is held."""
+def _round_to_storage(free: list[FreeRows], values: list[Tensor]) -> None:
+    """Round the master copy to parameters in low precision."""
     for rows, value in zip(free, values, strict=True):
         if value.dtype != rows.parameter.dtype:
             rows.view(rows.parameter).copy_(value)
 
 
-def _scaling(optimizer: Any) -> tuple[Tensor | None, ...]:
-    """What a GradScaler leaves to a fused step: the scale of the gradients, and whether one has overflown."""
+def _grad_scaler_state(optimizer: Any) -> tuple[Tensor | None, ...]:
+    """Return ``grad_scale`` and ``found_inf``, which a GradScaler sets on a fused optimizer; else None."""
     return getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None), getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
 
 
-def _copies(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """What a step will write to, and copies, where it may turn out that an overflow forbids it."""
-    _, overflow = _scaling(optimizer)
+def _backups(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors that a step modifies, with copies, if it must be undone after an overflow."""
+    _, overflow = _grad_scaler_state(optimizer)
     return [] if overflow is None else [(tensor, tensor.clone()) for tensors in written for tensor in tensors]
 
 
-def _put_back(optimizer: Any, before: list[tuple[Tensor, Tensor]]) -> None:
-    """Where a gradient has overflown, all as it was. Nobody waits to be told."""
-    _, overflow = _scaling(optimizer)
-    for tensor, value in before:
+def _undo_on_overflow(optimizer: Any, backups: list[tuple[Tensor, Tensor]]) -> None:
+    """Restore the copies if a gradient has overflowed, without synchronization."""
+    _, overflow = _grad_scaler_state(optimizer)
+    for tensor, value in backups:
         assert overflow is not None
         tensor.copy_(torch.where(overflow.to(tensor.device) == 0, tensor, value))
 
 
-def lists_of_adam(optimizer: Any, group: Group) -> Lists:
-    """What torch.optim.Adam._init_group fills: parameters, gradients, three moments, step counts."""
-    # AdamW of torch 2.6, not yet an Adam, takes amsgrad too.
+def empty_lists_adam(optimizer: Any, group: Group) -> Lists:
+    """Return empty lists for torch.optim.Adam._init_group: parameters, gradients, three moments, step counts."""
+    # In torch 2.6, AdamW is no subclass of Adam, and its _init_group takes amsgrad too.
     amsgrad = () if isinstance(optimizer, torch.optim.Adam) else (group["amsgrad"],)
     return ([], [], *amsgrad, [], [], [], [])
 
 
 def step_unconstrained_adam(optimizer: Any, group: Group, lists: Lists, has_complex: bool) -> None:
-    """torch.optim.Adam.step or AdamW.step of one group, without its hooks."""
-    _adam(optimizer, group, lists, has_complex, *_scaling(optimizer))
+    """Perform torch.optim.Adam.step or AdamW.step for one group, without hooks."""
+    _adam(optimizer, group, lists, has_complex, *_grad_scaler_state(optimizer))
 
 
 def _adam(
@@ -140,7 +140,7 @@ def _adam(
         functional = adamw
     beta1, beta2 = group["betas"]
     functional(
-        *(lists if type(lists[2]) is list else (*lists[:2], *lists[3:])),  # torch 2.6 has amsgrad among them
+        *(lists if type(lists[2]) is list else (*lists[:2], *lists[3:])),  # without amsgrad of torch 2.6
         has_complex=has_complex,
         beta1=beta1,
         beta2=beta2,
@@ -151,7 +151,7 @@ def _adam(
 
 
 def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> None:
-    """The same of rows that are in no block of their marked parameters, whose steps are counted elsewhere."""
+    """Perform Adam.step or AdamW.step for the rows outside every block. The engine increments their step counts."""
     states = [optimizer.state[rows.parameter] for rows in free]
     keys = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
     moments = [[rows.view(state[key]) for rows, state in zip(free, states, strict=True)] for key in keys]
@@ -159,7 +159,7 @@ def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> N
     steps = [state["step"].clone() for state in states]
     has_complex = any(rows.parameter.is_complex() for rows in free)
     values, gradients = _views(optimizer, free)
-    before = _copies(optimizer, values, *moments)
+    backups = _backups(optimizer, values, *moments)
     _adam(optimizer, group, (values, gradients, *moments, *largest, steps), has_complex)
-    _put_back(optimizer, before)
-    _round(free, values)
+    _undo_on_overflow(optimizer, backups)
+    _round_to_storage(free, values)

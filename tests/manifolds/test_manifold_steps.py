@@ -10,6 +10,7 @@ from manifold_opt import SGD, Adam, AdamW, constraint_of, mark_positive, mark_sp
 from manifold_opt.manifolds import Orthogonal, Positive, Spectral, UnitNorm
 from manifold_opt.manifolds.layout import get_points
 from manifold_opt.optim.engine import bucket as buckets_module
+from manifold_opt.optim.engine import grouping
 
 from ..helpers import Memory, buckets_of, each, gaussian, never_read, pairs
 from ..reference.cases import CASES, parameter
@@ -254,8 +255,8 @@ def test_large_parameters_are_worked_on_in_pieces(monkeypatch):
     whole = [mark_unit_norm(nn.Parameter(gaussian(50, 20))), mark_positive(nn.Parameter(gaussian(50, 20).exp()))]
     parts = copy.deepcopy(whole)
     run("adam", whole)
-    monkeypatch.setattr(buckets_module, "BATCH", 2**11)
-    monkeypatch.setattr(buckets_module, "SMALL", 0)
+    monkeypatch.setattr(buckets_module, "BATCH_BYTES", 2**11)
+    monkeypatch.setattr(grouping, "SMALL_BYTES", 0)
     opt = run("adam", parts)
     assert all(len(list(bucket.chunks())) > 3 for bucket in buckets_of(opt))
     never_read(monkeypatch)  # as on an accelerator, where every piece costs the host a dozen kernels

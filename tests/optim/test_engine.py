@@ -174,7 +174,7 @@ def test_blocks_of_one_large_parameter_are_worked_on_in_pieces(monkeypatch):
         return run([weight], Adam([weight], lr=0.01))[0]
 
     whole = result()
-    monkeypatch.setattr(buckets, "BATCH", 7 * 4 * 4 * 4)  # seven blocks at a time
+    monkeypatch.setattr(buckets, "BATCH_BYTES", 7 * 4 * 4 * 4)  # seven blocks at a time
     torch.testing.assert_close(result(), whole, rtol=0, atol=1e-5)
 
 

@@ -86,8 +86,8 @@ def test_a_checkpoint_of_torchs_own_is_as_loaded_after_a_step_that_raised(name, 
             raise RuntimeError("out of memory")
         return held(optimizer, group, bucket, *rest)
 
-    held = plan.hold
-    monkeypatch.setattr(plan, "hold", fails)
+    held = plan.init_state
+    monkeypatch.setattr(plan, "init_state", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         opt.step()
     monkeypatch.undo()

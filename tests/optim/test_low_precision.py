@@ -17,7 +17,7 @@ from manifold_opt import (
     nearest_orthogonal,
     orthogonality_error,
 )
-from manifold_opt.optim.engine.bucket import SMALL
+from manifold_opt.optim.engine.grouping import SMALL_BYTES
 
 from ..helpers import EXACT, buckets_of, each, gaussian, never_read, pairs
 
@@ -187,14 +187,14 @@ def test_gathered_or_alone_it_moves_the_same(rule, dtype, monkeypatch):
     opt = RULES[rule](together)
     run(together, opt)
     singles = [RULES[rule]([weight]) for weight in alone]
-    monkeypatch.setattr(manifold_opt.optim.engine.bucket, "SMALL", 0)
+    monkeypatch.setattr(manifold_opt.optim.engine.grouping, "SMALL_BYTES", 0)
     for step in range(4):
         give(alone, step)
         for single in singles:
             single.step()
     assert buckets_of(opt)[0].gathered
     assert not buckets_of(singles[0])[0].gathered
-    assert SMALL > 0
+    assert SMALL_BYTES > 0
     for k, (p, other) in enumerate(zip(together, alone, strict=True)):
         master = singles[k].state[other]["master"]
         # Products of another batch size may be summed in another order; what is on the edge may round either way.

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, mark_orthogonal, mark_unit_norm, orthogonality_error
 from manifold_opt.linalg.matrices import error_at_rounding
-from manifold_opt.optim.engine import bucket as buckets_module
+from manifold_opt.optim.engine import grouping
 
 from ..helpers import EXACT, UNITARY, buckets_of, each, gaussian, never_read, pairs, point
 from ..reference import loop as reference
@@ -235,7 +235,7 @@ def test_gathered_or_alone_it_moves_the_same(rule, shape, monkeypatch):
     opt = build(rule, together)
     run(together, opt)
     assert buckets_of(opt)[0].gathered
-    monkeypatch.setattr(buckets_module, "SMALL", 0)
+    monkeypatch.setattr(grouping, "SMALL_BYTES", 0)
     single = build(rule, alone)
     run(alone, single)
     assert not any(bucket.gathered for bucket in buckets_of(single))

@@ -1,1 +1,1 @@
-"""From a gradient to a direction."""
+"""Update directions computed from gradients."""

@@ -1,1 +1,1 @@
-"""The step: which parameters move together, their state, and how they move."""
+"""The step of the optimizers: grouping of parameters into buckets, their state, and their update."""

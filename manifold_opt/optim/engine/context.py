@@ -1,4 +1,4 @@
-"""What a step works with, and which gradients it takes."""
+"""Context of a step, and the test for finite gradients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .counters import Counters
 
 @dataclass
 class StepContext:
-    """What a step works with.
+    """Objects that all buckets of a step share.
 
     Attributes:
-        pool: memory of workspaces; None in a graph that is traced.
-        counters: counts of blocks that are skipped, and of steps that are shortened.
-        decoupled: whether weight decay is decoupled, unless a group says otherwise.
-        grad_scale, found_inf: what a GradScaler leaves to a fused step.
+        pool: memory of workspaces; None in a traced graph.
+        counters: counts of skipped blocks and shortened steps.
+        decoupled: whether weight decay is decoupled by default; a group may override it.
+        grad_scale, found_inf: attributes that a GradScaler sets on a fused optimizer.
     """
 
     pool: Pool | None
@@ -33,9 +33,9 @@ class StepContext:
 
 
 def finite_gradient(g: Tensor, dims: int, context: StepContext) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient, zero where it is not finite or its squares are not, and where it is, ``(B, 1, ..)``.
+    """Return the gradient, zeroed where it or its square is non-finite, and a mask of the other points ``(B, 1, ..)``.
 
-    None in place of the mask if it may be read, and all is finite.
+    The mask is None if values can be read and all are finite.
     """
     limit = MAX_GRAD_NORM[g.dtype]
     if host_can_branch(g) and float(torch.linalg.vector_norm(g)) <= limit:
@@ -45,9 +45,9 @@ def finite_gradient(g: Tensor, dims: int, context: StepContext) -> tuple[Tensor,
 
 
 def finite_points(size: Tensor, limit: float, context: StepContext) -> Tensor:
-    """Return which points have a gradient of a size up to the limit, and count the others."""
-    finite = size <= limit  # a NaN is not
+    """Return a mask of points with a gradient norm up to the limit, and count the others."""
+    finite = size <= limit  # False for NaN
     context.counters.count("skipped_blocks", ~finite)
-    if context.found_inf is not None:  # where it can be read, a step has ended before it came here
+    if context.found_inf is not None:  # not readable, or the step would have returned before
         finite = finite & (context.found_inf.to(size.device) == 0)
     return finite

@@ -1,4 +1,4 @@
-"""Counts of blocks that were skipped and steps that were shortened, read only when they are asked for."""
+"""Counters of skipped blocks and shortened steps, which are read only on request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("skipped_blocks", "clamped_steps")
 
 
 class Counters:
-    """Running counts by name: numbers if Python may read values, otherwise tensors on the device.
+    """Running counts by name: Python numbers if values can be read, otherwise tensors on the device.
 
     >>> import torch
     >>> from manifold_opt.optim.engine.counters import Counters
@@ -26,7 +26,7 @@ class Counters:
         self._device: dict[tuple[str, torch.device], Tensor] = {}
 
     def prepare(self, device: torch.device) -> None:
-        """Allocate the counts of a device before a graph of it is traced or captured."""
+        """Allocate the counters of a device before a graph is traced or captured."""
         for name in NAMES:
             if (name, device) not in self._device:
                 self._device[name, device] = torch.zeros((), dtype=torch.int64, device=device)
@@ -40,5 +40,5 @@ class Counters:
             self._device[name, mask.device].add_(mask.sum())
 
     def total(self, name: str) -> float:
-        """Return the count so far. This waits for the devices."""
+        """Return the current count. Synchronizes with the devices."""
         return float(self._host[name]) + sum(float(x) for (kind, _), x in self._device.items() if kind == name)

@@ -1,4 +1,4 @@
-"""What the engine needs to know of an optimizer: its algorithm, and what it remembers between steps."""
+"""Interface between an optimizer and the engine: its algorithm, and the data that is kept between steps."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ...manifolds import Manifold
 from .counters import Counters
 
 Group = dict[str, Any]
-Lists = tuple[Any, ...]  # what torch's _init_group fills for a group
-GRAD_SCALER_ATTRIBUTES = ("grad_scale", "found_inf")  # set by a GradScaler on a fused optimizer for the time of a step
+Lists = tuple[Any, ...]  # the lists that torch's _init_group fills for a group
+GRAD_SCALER_ATTRIBUTES = ("grad_scale", "found_inf")  # set by a GradScaler on a fused optimizer during a step
 
 
 class Algorithm(NamedTuple):
-    """What distinguishes one optimizer from another in a step.
+    """Functions and keys in which one optimizer differs from another.
 
     Attributes:
         state_keys: keys of the moments in the state.
-        moments: ``group -> (keys, per_block_keys)``: those of ``state_keys`` that the options of a group ask for, and
-            those among them with one number per block.
-        rule: ``(group, bucket) -> rule``: how the directions of a bucket are made.
-        lists: ``(optimizer, group) -> lists``: the empty lists that torch's ``_init_group`` fills.
-        step_unconstrained: ``(optimizer, group, lists, flag)``: torch's own step of the parameters in these lists.
+        moments: ``group -> (keys, per_block_keys)``: keys of the moments that the options of a group need, and those
+            among them with one number per block.
+        rule: ``(group, bucket) -> rule``: function and options for the directions of a bucket.
+        lists: ``(optimizer, group) -> lists``: empty lists for torch's ``_init_group`` to fill.
+        step_unconstrained: ``(optimizer, group, lists, has_complex_or_sparse)``: torch's own step of these parameters.
         step_free_rows: ``(optimizer, group, rows)``: torch's own step of rows outside every block.
-        decoupled: whether weight decay is decoupled, unless a group says otherwise.
+        decoupled: whether weight decay is decoupled by default; a group may override it.
     """
 
     state_keys: tuple[str, ...]
@@ -42,13 +42,13 @@ class Algorithm(NamedTuple):
 
 @dataclass(eq=False)
 class Engine:
-    """What an optimizer remembers between steps.
+    """Data that an optimizer keeps between steps.
 
     Attributes:
-        plan: which parameters move together (plan.py); None before the first step, and where it has to be made anew.
-        values: version, address and dtype of parameters by id, as a step left them.
-        constraints: the constraint of every marked parameter, None for one that was unmarked.
-        counters: counts of blocks that were skipped, and of steps that were shortened.
+        plan: the buckets (plan.py); None before the first step, and if they must be rebuilt.
+        values: version, address and dtype of parameters after their last step, by id.
+        constraints: constraint of every marked parameter, None for an unmarked one that was marked before.
+        counters: counts of skipped blocks and shortened steps.
     """
 
     plan: Any = None
@@ -58,15 +58,15 @@ class Engine:
 
 
 class ManifoldOptimizer(Optimizer):
-    """An optimizer with an algorithm and an engine."""
+    """Optimizer with an algorithm and an engine."""
 
     _algorithm: ClassVar[Algorithm]
     _engine: Engine
 
-    if TYPE_CHECKING:  # a method here would hide that of torch's class
+    if TYPE_CHECKING:  # at run time, these would hide the methods of torch's class
 
         def _init_group(self, group: Group, *lists: Any) -> bool:
-            """Fill ``lists`` with the unmarked parameters of a group, in a graph that torch.compile traces."""
+            """Fill ``lists`` with the unmarked parameters of a group, for torch.compile."""
 
         def _collect_unconstrained(self, group: Group, *lists: Any) -> bool:
             """Fill ``lists`` with all parameters of a group, by torch's own ``_init_group``."""

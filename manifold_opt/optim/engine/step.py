@@ -1,11 +1,11 @@
-"""One step: the closure, the unmarked parameters as torch steps them, the marked ones on their manifold.
+"""The step of an optimizer: the closure, torch's own step of unmarked parameters, and the update of marked ones.
 
-The blocks of marked parameters are stepped, one bucket at a time,
+The blocks of marked parameters are updated one bucket at a time:
 
-    view or gather -> gradient -> direction -> step -> retraction -> back in place
+    view or gather -> gradient -> direction -> retraction -> write in place
 
-and are written through their views only. Nothing on the way depends on a value where reading one would make the
-host wait: on an accelerator, or in a graph that torch.compile traces or CUDA captures.
+No value is read on an accelerator, or in a graph that torch.compile traces or CUDA captures, where reading would
+synchronize with the device.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .restore import restore_overwritten
 from .update import update_bucket
 
 Closure = Callable[[], Any]
-Prepared = list[tuple[Group, Lists, bool]]
+GroupInputs = list[tuple[Group, Lists, bool]]  # group, lists of _init_group, has_complex (SGD: has_sparse_grad)
 
 
 def step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
-    """Take one step of every group: the closure, then the unmarked parameters, then the marked ones."""
+    """Call the closure, update the unmarked parameters of every group, then the marked ones; return the loss."""
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -40,11 +40,11 @@ def step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
         return loss
     plan = optimizer._engine.plan
     if plan is None or not plan.is_current(optimizer):
-        prepared = _plan_anew(optimizer)
+        inputs = _replan(optimizer)
         plan = optimizer._engine.plan
     else:
-        prepared = _collect(optimizer, plan)
-    _step_unconstrained(optimizer, prepared)
+        inputs = _collect(optimizer, plan)
+    _step_unconstrained(optimizer, inputs)
     if plan.active:
         grad_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
@@ -61,25 +61,25 @@ def step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
 
 
 def _step_traced(optimizer: ManifoldOptimizer) -> None:
-    """Take a step in a graph that torch.compile traces. It knows _init_group by name, and runs it outside the graph."""
+    """Perform a step that torch.compile traces. It runs _init_group, which it finds by name, outside the graph."""
     warn_if_reduced_precision()
-    assert tag.marks_made  # a graph that depends on it is compiled anew where a mark is made later
-    prepared = []
+    assert tag.marks_made  # makes the graph depend on it: a later mark triggers a recompilation
+    inputs = []
     for group in optimizer.param_groups:
         lists = optimizer._algorithm.lists(optimizer, group)
-        prepared.append((group, lists, optimizer._init_group(group, *lists)))
-    _step_unconstrained(optimizer, prepared)
+        inputs.append((group, lists, optimizer._init_group(group, *lists)))
+    _step_unconstrained(optimizer, inputs)
     plan = optimizer._engine.plan
     if plan.active:
         with torch.no_grad(), without_autocast(plan.active[0].device.type):
             _step_constrained(optimizer, plan, None)
 
 
-def _step_unconstrained(optimizer: ManifoldOptimizer, prepared: Prepared) -> None:
-    for group, lists, flag in prepared:
+def _step_unconstrained(optimizer: ManifoldOptimizer, inputs: GroupInputs) -> None:
+    for group, lists, has_complex_or_sparse in inputs:
         if lists[0]:
             with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
-                optimizer._algorithm.step_unconstrained(optimizer, group, lists, flag)
+                optimizer._algorithm.step_unconstrained(optimizer, group, lists, has_complex_or_sparse)
 
 
 def _step_constrained(optimizer: ManifoldOptimizer, plan: Plan, pool: Pool | None) -> None:
@@ -98,19 +98,19 @@ def _step_constrained(optimizer: ManifoldOptimizer, plan: Plan, pool: Pool | Non
         update_bucket(bucket, group, algorithm.rule(group, bucket), context)
 
 
-def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> Prepared:
-    """Return what the unmarked parameters need, where the plan of the marked ones still holds.
+def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
+    """Return the inputs of torch's step of the unmarked parameters, if the plan is current.
 
-    All that can be refused or fail before a step is done here and in :func:`_plan_anew`, so that nothing has changed.
+    Everything that can fail is done here or in :func:`_replan`, before anything is updated; the state is rolled back.
     """
     overwritten = plan.is_overwritten()
-    if not (overwritten or plan.needs_care or plan.unmarked):
+    if not (overwritten or plan.needs_checks or plan.unmarked):
         return []
     backup = StateBackup(optimizer, entries=False)
     try:
         if plan.raises:
             check_gradients_are_finite(optimizer)
-        if overwritten or plan.low:
+        if overwritten or plan.low_precision:
             restore_overwritten(optimizer, plan, plan.values())
         if plan.on_accelerator:
             probe_memory(optimizer, plan)
@@ -120,26 +120,26 @@ def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> Prepared:
         raise
 
 
-def _plan_anew(optimizer: ManifoldOptimizer) -> Prepared:
-    """Return what the unmarked parameters need, and plan the marked ones anew."""
+def _replan(optimizer: ManifoldOptimizer) -> GroupInputs:
+    """Make a new plan for the marked parameters, and return the inputs of torch's step of the unmarked ones."""
     backup = StateBackup(optimizer, entries=True)
     try:
         plan = make_plan(optimizer)
         probe_memory(optimizer, plan)
-        prepared = _init_groups(optimizer, plan)
+        inputs = _init_groups(optimizer, plan)
         restore_overwritten(optimizer, plan, optimizer._engine.values)
     except BaseException:
         backup.restore()
         raise
-    return prepared
+    return inputs
 
 
-def _init_groups(optimizer: ManifoldOptimizer, plan: Plan) -> Prepared:
-    """Let torch collect the unmarked parameters of every group."""
-    prepared = []
+def _init_groups(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
+    """Collect the unmarked parameters of every group by torch's own ``_init_group``."""
+    inputs = []
     for position, unmarked in plan.unmarked:
         group = optimizer.param_groups[position]
         lists = optimizer._algorithm.lists(optimizer, group)
         members = group if unmarked is None else {**group, "params": unmarked}
-        prepared.append((group, lists, optimizer._collect_unconstrained(members, *lists)))
-    return prepared
+        inputs.append((group, lists, optimizer._collect_unconstrained(members, *lists)))
+    return inputs
