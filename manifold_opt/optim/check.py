@@ -1,4 +1,4 @@
-"""Whether a model and its optimizers still agree on what is constrained."""
+"""Check that the constraints of a model and its optimizers are consistent."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from .options import (
     validate_unsharded,
 )
 
-_MAX_ENTRIES = 1000  # a longer list in a wrapper is not searched for optimizers
+_MAX_ENTRIES = 1000  # longer lists in a wrapper are not searched for optimizers
 
 
 def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
-    """List what is wrong with the constraints of a model that an optimizer is to train; empty if all is well.
+    """Return a list of problems with the constraints of a model and its optimizer; empty if there are none.
 
-    It reports that nothing is marked; parameters that have lost their mark, are marked but in no optimizer or in one
-    that does not keep them, are off their manifold by more than rounding, share memory with another parameter, or have
-    state that is not finite or of another dtype or device; marked parameters that an optimizer still moves though they
-    are no longer the model's; and whatever the next step would refuse, with the reason that the step would give.
+    Reported are marked parameters that lost their constraint, are in no optimizer or in one that ignores constraints,
+    are off their manifold by more than rounding, share memory with another parameter, or have state that is non-finite
+    or of another dtype or device; marked parameters of the optimizer that the model no longer has; errors that the
+    next step would raise; and a model without marked parameters.
 
     Args:
         model: the module that is trained, or a wrapper of it.
-        opt: its optimizer, of this package or not, or a wrapper of it; or a collection of all that train the model.
+        opt: its optimizer, of this package or another, or a wrapper of one; or all optimizers of the model.
 
     Returns:
-        One sentence per problem, which names the parameter and the remedy.
+        One message per problem, with the name of the parameter and the remedy.
 
     Raises:
-        TypeError: not a module and an optimizer.
+        TypeError: the arguments are not a module and an optimizer.
 
     >>> import torch
     >>> from manifold_opt import Adam, check, mark_orthogonal
@@ -60,7 +60,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     >>> for problem in check(layer, opt):
     ...     print(problem)
     weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place, or a conversion has dropped the mark. Build the optimizer anew: it marks the parameter again.
-    the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's. Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place first.
+    the optimizer still holds a marked parameter of shape (4, 4) that the model no longer has. Mark its replacement, if it is to be constrained, and recreate the optimizer.
     """  # noqa: E501
     opts = _optimizers_in(opt)
     if not isinstance(model, nn.Module) or not opts:
@@ -70,9 +70,9 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
         )
     ours = [one for one in opts if isinstance(one, ManifoldOptimizer)]
     owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
-    refusals = _refusals(ours)
+    refusals = _next_step_errors(ours)
     named = dict(model.named_parameters(remove_duplicate=False))
-    lost = dict(_lost(model, opts))
+    lost = dict(_lost_constraints(model, opts))
     problems = [*(f"{name} {what}" for name, what in lost.items()), *refusals.get(None, ())]
     for name, p in named.items():
         refused, constraint = refusals.get(id(p), []), constraint_of(p)
@@ -81,20 +81,19 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
         if constraint is None:
             problems.extend(f"{name}: {reason}" for reason in refused)
         elif refused:
-            problems.extend(f"{name} cannot be kept {_adjective(constraint)}: {reason}" for reason in refused)
+            problems.extend(f"{name} cannot be kept {_describe(constraint)}: {reason}" for reason in refused)
         else:
-            problems.extend(_unwell(name, p, owners.get(id(p))))
-            problems.extend(_pruned(model, name, lost))
-        problems.extend(_unwell_state(name, p, owners.get(id(p))))
-    problems.extend(_sharing(named, owners))
+            problems.extend(_parameter_problems(name, p, owners.get(id(p))))
+            problems.extend(_pruning_problems(model, name, lost))
+        problems.extend(_state_problems(name, p, owners.get(id(p))))
+    problems.extend(_shared_memory_problems(named, owners))
     present = {id(p) for p in named.values()}
     for one in opts:
         for p in (p for group in one.param_groups for p in group["params"]):
             if id(p) not in present and constraint_of(p) is not None:
                 problems.append(
-                    f"the optimizer moves a marked parameter of shape {tuple(p.shape)} that is no longer the model's. "
-                    "Build the optimizer anew. To keep the constraint, mark the parameter that has taken its place "
-                    "first."
+                    f"the optimizer still holds a marked parameter of shape {tuple(p.shape)} that the model no longer "
+                    "has. Mark its replacement, if it is to be constrained, and recreate the optimizer."
                 )
     known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_records(model)
     if ours and not problems and not known:
@@ -103,10 +102,10 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
 
 
 def _optimizers_in(opt: Any) -> list[Any]:
-    """The optimizers in an optimizer, in a wrapper of one or several, or in a collection of such; empty if none is.
+    """Return the optimizers in ``opt``: an optimizer, a wrapper of optimizers, or a collection of these.
 
-    An optimizer of this package or of torch.optim is one. Anything else with parameter groups may be a wrapper, as SAM
-    and ZeroRedundancyOptimizer are, which has the optimizer in one of its attributes; if it has none, it is one itself.
+    Any object with parameter groups that is not from this package or torch.optim may be a wrapper with optimizers in
+    its attributes, such as SAM or ZeroRedundancyOptimizer. Without optimizers in its attributes, it is one itself.
     """
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
@@ -119,12 +118,12 @@ def _optimizers_in(opt: Any) -> list[Any]:
             return hasattr(x, "param_groups")
         seen[id(x)] = x
         if not hasattr(x, "param_groups"):
-            # Other iterables are left alone: to look would consume them, and some have no end.
+            # Other iterables are not searched: iteration would consume them, and may not terminate.
             some = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
             visited = [visit(y) for y in some] if len(some) < _MAX_ENTRIES else []
             return any(visited)
         known = isinstance(x, ManifoldOptimizer) or type(x).__module__.startswith("torch.optim.")
-        # Properties of Accelerate's and Lightning's wrappers, and of ZeroRedundancyOptimizer.
+        # These are properties in the wrappers of Accelerate and Lightning, and in ZeroRedundancyOptimizer.
         inner = [getattr(x, "optimizer", None), getattr(x, "optim", None)]
         own = [y for key, y in getattr(x, "__dict__", {}).items() if key not in ("param_groups", "state")]
         visited = [] if known else [visit(y) for y in (*inner, *own)]
@@ -140,12 +139,12 @@ def _optimizers_in(opt: Any) -> list[Any]:
     return list(found.values())
 
 
-def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
-    """Names of marked parameters that a module has no more, or not as they were, and what has become of them."""
-    moved = (p for one in opts for group in one.param_groups for p in group["params"])
-    flat = {  # what is in a flat parameter of FSDP1
+def _lost_constraints(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
+    """Yield the names of parameters that lost their constraint, each with the reason."""
+    in_optimizer = (p for one in opts for group in one.param_groups for p in group["params"])
+    flat = {  # parameters in a flat parameter of FSDP1
         (id(info.module), info.param_name)
-        for p in (*model.parameters(), *moved)
+        for p in (*model.parameters(), *in_optimizer)
         for info in (*getattr(p, "_param_infos", ()), *getattr(p, "_shared_param_infos", ()))
     }
     for path, module in model.named_modules():
@@ -159,11 +158,11 @@ def _lost(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:
             if (id(module), leaf) in flat or (now is not None and is_sharded(now)):
                 yield name, sharded_problem(now, constraint)
             elif now is None or constraint_of(now) != constraint:
-                yield name, _what_became_of(module, leaf, constraint)
+                yield name, _loss_reason(module, leaf, constraint)
 
 
-def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:
-    """How a marked parameter has been lost and what to do, as the end of a sentence that begins with its name."""
+def _loss_reason(module: nn.Module, leaf: str, constraint: Manifold) -> str:
+    """Return the reason and the remedy for a lost constraint, as the end of a sentence that begins with the name."""
     if module._parameters.get(leaf) is not None:
         return (
             f"has lost its constraint {constraint}: another parameter has taken its place, or a conversion has dropped "
@@ -187,10 +186,10 @@ def _what_became_of(module: nn.Module, leaf: str, constraint: Manifold) -> str:
     )
 
 
-def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
-    """What the next step would refuse: by the id of a parameter, and by None what is said of a group.
+def _next_step_errors(ours: list[Any]) -> dict[int | None, list[str]]:
+    """Return the errors that the next step would raise, by the id of the parameter, or None if they concern a group.
 
-    As if every parameter had a gradient; where one has none now, it may have one by then.
+    Parameters without a gradient are checked too, because they may have one in the next step.
     """
     found: dict[int | None, list[str]] = {}
 
@@ -220,7 +219,7 @@ def _refusals(ours: list[Any]) -> dict[int | None, list[str]]:
 
 
 def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
-    """Raise what the next step would of one marked parameter, its value aside."""
+    """Raise the error that the next step would raise for a marked parameter, except for its value."""
     name, constraint = type(opt).__name__, constraint_of(p)
     assert constraint is not None
     validate_marked(name, p, group)
@@ -231,31 +230,31 @@ def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
             validate_finite_gradients(name, group, [p], [p.grad], getattr(opt, "grad_scale", None))
 
 
-def _unwell(name: str, p: Tensor, opt: Any) -> Iterator[str]:
-    """What is wrong with a marked parameter or its value, if its step is not refused. ``opt`` moves it, or None."""
+def _parameter_problems(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    """Yield the problems of a marked parameter and its value. ``opt`` is its optimizer, or None."""
     constraint = constraint_of(p)
     assert constraint is not None
-    adjective = _adjective(constraint)
+    description = _describe(constraint)
     if opt is None and p.requires_grad:
         yield f"{name} is marked, but in no optimizer that check was given, so none of them updates it."
     if opt is not None and not isinstance(opt, ManifoldOptimizer):
         if not is_handled_by(opt, p):
-            yield _not_kept(name, adjective, opt)
+            yield _wrong_optimizer_problem(name, description, opt)
         return
     try:
         off = bool(find_off_manifold(p, constraint))
     except ValueError as refusal:
-        yield f"{name} cannot be kept {adjective}: {refusal}"
+        yield f"{name} cannot be kept {description}: {refusal}"
         return
     if off and _is_exact(constraint, p, opt):
         yield (
-            f"{name} is not {adjective} to rounding: project_to_manifold_(model) puts it back"
+            f"{name} is not {description} to rounding: project_to_manifold_(model) puts it back"
             f"{', and so does the next step' if opt is not None else ''}."
         )
 
 
-def _pruned(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
-    """Report a marked parameter whose layer uses its product with a mask, unless ``lost`` reports it already."""
+def _pruning_problems(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
+    """Yield a problem if the layer uses the product of a marked parameter with a mask, unless it is in ``lost``."""
     path, _, leaf = name.rpartition(".")
     used = leaf.removesuffix("_orig")
     if f"{path}.{used}".lstrip(".") in lost or used == leaf:
@@ -268,8 +267,8 @@ def _pruned(model: nn.Module, name: str, lost: dict[str, str]) -> Iterator[str]:
         )
 
 
-def _unwell_state(name: str, p: Tensor, opt: Any) -> Iterator[str]:
-    """What is wrong with the state of a marked parameter in an optimizer of this package."""
+def _state_problems(name: str, p: Tensor, opt: Any) -> Iterator[str]:
+    """Yield the problems of the state of a marked parameter in an optimizer of this package."""
     if constraint_of(p) is None or p.is_meta or not isinstance(opt, ManifoldOptimizer):
         return
     dtypes = {working_dtype(p.dtype), working_dtype(p.dtype).to_real()}  # a number per block is real
@@ -286,20 +285,20 @@ def _unwell_state(name: str, p: Tensor, opt: Any) -> Iterator[str]:
             )
 
 
-def _not_kept(name: str, adjective: str, opt: Any) -> str:
+def _wrong_optimizer_problem(name: str, description: str, opt: Any) -> str:
     kind = f"{type(opt).__module__}.{type(opt).__name__}"
     if kind.startswith(("torch.", "geoopt.")):
         return (
-            f"{name} is marked, but moved by {kind}, which does not keep it {adjective}: use the one of manifold_opt."
+            f"{name} is marked, but moved by {kind}, which does not keep it {description}: use the one of manifold_opt."
         )
     return (
         f"{name} is marked, but moved by {kind}, which is no optimizer of manifold_opt and wraps none that check "
-        f"finds: it cannot say whether that keeps it {adjective}."
+        f"finds: it cannot say whether that keeps it {description}."
     )
 
 
-def _sharing(named: Mapping[str, Tensor], owners: dict[int, Any]) -> Iterator[str]:
-    """Marked parameters that begin where another one does, so that two are stepped where there is one."""
+def _shared_memory_problems(named: Mapping[str, Tensor], owners: dict[int, Any]) -> Iterator[str]:
+    """Yield marked parameters that share memory with another parameter, so that the memory is updated twice."""
     first: dict[int, str] = {}
     for name, p in {id(p): (name, p) for name, p in named.items() if id(p) in owners}.values():
         if type(p) is not nn.Parameter or p.layout is not torch.strided or p.is_meta or not p.numel():
@@ -314,12 +313,12 @@ def _sharing(named: Mapping[str, Tensor], owners: dict[int, Any]) -> Iterator[st
 
 
 def _is_exact(constraint: Manifold, p: Tensor, opt: Any) -> bool:
-    """Whether a step ends on the manifold to rounding."""
+    """Return True if a step ends on the manifold up to rounding."""
     if opt is None or not isinstance(constraint, Orthogonal):
         return True
     group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
     return RETRACTIONS[group["retraction"]].exact
 
 
-def _adjective(constraint: Manifold) -> str:
+def _describe(constraint: Manifold) -> str:
     return "orthogonal" if isinstance(constraint, Orthogonal) else f"on {constraint}"

@@ -1,4 +1,4 @@
-"""What a parameter group may say about its marked parameters, and what is refused at the door."""
+"""Options of parameter groups, and validation of marked parameters and their gradients."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from ..stiefel.retractions import check_retraction
 from .directions.stiefel import SECOND_MOMENTS
 from .engine.optimizer import Group, ManifoldOptimizer
 
-# Options of this package, which a group of torch.optim does not have.
+# Options of this package that torch.optim does not have.
 OPTIONS = ("retraction", "metric", "orthogonal_lr_scale", "second_moment", "beta", "correction_steps", "nonfinite")
 Nonfinite = Literal["skip", "raise"]
 NONFINITE: tuple[str, ...] = get_args(Nonfinite)
 
 
 def merge_into_groups(params: ParamsT, options: Group) -> ParamsT:
-    """Put the package's options into every group: torch's constructors let them through there."""
+    """Add the options of this package to every group, where torch's constructors accept them."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        return params  # torch says what is wrong with that, or first with an option
+        return params  # torch raises the error
     groups: list[Any] = list(params)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     for group in groups:
-        if isinstance(group, dict):  # torch says what is wrong with others
+        if isinstance(group, dict):  # torch raises an error for others
             for name, value in options.items():
                 group.setdefault(name, value)
     return groups
 
 
 def add_param_group(self: ManifoldOptimizer, param_group: Group) -> None:
-    """Add a parameter group, as in torch.optim; it may set any option of the constructor."""
+    """Add a parameter group, as in torch.optim. The group may set any option of the constructor."""
     if isinstance(param_group, dict):
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-        param_group.pop("constraints", None)  # of an optimizer of an earlier version, and of its state
-        if hasattr(self, "_engine"):  # or the constructor does it, once for all groups
+        param_group.pop("constraints", None)  # from a group of an earlier version; belongs to its state
+        if hasattr(self, "_engine"):  # otherwise the constructor does it, once for all groups
             retag_parameters(self, _tensors_in(param_group["params"]))
         validate_group(type(self).__name__, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
@@ -63,10 +63,11 @@ def add_param_group(self: ManifoldOptimizer, param_group: Group) -> None:
 
 
 def retag_parameters(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
-    """Mark the parameters that should have a mark and have none, unless they were unmarked, and return them.
+    """Mark parameters again that have lost their mark, unless they were unmarked, and return them.
 
-    One has had a mark that this optimizer knows of: torch.utils.swap_tensors, by which a module may convert or load its
-    parameters, drops what is an attribute. Or it stands where a module remembers a mark.
+    A parameter was marked if the optimizer has stored its constraint: torch.utils.swap_tensors, which modules use for
+    conversion and loading, drops attributes such as the mark. It was also marked if its module has stored a constraint
+    for it.
     """
     bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
     places = remembered_constraints(bare) if bare else {}
@@ -89,7 +90,7 @@ def retag_parameters(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> 
 
 
 def validate_restored(name: str, label: str, parameter: Tensor, constraint: Manifold) -> None:
-    """Raise a ValueError if a parameter cannot have the mark that its module remembers."""
+    """Raise a ValueError if a parameter cannot have the constraint that its module has stored."""
     problem = constraint.invalid_reason(parameter)
     if parameter.dtype not in DTYPES:
         problem = f"has dtype {parameter.dtype}, which cannot be marked."
@@ -101,7 +102,7 @@ def validate_restored(name: str, label: str, parameter: Tensor, constraint: Mani
 
 
 def track_constraints(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> list[Tensor]:
-    """Give parameters the marks that they should have, store the marks of all, and return those that got one."""
+    """Mark parameters again that have lost their mark and return them; store the constraints of all."""
     restored = retag_parameters(optimizer, parameters)
     _store_constraints(optimizer, parameters)
     return restored
@@ -120,15 +121,15 @@ def _store_constraints(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -
 
 
 def drop_stale_constraints(optimizer: ManifoldOptimizer) -> None:
-    """Forget parameters that have left the optimizer, so that they are freed."""
-    here = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """Delete stored constraints of parameters that have left the optimizer, so that they are freed."""
+    present = {id(p) for group in optimizer.param_groups for p in group["params"]}
     optimizer._engine.constraints = {
-        p: constraint for p, constraint in optimizer._engine.constraints.items() if id(p) in here
+        p: constraint for p, constraint in optimizer._engine.constraints.items() if id(p) in present
     }
 
 
 def validate_group(name: str, group: Group) -> None:
-    """Raise a ValueError that names the remedy, unless the options are in range and its members can honour them."""
+    """Raise a ValueError unless the options of a group are in range and supported for its parameters."""
     parameters = _tensors_in(group["params"])
     marked = [p for p in parameters if constraint_of(p) is not None]
     validate_options(name, group, marked=bool(marked))
@@ -138,13 +139,13 @@ def validate_group(name: str, group: Group) -> None:
 
 
 def validate_unsharded(name: str, parameters: list[Tensor]) -> None:
-    """Raise a ValueError if a shard stands where a module remembers a marked parameter."""
+    """Raise a ValueError if a marked parameter has been replaced by a shard of it."""
     for shard, label, constraint in sharded_constraints(parameters):
         raise ValueError(f"{name}: {label} {sharded_problem(shard, constraint)}")
 
 
 def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
-    """What is wrong with a shard of a marked parameter, as the end of a sentence that begins with its name."""
+    """Return the problem with a shard of a marked parameter, as the end of a sentence that begins with its name."""
     kind, remedy = "a DTensor", "fully_shard(module, ignored_params={parameter})"
     if not hasattr(shard, "placements"):
         kind = "a part of a flat parameter of FSDP1"
@@ -157,14 +158,14 @@ def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
 
 
 def _tensors_in(members: Any) -> list[Tensor]:
-    """The tensors of a group that is to be added, named or not; torch says what is wrong with anything else."""
+    """Return the tensors in ``params`` of a new group, named or not. torch raises an error for anything else."""
     listed = [members] if isinstance(members, Tensor) else members
     tensors = (member[1] if isinstance(member, tuple) else member for member in listed)
     return [p for p in tensors if isinstance(p, Tensor)]
 
 
 def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
-    """Raise a ValueError that names the remedy, unless the options are in range and fit marked parameters."""
+    """Raise a ValueError unless the options are in range, and supported for marked parameters if ``marked``."""
     options = {key: group[key] for key in RETRACTION_OPTIONS if key in group}
     check_retraction(name, group["retraction"], **options)
     if not 0 <= group["orthogonal_lr_scale"] < math.inf:
@@ -185,18 +186,18 @@ def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
             )
 
 
-# Frobenius norm of the gradient of a block up to which the squares that a step takes are finite.
+# Largest Frobenius norm of the gradient of a block for which no square in a step overflows.
 MAX_GRAD_NORM = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYPES}
 
 
 def describe_param(group: Group, parameter: Tensor) -> str:
-    """The shape of a parameter for a message, and its name where the optimizer has been given named parameters."""
+    """Return the shape of a parameter, and its name if the group has named parameters, for a message."""
     named = zip(group.get("param_names", ()), group["params"], strict=False)
     return f"{tuple(parameter.shape)}" + next((f" ({name})" for name, p in named if p is parameter), "")
 
 
 def validate_marked(name: str, parameter: Tensor, group: Group) -> None:
-    """Raise a ValueError unless the dtype, the memory format and the group's options let a marked parameter step."""
+    """Raise a ValueError unless dtype, shape, strides and options allow a step of a marked parameter."""
     if parameter.dtype not in DTYPES:
         raise ValueError(
             f"{name}: a marked parameter of shape {describe_param(group, parameter)} has dtype {parameter.dtype}; only "
@@ -209,14 +210,14 @@ def validate_marked(name: str, parameter: Tensor, group: Group) -> None:
         )
     problem = None if constraint is None else overlap_problem(parameter) or constraint.invalid_reason(parameter)
     if problem:
-        problem = f" {problem}".replace(f" has shape {tuple(parameter.shape)}", "", 1)  # once is enough
+        problem = f" {problem}".replace(f" has shape {tuple(parameter.shape)}", "", 1)  # the message names it already
         raise ValueError(f"{name}: a marked parameter of shape {describe_param(group, parameter)}{problem}")
     if constraint is not None and constraint.free_rows(parameter.shape):
         _validate_free_rows(name, parameter, group)
 
 
 def _validate_free_rows(name: str, parameter: Tensor, group: Group) -> None:
-    """Rows in no block are torch's to step, which holds a moment for every entry, in the parameter's dtype."""
+    """Raise a ValueError for ``second_moment="block"`` with rows outside every block, which torch's step updates."""
     if group.get("second_moment") == "block":
         raise ValueError(
             f"{name}: second_moment='block' holds none for the rows of a parameter of shape "
@@ -225,7 +226,7 @@ def _validate_free_rows(name: str, parameter: Tensor, group: Group) -> None:
 
 
 def validate_gradients(name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-    """Raise a RuntimeError unless the gradients of marked parameters are dense, and of their dtype and device."""
+    """Raise a RuntimeError unless gradients are dense, with the size, dtype and device of their parameters."""
     if not all(g.layout is torch.strided for g in gradients):
         p = next(p for p, g in zip(parameters, gradients, strict=True) if g.layout is not torch.strided)
         raise RuntimeError(
@@ -251,9 +252,9 @@ def validate_gradients(name: str, group: Group, parameters: list[Tensor], gradie
 def validate_finite_gradients(
     name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None
 ) -> None:
-    """Raise a FloatingPointError that says which block has a gradient that a step cannot take. Waits for the device.
+    """Raise a FloatingPointError for the first block with a non-finite gradient. Synchronizes with the device.
 
-    Gradients may be scaled: a step will divide them by ``scale``.
+    Gradients are first divided by ``scale`` if a GradScaler left that to the step.
     """
     for p, scaled in zip(parameters, gradients, strict=True):
         g = scaled.to(working_dtype(scaled.dtype))
@@ -263,28 +264,28 @@ def validate_finite_gradients(
             continue
         constraint = constraint_of(p)
         assert constraint is not None
-        before = 0
-        for part in constraint.layouts(p.shape):
-            points = get_points(part, g)
-            sound = point_norm(points, part.point_ndim) <= limit
-            if not bool(sound.all()):
-                index = constraint.index_of(before + int((~sound).nonzero()[0, 0]))
+        offset = 0
+        for layout in constraint.layouts(p.shape):
+            points = get_points(layout, g)
+            finite = point_norm(points, layout.point_ndim) <= limit
+            if not bool(finite.all()):
+                index = constraint.index_of(offset + int((~finite).nonzero()[0, 0]))
                 raise FloatingPointError(
                     f"{name}: the gradient of {constraint.point_name} {index} of a marked parameter of shape "
                     f"{describe_param(group, p)} is not finite or overflows when squared (nonfinite='raise'). Nothing "
                     "was changed."
                 )
-            before += len(points)
+            offset += len(points)
 
 
 def fill_options(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> None:
-    """Give loaded groups the options that they lack, from the groups whose place they take.
+    """Add missing options to loaded groups, from the groups that they replace.
 
-    A checkpoint of torch.optim lacks those of this package. One that is loaded by name, to parameters in other groups,
-    may leave a group none at all, which torch would stumble over in the next step.
+    A checkpoint of torch.optim lacks the options of this package. A group that is loaded by name may lack all options,
+    with which torch's next step would fail.
     """
     for k, group in enumerate(loaded.get("param_groups", ())):
-        if "on_fault" in group:  # its name in earlier versions
+        if "on_fault" in group:  # name of the option in earlier versions
             group["nonfinite"] = group.pop("on_fault")
         own = optimizer.param_groups[k] if hasattr(optimizer, "param_groups") else loaded["defaults"]
         for key in OPTIONS if "lr" in group else own:

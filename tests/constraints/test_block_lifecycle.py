@@ -168,7 +168,7 @@ def test_load_state_dict_with_assign_marks_what_comes(mark):
     assert model["linear"].weight is not was
     assert constraint_of(model["linear"].weight) == constraint_of(was)
     assert check(model, RULES["Adam"](model.parameters())) == []
-    assert any("no longer the model's" in problem for problem in check(model, opt))
+    assert any("that the model no longer has" in problem for problem in check(model, opt))
 
 
 def test_unmarked_and_marked_otherwise_is_what_counts():

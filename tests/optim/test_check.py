@@ -46,8 +46,8 @@ def test_a_lost_constraint_is_reported_once():
     assert check(net, opt) == [
         f"rnn.weight_hh_l0 has lost its constraint {CONSTRAINT}: another parameter has taken its place, or a "
         "conversion has dropped the mark. Build the optimizer anew: it marks the parameter again.",
-        "the optimizer moves a marked parameter of shape (12, 4) that is no longer the model's. Build the optimizer "
-        "anew. To keep the constraint, mark the parameter that has taken its place first.",
+        "the optimizer still holds a marked parameter of shape (12, 4) that the model no longer has. Mark its "
+        "replacement, if it is to be constrained, and recreate the optimizer.",
     ]
     assert constraint_of(weight_of(net)) is None
 
@@ -85,7 +85,7 @@ def test_check_sees_a_parameter_that_lost_its_mark_and_its_model():
     opt.zero_grad()
     swapped(net, "set_swap_module_params_on_conversion")
     replaced(net)
-    assert any("no longer the model's" in problem for problem in check(net, opt))
+    assert any("that the model no longer has" in problem for problem in check(net, opt))
 
 
 def test_check_sees_a_parameter_that_was_marked_late_and_replaced():
@@ -94,7 +94,7 @@ def test_check_sees_a_parameter_that_was_marked_late_and_replaced():
     mark_orthogonal(layer.weight)
     layer.weight = nn.Parameter(torch.randn(4, 4))
     (problem,) = check(layer, opt)
-    assert problem.startswith("the optimizer moves a marked parameter of shape (4, 4) that is no longer the model's")
+    assert problem.startswith("the optimizer still holds a marked parameter of shape (4, 4) that the model no longer")
 
 
 def test_check_sees_that_nothing_is_marked():
