@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from manifold_opt import RETRACTIONS, SGD, init, orthogonality_error
-from manifold_opt.compare.contenders import Contender, Settings, build, parametrized
 from manifold_opt.compare.cost import attempt, take_turns
+from manifold_opt.compare.methods import MethodRun, Settings, build, parametrized
 from manifold_opt.compare.tasks import Matrix
 
 POOL = 16  # gradient sets, taken in turn
@@ -147,7 +147,7 @@ class Steps:
     matrices: Callable[[], list[Tensor]] | None = None
 
 
-Method = Callable[[nn.Module, Settings], Contender]
+Method = Callable[[nn.Module, Settings], MethodRun]
 Row = Callable[[Problem], Steps | None]
 
 
@@ -156,7 +156,7 @@ def row(method: Method, *, computed: bool = False, **settings: str) -> Row:
 
     def make(problem: Problem) -> Steps:
         model = problem.model()
-        contender = method(model, replace(Settings(lr=problem.lr), **settings))
+        run = method(model, replace(Settings(lr=problem.lr), **settings))
         sets = itertools.cycle(problem.gradients.unbind())
         given: list[Tensor] = []
 
@@ -164,7 +164,7 @@ def row(method: Method, *, computed: bool = False, **settings: str) -> Row:
             torch.autograd.backward([module.weight for module in model], given)
 
         def prepare() -> None:
-            contender.zero_grad()
+            run.zero_grad()
             given[:] = next(sets).unbind()
             if not computed:
                 backward()
@@ -172,19 +172,19 @@ def row(method: Method, *, computed: bool = False, **settings: str) -> Row:
         def step() -> None:
             if computed:
                 backward()
-            for optimizer in contender.optimizers:
+            for optimizer in run.optimizers:
                 optimizer.step()
 
-        return Steps(prepare, step, contender.matrices)
+        return Steps(prepare, step, run.matrices)
 
     return make
 
 
-def sgd_with_momentum(model: nn.Module, settings: Settings) -> Contender:
+def sgd_with_momentum(model: nn.Module, settings: Settings) -> MethodRun:
     """This package's SGD; that of the comparison has no momentum."""
-    contender = build("orthographic", model, settings)
-    contender.optimizers = [SGD(model.parameters(), lr=settings.lr, momentum=0.9)]
-    return contender
+    run = build("orthographic", model, settings)
+    run.optimizers = [SGD(model.parameters(), lr=settings.lr, momentum=0.9)]
+    return run
 
 
 def torch_orthogonal(orthogonal_map: str) -> Method:

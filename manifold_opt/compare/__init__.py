@@ -1,9 +1,9 @@
-"""Which retraction? Measured: on standard tasks from the command line, on one's own model from Python.
+"""Comparison of retractions and other libraries, on standard tasks or on the user's model.
 
-python -m manifold_opt compare --out report
+Command line: ``python -m manifold_opt compare --out report``.
 """
 
 from .api import Comparison, compare
-from .results import Cost, Curve, Results, Row, Summary
+from .results import Cost, Curve, Results, RunResult, Summary
 
-__all__ = ["Comparison", "Cost", "Curve", "Results", "Row", "Summary", "compare"]
+__all__ = ["Comparison", "Cost", "Curve", "Results", "RunResult", "Summary", "compare"]

@@ -1,4 +1,4 @@
-"""The comparison from Python, on one's own model."""
+"""Comparison from Python, on the user's model."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ import torch
 from torch import Tensor, nn
 
 from .. import RETRACTIONS
-from .contenders import PEERS, Settings, places
-from .results import Results, Row, Summary
-from .runner import units
-from .session import Progress, Session, Silent, environment
+from .blocks import marked_parameters
+from .experiment import Experiment, NoProgress, Progress, environment
+from .methods import PEERS, Settings
+from .results import Results, RunResult, Summary
+from .runner import run_specs
 from .tasks import Task
 
 Batch = Any
 
 
 class Comparison:
-    """What has been found: as rows, as a table, as pictures, as a page.
+    """Result of a comparison, as rows, a table, figures or an HTML page.
 
     Attributes:
-        results: all of it.
+        results: the results of all runs.
     """
 
     def __init__(self, results: Results) -> None:
         self.results = results
 
     @property
-    def rows(self) -> list[Row]:
-        """One row a run, with its scheme, seed, losses, errors, times and curve."""
+    def rows(self) -> list[RunResult]:
+        """Return one result per run, with its scheme, seed, losses, errors, times and curve."""
         return self.results.rows
 
     @property
     def summaries(self) -> list[Summary]:
-        """One line a scheme, over its seeds, at the learning rate that ended best."""
+        """Return one summary per scheme, over its seeds, at the learning rate with the best final measure."""
         return [line for task in self.results.tasks for line in self.results.summaries(task)]
 
     def table(self) -> None:
-        """Print one line a scheme."""
+        """Print a table with one line per scheme."""
         from rich.console import Console
 
         Console().print(self)
 
     def plot(self, path: str | Path) -> None:
-        """Draw losses against steps and against seconds, as PNG, SVG or PDF by the name's ending."""
+        """Draw losses against steps and against seconds; the suffix selects PNG, SVG or PDF."""
         from .plots import figures
 
         drawn = figures(self.results)
@@ -59,25 +60,25 @@ class Comparison:
         drawn[next(iter(drawn))].savefig(path, dpi=150, facecolor="white")
 
     def plots(self, folder: str | Path) -> list[Path]:
-        """Write every figure into a folder, as PNG."""
+        """Write every figure as PNG into a folder, and return the paths."""
         from .plots import save
 
         return save(self.results, Path(folder))
 
     def to_html(self, path: str | Path) -> None:
-        """Write everything as one page that opens offline."""
-        from .page import html
+        """Write everything as one HTML page that works offline."""
+        from .html_report import html
 
         Path(path).write_text(html(self.results), encoding="utf-8")
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
+        """Write the results as JSON."""
         self.results.save(Path(path))
 
     def __rich__(self) -> Any:
         from rich.console import Group
 
-        from .table import tables
+        from .console import tables
 
         return Group(*tables(self.results))
 
@@ -114,41 +115,41 @@ def compare(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Comparison:
-    r"""Train one model with several schemes, each from the same start on the same batches, side by side.
+    r"""Train a model with several schemes, all from the same start and on the same batches.
 
-    Every run has torch's random state for itself: dropout and shuffling are the same for all schemes of a seed, and the
-    same again in another call. The schemes take turns, a tenth of a second each.
+    Every run has its own copy of torch's random state: dropout and shuffling are the same for all schemes of a seed,
+    and in every call. The runs alternate in slices of a tenth of a second. Before a run, a copy of the model makes
+    a warm-up step that is neither timed nor counted.
 
     Args:
-        make_model: returns a model with marked parameters. Called after ``torch.manual_seed(seed)``, for every seed and
+        make_model: returns a model with marked parameters. Called after ``torch.manual_seed(seed)`` for every seed and
             learning rate, and once before.
-        loss_fn: ``loss_fn(model, batch)``, a scalar to call ``backward()`` on.
-        batches: a list, a DataLoader, or a function that returns either; gone through as often as is needed. An
-            iterator is read once, as far as ``steps``. A loader that shuffles must do so by torch's random state, not
-            by a generator of its own. (States of numpy and random are not kept apart.) Before a run, a copy of the
-            model makes one step, which sets up what later ones use, and is neither timed nor counted.
-        schemes: names in :data:`~manifold_opt.RETRACTIONS`, and of peers: geoopt, pogo, torch, geotorch (which have to
-            be installed), penalty and unconstrained. At least one, none twice.
+        loss_fn: ``loss_fn(model, batch)`` returns a scalar to call ``backward()`` on.
+        batches: a list, a DataLoader, or a function that returns either; repeated as often as needed. An iterator is
+            read once, up to ``steps`` batches. A loader has to shuffle with torch's global random state, not with its
+            own generator. (The random states of numpy and random are shared by all runs.)
+        schemes: names in :data:`~manifold_opt.RETRACTIONS` and of peers: geoopt, pogo, torch, geotorch (which have to
+            be installed), penalty and unconstrained. At least one, without duplicates.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum.
-        lr: learning rate, above 0; several are all tried, and a scheme is judged by the one that ends best.
-        orthogonal_lr_scale: learning rate of marked parameters as a multiple of it, at least 0.
+        lr: learning rate, above 0. If several are given, the summary of a scheme uses its best one.
+        orthogonal_lr_scale: learning rate of marked parameters as a multiple of ``lr``, at least 0.
         metric: ``"euclidean"`` or ``"canonical"``.
         second_moment: of this package's Adam, ``"element"`` or ``"block"``.
-        penalty: weight of :math:`\|I - W W^\top\|_F^2` in the scheme of that name, at least 0.
-        steps: training steps of every run, at least 1.
-        seeds: how many, or which.
-        evaluate: the final measure of a trained model; its mean loss over the last tenth of the steps unless given.
-        measure: what that is: ``"loss"``, ``"gap"``, or ``"accuracy"``, of which more is better.
-        target: loss at which a run counts as having learned: the mean of its last 20 steps.
-        device: where to train; batches are moved there.
-        progress: who is told how it goes.
+        penalty: weight of :math:`\|I - W W^\top\|_F^2` for the scheme ``"penalty"``, at least 0.
+        steps: training steps per run, at least 1.
+        seeds: number of seeds, or a list of them.
+        evaluate: returns the final measure of a model. Defaults to the mean loss over the last tenth of the steps.
+        measure: kind of the final measure: ``"loss"``, ``"gap"``, or ``"accuracy"``, which is maximized.
+        target: a run counts as having learned when the mean loss of its last 20 steps reaches this value.
+        device: device for training; batches are moved to it.
+        progress: progress callbacks.
 
     Returns:
-        What has been found. A scheme that fails is a row that says so; Ctrl-C ends it early, with what was finished and
-        ``results.interrupted`` set.
+        The comparison. A run that fails has its error in ``failure``. Ctrl-C stops early; finished runs are included
+        and ``results.interrupted`` is set.
 
     Raises:
-        ValueError: an unknown name, a value out of range, or a model without marked parameters.
+        ValueError: a name is unknown, a value is out of range, or the model has no marked parameters.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal
@@ -167,32 +168,34 @@ def compare(
     schemes = (schemes,) if isinstance(schemes, str) else tuple(schemes)
     rates = [float(lr)] if isinstance(lr, (int, float)) else [float(rate) for rate in lr]
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    check(schemes, optimizer, metric, second_moment, rates, steps, numbers, measure)
+    validate(schemes, optimizer, metric, second_moment, rates, steps, numbers, measure)
     for name, value in (("penalty", penalty), ("orthogonal_lr_scale", orthogonal_lr_scale)):
         if not 0 <= value < math.inf:
             raise ValueError(f"compare: {name} must be finite and at least 0, got {value}.")
     with torch.random.fork_rng():
-        marked = places(make_model())
+        marked = marked_parameters(make_model())
     if not marked:
         raise ValueError(
             "compare: make_model() returned a model without marked parameters; mark them with mark_orthogonal or "
             "mark_recurrent before it is returned."
         )
     task = Task(
-        "model", "your model", make_model, _endless(batches, steps), loss_fn,
+        "model", "your model", make_model, _cycle(batches, steps), loss_fn,
         evaluate=evaluate, measure=measure, target=target, steps=steps,
     )  # fmt: skip
     settings = Settings(optimizer, rates[0], orthogonal_lr_scale, metric, second_moment, penalty)
-    where = usable(device)
-    session = Session(units([task], numbers, lambda _: rates, settings, schemes, steps, where), device=where)
+    device = resolve_device(device)
+    experiment = Experiment(
+        run_specs([task], numbers, lambda _: rates, settings, schemes, steps, device), device=device
+    )
     arguments = {**vars(replace(settings)), "lr": rates, "steps": steps, "seeds": numbers, "schemes": list(schemes)}
-    results = Results(environment(where), arguments)
-    session.dtype = torch.get_default_dtype()
-    session.carry_out(results, progress or Silent())
+    results = Results(environment(device), arguments)
+    experiment.dtype = torch.get_default_dtype()
+    experiment.run(results, progress or NoProgress())
     return Comparison(results)
 
 
-def check(
+def validate(
     schemes: Sequence[str],
     optimizer: str,
     metric: str,
@@ -202,8 +205,8 @@ def check(
     seeds: Sequence[int],
     measure: str = "loss",
 ) -> None:
-    """Raise a ValueError that names the valid choices, unless all is in range."""
-    for what, value, choices in (
+    """Raise a ValueError that names the valid choices if an argument is out of range."""
+    for name, value, choices in (
         *(("scheme", scheme, (*RETRACTIONS, *PEERS)) for scheme in schemes),
         ("optimizer", optimizer, ("adam", "sgd")),
         ("metric", metric, ("euclidean", "canonical")),
@@ -211,10 +214,10 @@ def check(
         ("measure", measure, ("loss", "gap", "accuracy")),
     ):
         if value not in choices:
-            raise ValueError(f"compare: {what} must be one of {', '.join(choices)}, got {value!r}.")
-    for what, values in (("learning rate", rates), ("seed", seeds)):
+            raise ValueError(f"compare: {name} must be one of {', '.join(choices)}, got {value!r}.")
+    for name, values in (("learning rate", rates), ("seed", seeds)):
         if len(set(values)) < len(values):
-            raise ValueError(f"compare: every {what} once, got {list(values)}.")
+            raise ValueError(f"compare: every {name} once, got {list(values)}.")
     if not isinstance(steps, (int, type(None))) or not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"compare: steps and seeds must be whole numbers, got {steps} and {list(seeds)}.")
     if not schemes or len(set(schemes)) < len(schemes):
@@ -225,8 +228,8 @@ def check(
         raise ValueError(f"compare: steps and seeds must be at least 1, got {steps} and {len(seeds)}.")
 
 
-def usable(device: str | torch.device) -> torch.device:
-    """The device, if it can be used; a ValueError if not."""
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device; raise a ValueError if it cannot be used."""
     try:
         found = torch.device(device)
         torch.zeros(1, device=found)
@@ -236,23 +239,23 @@ def usable(device: str | torch.device) -> torch.device:
     return found
 
 
-def _endless(batches: Iterable[Batch] | Callable[[], Iterable[Batch]], steps: int) -> Callable[[], Iterator[Batch]]:
-    """A function that starts the batches anew and goes through them without end."""
+def _cycle(batches: Iterable[Batch] | Callable[[], Iterable[Batch]], steps: int) -> Callable[[], Iterator[Batch]]:
+    """Return a function that returns a new, endless iterator over the batches."""
     given = batches
-    for part in (
+    for source in (
         given,
         getattr(given, "sampler", None),
         getattr(getattr(given, "batch_sampler", None), "sampler", None),
     ):
-        if getattr(part, "generator", None) is not None:
+        if getattr(source, "generator", None) is not None:
             raise ValueError(
                 "compare: the loader has a random generator of its own, from which the schemes would draw in turns. "
                 "Leave it out: every seed shuffles by torch's own random state, alike for all schemes."
             )
     if not callable(given) and iter(given) is given:
-        given = list(itertools.islice(given, steps))  # it can be read once only
+        given = list(itertools.islice(given, steps))  # an iterator can be read only once
 
-    def endless() -> Iterator[Batch]:
+    def cycle() -> Iterator[Batch]:
         while True:
             empty = True
             for batch in given() if callable(given) else given:
@@ -261,4 +264,4 @@ def _endless(batches: Iterable[Batch] | Callable[[], Iterable[Batch]], steps: in
             if empty:
                 raise ValueError("batches is empty; give a list, a DataLoader, or a function that returns one.")
 
-    return endless
+    return cycle

@@ -1,4 +1,4 @@
-"""The command line: python -m manifold_opt compare."""
+"""Command line: python -m manifold_opt compare."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ import torch
 
 from .. import RETRACTIONS
 from . import cost
-from .api import Comparison, check, usable
-from .contenders import PEERS, Settings
+from .api import Comparison, resolve_device, validate
 from .data import MissingDataError
+from .experiment import Experiment, environment
+from .methods import PEERS, Settings
 from .results import Results
-from .runner import units
-from .session import Session, environment
+from .runner import run_specs
 from .tasks import TASKS, Task
 
-STEP = "step"  # the task without learning
+STEP = "step"  # the task that only times steps
 DEFAULT_TASKS = ("procrustes", "digits", STEP)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SWEEP = [10 ** (k / 2) for k in range(-4, 6)]  # multiples of a task's own learning rate
 
 
 class Parser(argparse.ArgumentParser):
-    """One that complains in one line."""
+    """Argument parser with error messages of one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
+        """Print the message and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser() -> Parser:
-    """Of what comes after ``compare``."""
-    made = Parser(prog="manifold_opt compare", description="Compare retraction schemes, and peers, side by side.")
-    add = made.add_argument
+    """Return the parser of the arguments after ``compare``."""
+    result = Parser(prog="manifold_opt compare", description="Compare retraction schemes, and peers, side by side.")
+    add = result.add_argument
     tasks = ", ".join((*TASKS, STEP))
     add("--task", nargs="+", type=_names, default=[DEFAULT_TASKS], metavar="T", help=f"of {tasks}; by default "
         f"{', '.join(DEFAULT_TASKS)}")  # fmt: skip
@@ -51,7 +51,7 @@ def parser() -> Parser:
     add("--metric", default="euclidean", help="euclidean (the default) or canonical")
     add("--second-moment", default="element", help="of our Adam: element (the default) or block, one a block "
         "as geoopt's and POGO's")  # fmt: skip
-    rates = made.add_mutually_exclusive_group()
+    rates = result.add_mutually_exclusive_group()
     rates.add_argument("--lr", type=float, nargs="+", help="learning rates; by default each task's own")
     rates.add_argument("--sweep-lr", action="store_true", help="ten learning rates, from a hundredth of the task's own "
                        "up to 300 times it")  # fmt: skip
@@ -65,28 +65,28 @@ def parser() -> Parser:
     add("--data", metavar="DIR", help="a folder with the files of Fashion-MNIST")
     add("--out", type=Path, metavar="DIR", help="write results.json, the plots and report.html there")
     add("--resume", action="store_true", help="go on from the results.json of an interrupted run")
-    return made
+    return result
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     reader = parser()
     args = reader.parse_args(arguments)
     try:
-        import jinja2  # noqa: F401  # found missing now, not at the end
+        import jinja2  # noqa: F401  # so that a missing package is reported before the runs
         import matplotlib as mpl  # noqa: F401
         from rich.console import Console
     except ModuleNotFoundError as missing:
         reader.error(f"{missing.name} is not installed: pip install 'manifold-opt[compare]'")
     try:
-        session, results = prepare(args, ["python", "-m", "manifold_opt", "compare", *arguments])
+        experiment, results = build_experiment(args, ["python", "-m", "manifold_opt", "compare", *arguments])
     except (ValueError, MissingDataError) as refusal:
         reader.error(" ".join(str(refusal).removeprefix("compare: ").split()))
     console = Console() if sys.stdout.isatty() else Console(width=110)
     from .progress import Bar, Lines
 
     with (Bar if console.is_terminal else Lines)(console) as progress:
-        session.carry_out(results, progress)
+        experiment.run(results, progress)
     comparison = Comparison(results)
     console.print(comparison)
     if args.out:
@@ -102,34 +102,34 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if all(failures) else 0
 
 
-def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, Results]:
-    """What is to be done, and what there is already; a ValueError says what is wrong with what was asked for."""
+def build_experiment(args: argparse.Namespace, command: Sequence[str]) -> tuple[Experiment, Results]:
+    """Return the requested experiment and the existing results; raise a ValueError if an argument is invalid."""
     names = tuple(dict.fromkeys(name for some in args.task for name in some))
-    _among("--task", names or ("",), (*TASKS, STEP))
-    _among("--retractions", args.retractions, RETRACTIONS)
+    _check_choices("--task", names or ("",), (*TASKS, STEP))
+    _check_choices("--retractions", args.retractions, RETRACTIONS)
     peers = () if args.peers == ("none",) else args.peers
-    _among("--peers", peers, PEERS)
-    _among("--dtype", [args.dtype], DTYPES)
+    _check_choices("--peers", peers, PEERS)
+    _check_choices("--dtype", [args.dtype], DTYPES)
     schemes = (*args.retractions, *peers)
-    check(schemes, args.optimizer, args.metric, args.second_moment, args.lr or [1.0], args.steps, range(args.seeds))
+    validate(schemes, args.optimizer, args.metric, args.second_moment, args.lr or [1.0], args.steps, range(args.seeds))
     for option in ("size", "threads"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")
     if not 0 <= args.penalty < math.inf:
         raise ValueError(f"--penalty must be finite and at least 0, got {args.penalty}")
-    device = usable(args.device)
+    device = resolve_device(args.device)
     if args.resume and not args.out:
         raise ValueError("--resume needs the --out that the results were written to")
     if args.out:
-        _writable(args.out)
+        _check_writable(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     tasks: list[Task] = [make(args.size, args.data) for name in names if name != STEP for make in TASKS[name]]
     settings = Settings(args.optimizer, metric=args.metric, second_moment=args.second_moment, penalty=args.penalty)
-    session = Session(
-        units(tasks, range(args.seeds), lambda task: _rates(args, task), settings, schemes, args.steps, device),
-        cost.points(args.size) if STEP in names else [],
+    experiment = Experiment(
+        run_specs(tasks, range(args.seeds), lambda task: _rates(args, task), settings, schemes, args.steps, device),
+        cost.problem_sizes(args.size) if STEP in names else [],
         schemes,
         settings,
         device,
@@ -140,8 +140,8 @@ def prepare(args: argparse.Namespace, command: Sequence[str]) -> tuple[Session, 
     results = Results(environment(device), {**asked, "command": shlex.join(command)})
     if args.out:
         results = _resumed(args, results)
-        session.save = lambda found: found.save(args.out / "results.json")
-    return session, results
+        experiment.save = lambda found: found.save(args.out / "results.json")
+    return experiment, results
 
 
 def _resumed(args: argparse.Namespace, fresh: Results) -> Results:
@@ -160,14 +160,14 @@ def _resumed(args: argparse.Namespace, fresh: Results) -> Results:
         if found.interrupted:
             raise ValueError(f"--out {args.out} has an interrupted comparison: --resume goes on, rm {path} starts anew")
         return fresh
-    for now, then in ((fresh.arguments, found.arguments), (fresh.environment, found.environment)):
-        for key, value in now.items():
-            if key != "command" and then.get(key) != value:
+    for new, old in ((fresh.arguments, found.arguments), (fresh.environment, found.environment)):
+        for key, value in new.items():
+            if key != "command" and old.get(key) != value:
                 raise ValueError(
-                    f"--resume: {path} was made with {key}={then.get(key)}, not {value}; ask for the same, or give "
+                    f"--resume: {path} was made with {key}={old.get(key)}, not {value}; ask for the same, or give "
                     "another --out"
                 )
-    # What was not installed may be by now.
+    # Packages that were missing may have been installed since.
     found.rows = [row for row in found.rows if not (row.failure or "").startswith("ModuleNotFoundError")]
     found.costs = [c for c in found.costs if not (c.failure or "").startswith("ModuleNotFoundError")]
     return found
@@ -183,13 +183,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.replace(" ", ",").split(",")))
 
 
-def _among(option: str, names: Sequence[str], choices: Any) -> None:
+def _check_choices(option: str, names: Sequence[str], choices: Any) -> None:
     for name in names:
         if name not in choices:
             raise ValueError(f"{option} knows {', '.join(choices)}, not {name!r}")
 
 
-def _writable(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -200,7 +200,7 @@ def _writable(folder: Path) -> None:
 
 
 def run() -> NoReturn:
-    """Dispatch on the first word; there is one command so far."""
+    """Dispatch on the first argument; the only command is ``compare``."""
     words = sys.argv[1:]
     usage = "usage: python -m manifold_opt compare [options]   (compare --help says which)"
     if words[:1] == ["compare"]:

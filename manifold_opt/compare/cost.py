@@ -1,4 +1,4 @@
-"""What a step costs: against the size of one matrix, and against the number of small ones. Nothing is learned."""
+"""Cost of a step against the size of one matrix, and against the number of small matrices."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import init, orthogonality_error
-from .contenders import PEERS, Contender, Settings, build
-from .results import Cost, in_one_line
+from .methods import PEERS, MethodRun, Settings, build
+from .results import Cost, format_error
 from .tasks import Matrix
 
 SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (1, 10, 100), 16
-ROUNDS, TURN = 7, 0.02  # turns of every scheme, and seconds of one; one step at least
-WARM = 10  # steps before, after which the error is taken
-SETS = 4  # of gradients, taken in turn
+ROUNDS, TIME_SLICE = 7, 0.02  # slices per scheme, and seconds per slice, at least one step
+WARM = 10  # warm-up steps, after which the error is measured
+SETS = 4  # number of gradient sets, used cyclically
 
-Tell = Callable[[str], None]
+Callback = Callable[[str], None]
 T = TypeVar("T")
 
 
-def points(largest: int | None) -> list[tuple[str, int, int]]:
-    """What is measured: which of both is varied, how many matrices, and their size; up to a size if one is given."""
+def problem_sizes(largest: int | None) -> list[tuple[str, int, int]]:
+    """Return the measured points up to a size: the varied quantity, the number of matrices, and their size."""
     sizes = [n for n in SIZES if largest is None or n <= largest] or [largest or SMALL]
     if largest is not None and largest > sizes[-1]:
         sizes.append(largest)
@@ -35,9 +35,9 @@ def points(largest: int | None) -> list[tuple[str, int, int]]:
 
 
 def measure(
-    point: tuple[str, int, int], schemes: tuple[str, ...], settings: Settings, device: torch.device, tell: Tell
+    point: tuple[str, int, int], schemes: tuple[str, ...], settings: Settings, device: torch.device, callback: Callback
 ) -> Iterator[Cost]:
-    """Time a step of every scheme, in turns, for one number and size of matrices. One that fails has a failure."""
+    """Time a step of every scheme, interleaved, for one number and size of matrices; record failures in the costs."""
     varied, count, n = point
     costs = {scheme: Cost(scheme, varied, count, n, n, peer=scheme in PEERS) for scheme in schemes}
     turns: dict[str, Callable[[], float]] = {}
@@ -47,10 +47,10 @@ def measure(
             torch.manual_seed(0)
             matrices = nn.ModuleList(Matrix(init.orthogonal_(torch.empty(n, n))) for _ in range(count)).to(device)
             gradients = torch.randn(SETS, count, n, n, device=device)
-            made = attempt(failures, scheme, _ready, scheme, matrices, gradients, settings)
+            made = attempt(failures, scheme, _time_slice_timer, scheme, matrices, gradients, settings)
             if made is not None:
                 turns[scheme], costs[scheme].orthogonality_error = made
-        times = take_turns(turns, ROUNDS, failures, tell)
+        times = take_turns(turns, ROUNDS, failures, callback)
     for scheme, cost in costs.items():
         cost.failure = failures.get(scheme)
         cost.milliseconds = None if cost.failure else 1e3 * statistics.median(times[scheme])
@@ -58,15 +58,18 @@ def measure(
 
 
 def take_turns(
-    turns: Mapping[str, Callable[[], float | None]], rounds: int, failures: dict[str, str], tell: Tell = lambda _: None
+    turns: Mapping[str, Callable[[], float | None]],
+    rounds: int,
+    failures: dict[str, str],
+    callback: Callback = lambda _: None,
 ) -> dict[str, list[float]]:
-    """Call every turn once per round, so that a busy minute of the machine falls on all of them.
+    """Call every turn once per round, so that other load on the machine affects all of them alike.
 
     Args:
-        turns: functions by name. Each makes some steps and returns the seconds per step, or None if it is done.
-        rounds: how often each is called.
-        failures: gets the error of a turn that raises, which is then not called again.
-        tell: called with the name before every turn.
+        turns: functions by name. Each makes some steps and returns the seconds per step, or None if it has finished.
+        rounds: number of calls of each function.
+        failures: gets the error of a function that raises; it is not called again.
+        callback: called with the name before every turn.
 
     Returns:
         The seconds per step by name, one value per round.
@@ -75,58 +78,58 @@ def take_turns(
     for _ in range(rounds):
         for name, turn in turns.items():
             if name not in failures:
-                tell(name)
+                callback(name)
                 seconds = attempt(failures, name, turn)
                 times[name] += [] if seconds is None else [seconds]
     return times
 
 
 def attempt(failures: dict[str, str], name: str, work: Callable[..., T], *args: object) -> T | None:
-    """Return the result of some work; if it raises, None, and note the error under a name."""
+    """Return the result of ``work``; if it raises, record the error under ``name`` and return None."""
     try:
         return work(*args)
     except Exception as error:
-        failures[name] = in_one_line(error)
+        failures[name] = format_error(error)
         return None
 
 
-def _ready(
+def _time_slice_timer(
     scheme: str, matrices: nn.ModuleList, gradients: Tensor, settings: Settings
 ) -> tuple[Callable[[], float], float]:
-    """A function that makes steps for a turn, and returns seconds a step; and the error after the first steps."""
-    contender = build(scheme, matrices, settings)
-    step = _stepper(contender, matrices, gradients)
+    """Return a function that times steps for one slice, and the error after the warm-up steps."""
+    method = build(scheme, matrices, settings)
+    step = _make_step(method, matrices, gradients)
     for _ in range(WARM):
         step()
     with torch.no_grad():
-        error = max(map(orthogonality_error, contender.matrices()))
+        error = max(map(orthogonality_error, method.matrices()))
 
     def turn() -> float:
-        count, began = 0, time.perf_counter()
+        count, start = 0, time.perf_counter()
         while True:
             step()
             count += 1
-            spent = time.perf_counter() - began
-            if spent >= TURN:
-                return spent / count
+            elapsed = time.perf_counter() - start
+            if elapsed >= TIME_SLICE:
+                return elapsed / count
 
     return turn, error
 
 
-def _stepper(contender: Contender, matrices: nn.ModuleList, gradients: Tensor) -> Callable[[], None]:
-    """A function that makes one step.
+def _make_step(method: MethodRun, matrices: nn.ModuleList, gradients: Tensor) -> Callable[[], None]:
+    """Return a function that makes one step.
 
-    The loss is the inner product with a gradient: as little as a forward and a backward can cost. It is part of what is
-    timed, for there a parametrization does its work.
+    The loss is the inner product with a gradient, the cheapest forward and backward pass. It is timed too, because a
+    parametrization computes the weight there.
     """
     sets = itertools.cycle(gradients.unbind())
 
     def step() -> None:
-        contender.zero_grad()
+        method.zero_grad()
         weights = [module.weight for module in matrices]
         loss = sum((w * g).sum() for w, g in zip(weights, next(sets), strict=True))
         assert isinstance(loss, Tensor)
-        contender.backward(loss)
-        contender.step()
+        method.backward(loss)
+        method.step()
 
     return step

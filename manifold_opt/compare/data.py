@@ -1,4 +1,4 @@
-"""Images that need no network: those that come with scikit-learn, and Debian's copy of Fashion-MNIST."""
+"""Image data sets that need no download: scikit-learn's digits, and Debian's package of Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Images:
-    """Images ``(count, rows, columns)`` from 0 to 1 and their classes, to learn from and to be judged on."""
+    """Images ``(count, rows, columns)`` from 0 to 1 with their classes, for training and test."""
 
     name: str
     title: str
@@ -23,11 +23,11 @@ class Images:
 
 
 class MissingDataError(Exception):
-    """The data of a task are not here; the message says how to get them."""
+    """Error for missing data; the message describes how to install them."""
 
 
 def digits() -> Images:
-    """1,797 handwritten digits, 8 x 8, a quarter of them to be judged on; they come with scikit-learn."""
+    """Load the 1,797 handwritten digits of scikit-learn, 8 x 8; a quarter of them are test images."""
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError:
@@ -41,17 +41,17 @@ def digits() -> Images:
 
 
 def fashion(folder: str | None = None) -> Images:
-    """70,000 pieces of clothing, 28 x 28, 10,000 of them to be judged on."""
-    place = Path(folder) if folder else FASHION
-    parts = {}
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        x = _idx(place, f"{prefix}-images-idx3-ubyte").float() / 255
-        parts[part] = (x, _idx(place, f"{prefix}-labels-idx1-ubyte").long())
-    return Images("fashion", "Fashion-MNIST, 28 x 28", parts["train"], parts["test"])
+    """Load Fashion-MNIST, 28 x 28: 60,000 training and 10,000 test images."""
+    directory = Path(folder) if folder else FASHION
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        x = _idx(directory, f"{prefix}-images-idx3-ubyte").float() / 255
+        splits[split] = (x, _idx(directory, f"{prefix}-labels-idx1-ubyte").long())
+    return Images("fashion", "Fashion-MNIST, 28 x 28", splits["train"], splits["test"])
 
 
 def _idx(folder: Path, name: str) -> Tensor:
-    """An array of bytes in the IDX format: two zeros, the type, the number of dimensions, each as four bytes."""
+    """Read a byte array in IDX format: two zero bytes, type, number of dimensions, and each size in four bytes."""
     for path, read in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
         if path.is_file():
             try:

@@ -1,4 +1,4 @@
-"""Figures of a comparison: as files on white, and as SVG that takes the colour of the page's text."""
+"""Figures of a comparison, as files on white and as SVG in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .results import ORTHOGONAL, Cost, Results, Row
+from .results import ORTHOGONAL, Cost, Results, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#010203"  # of text, axes and grid; in an SVG it becomes the colour of the text around
+INK = "#010203"  # text, axes and grid; replaced by currentColor in an SVG
 
-# Of Okabe and Ito; what is too light on white or too dark on black is moved until its contrast is 3 on both.
+# The palette of Okabe and Ito, adjusted for a contrast of at least 3 on white and on black.
 COLOURS = (INK, "#0072B2", "#D55E00", "#009E73", "#C2619A", "#A87800", "#2C8FC9", "#8A6FD0")
 MARKERS = "osD^vPX<>*hpd"
 DASHES: tuple[tuple[float, ...], ...] = ((6, 2), (2, 1.5), (7, 2, 1.5, 2), (10, 3), (4, 1.5, 1, 1.5, 1, 1.5))
 FLOAT32 = 2.0**-23
-PANEL = (4.4, 3.2)  # inches; narrow enough for its 9 point text to be read on a phone
+PANEL = (4.4, 3.2)  # inches; its 9 point text is readable on a phone
 SETTINGS: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "text.usetex"), False),
@@ -39,7 +39,7 @@ SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a scheme is drawn, the same in every figure: peers dashed, with hollow markers."""
+    """Line style of a scheme, the same in every figure: peers are dashed, with hollow markers."""
 
     colour: str
     marker: str
@@ -47,7 +47,7 @@ class Style:
     width: float
 
     def line(self, **more: Any) -> dict[str, Any]:
-        """What ``Axes.plot`` wants to know."""
+        """Return the keyword arguments of ``Axes.plot``."""
         style: Any = "-" if self.dash is None else (0, self.dash)
         face = self.colour if self.dash is None else "none"
         looks = {"color": self.colour, "linestyle": style, "linewidth": self.width, "marker": self.marker}
@@ -56,7 +56,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a sentence that says what is to be seen, whose curves, and what draws them."""
+    """A pair of axes: title, schemes, and the function that draws them."""
 
     title: str
     schemes: list[str]
@@ -64,13 +64,13 @@ class Panel:
 
 
 def styles(results: Results) -> dict[str, Style]:
-    """How each scheme is drawn; the later lie on the earlier, and are thinner, so that curves that coincide show."""
+    """Return the style of each scheme; later lines are thinner, so that coinciding curves remain visible."""
     peers = {row.scheme for row in results.rows if row.peer} | {cost.scheme for cost in results.costs if cost.peer}
     found: dict[str, Style] = {}
     for i, scheme in enumerate(results.schemes()):
         marker = MARKERS[i % len(MARKERS)]
         k = sum((other in peers) == (scheme in peers) for other in found)
-        if scheme in peers:  # not in the first colour, which is that of the axes
+        if scheme in peers:  # the first colour is that of the axes
             found[scheme] = Style(COLOURS[1 + k % (len(COLOURS) - 1)], marker, DASHES[k % len(DASHES)], 1.4)
         else:
             found[scheme] = Style(COLOURS[k % len(COLOURS)], marker, None, max(1.0, 3.2 - 0.4 * k))
@@ -78,7 +78,7 @@ def styles(results: Results) -> dict[str, Style]:
 
 
 def panels(results: Results) -> dict[str, list[Panel]]:
-    """The axes of every figure, by the figure's name."""
+    """Return the panels of every figure, by its name."""
     drawn = styles(results)
     found: dict[str, list[Panel]] = {}
     for task in results.tasks:
@@ -96,12 +96,12 @@ def panels(results: Results) -> dict[str, list[Panel]]:
 
 
 def figures(results: Results) -> dict[str, Figure]:
-    """All figures, by name: a task's loss, error and, if there is a sweep, rates; and the cost."""
+    """Return all figures by name: loss, error and, for a sweep, learning rates of every task; and the cost."""
     return {name: figure(some, styles(results)) for name, some in panels(results).items()}
 
 
 def figure(some: Sequence[Panel], drawn: dict[str, Style], *, legend: bool = True) -> Figure:
-    """Panels side by side, and beside them whose line is whose."""
+    """Draw panels side by side, with a legend to the right."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -125,7 +125,7 @@ def figure(some: Sequence[Panel], drawn: dict[str, Style], *, legend: bool = Tru
 
 
 def save(results: Results, folder: Path) -> list[Path]:
-    """Write every figure as PNG, on white, into the folder, and say where."""
+    """Write every figure as PNG into a folder, and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, made in figures(results).items():
@@ -135,9 +135,9 @@ def save(results: Results, folder: Path) -> list[Path]:
 
 
 def svg(figure: Figure, *, prefix: str) -> str:
-    """The figure as an element of a page: as wide as there is room, its ids prefixed, in colour and font of the text.
+    """Return the figure as an SVG element of full width, with prefixed ids, in colour and font of the page.
 
-    Its label is what screen readers say of it; without one it is decoration, and hidden from them.
+    Its label becomes the ``aria-label``; a figure without a label is hidden from screen readers.
     """
     import matplotlib as mpl
 
@@ -148,7 +148,7 @@ def svg(figure: Figure, *, prefix: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # finer than it is seen
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # invisible digits
     text = text.replace(INK, "currentColor")
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     box = text.partition('viewBox="')[2].partition('"')[0]
@@ -158,29 +158,29 @@ def svg(figure: Figure, *, prefix: str) -> str:
     return head + text.partition(">")[2].strip()
 
 
-def _best_rows(results: Results, task: str) -> dict[str, list[Row]]:
-    """Of each scheme the runs at its best learning rate that have a curve."""
+def _best_rows(results: Results, task: str) -> dict[str, list[RunResult]]:
+    """Return the runs of each scheme at its best learning rate that have a curve."""
     best = {line.scheme: line.lr for line in results.summaries(task)}
     rows = [row for row in results.rows if row.task == task and row.lr == best[row.scheme] and row.curve.step]
     return {scheme: [row for row in rows if row.scheme == scheme] for scheme in dict.fromkeys(r.scheme for r in rows)}
 
 
-def _kept(row: Row) -> bool:
+def _stayed_orthogonal(row: RunResult) -> bool:
     return row.orthogonality_error is not None and row.orthogonality_error <= ORTHOGONAL
 
 
-def _along(rows: list[Row], what: str) -> list[tuple[int, list[float]]]:
-    """The values of all seeds at the steps that all of them came to."""
+def _along(rows: list[RunResult], what: str) -> list[tuple[int, list[float]]]:
+    """Return the values of all seeds at the steps that every seed reached."""
     seen = [dict(zip(row.curve.step, getattr(row.curve, what), strict=False)) for row in rows]
     return [(step, [one[step] for one in seen]) for step in sorted(set.intersection(*(set(one) for one in seen)))]
 
 
-def _loss(curves: dict[str, list[Row]], drawn: dict[str, Style], against: str) -> Panel:
+def _loss(curves: dict[str, list[RunResult]], drawn: dict[str, Style], against: str) -> Panel:
     unit = "steps" if against == "step" else "seconds"
     values = {scheme: [_finite(point) for _, point in _along(rows, "loss")] for scheme, rows in curves.items()}
     known = {scheme: [v for point in points for v in point if not math.isnan(v)] for scheme, points in values.items()}
     every = [value for some in known.values() for value in some]
-    kept = [some for scheme, some in known.items() if some and all(map(_kept, curves[scheme]))] or [every]
+    kept = [some for scheme, some in known.items() if some and all(map(_stayed_orthogonal, curves[scheme]))] or [every]
 
     def draw(axes: Axes) -> None:
         for scheme, points in values.items():
@@ -197,7 +197,7 @@ def _loss(curves: dict[str, list[Row]], drawn: dict[str, Style], against: str) -
     return Panel(f"Loss against {unit}", list(curves), draw)
 
 
-def _error(curves: dict[str, list[Row]], drawn: dict[str, Style]) -> Panel:
+def _error(curves: dict[str, list[RunResult]], drawn: dict[str, Style]) -> Panel:
     values = {
         scheme: {step: max(_finite(point, positive=True)) for step, point in _along(rows, "error")}
         for scheme, rows in curves.items()
@@ -214,8 +214,8 @@ def _error(curves: dict[str, list[Row]], drawn: dict[str, Style]) -> Panel:
     return Panel("Distance from orthogonality", shown, draw)
 
 
-def _rates(rows: list[Row], drawn: dict[str, Style], measure: str) -> list[Panel]:
-    """Feasibility, and the final measure, against the learning rate."""
+def _rates(rows: list[RunResult], drawn: dict[str, Style], measure: str) -> list[Panel]:
+    """Return the panels of error and final measure against the learning rate."""
     shown = [scheme for scheme in drawn if any(row.scheme == scheme and row.curve.step for row in rows)]
     error: dict[str, dict[float, float]] = {scheme: {} for scheme in shown}
     final: dict[str, dict[float, float]] = {scheme: {} for scheme in shown}
@@ -227,7 +227,7 @@ def _rates(rows: list[Row], drawn: dict[str, Style], measure: str) -> list[Panel
         final[scheme][lr] = statistics.fmean(_finite(row.final for row in some))
         if some and (any(row.failure for row in some) or math.isnan(final[scheme][lr])):
             broken.setdefault(lr, []).append(scheme)
-        elif some and all(map(_kept, some)):
+        elif some and all(map(_stayed_orthogonal, some)):
             kept.append(final[scheme][lr])
 
     def draw(axes: Axes, values: dict[str, dict[float, float]], label: str) -> None:
@@ -247,7 +247,7 @@ def _rates(rows: list[Row], drawn: dict[str, Style], measure: str) -> list[Panel
 
 
 def _failed(axes: Axes, broken: dict[float, list[str]], drawn: dict[str, Style]) -> None:
-    """Above the axes, at the learning rates at which they failed, the marks of those schemes."""
+    """Draw the markers of failed schemes above the axes, at the learning rates at which they failed."""
     from matplotlib.transforms import ScaledTranslation
 
     across = 4
@@ -286,7 +286,7 @@ def _cost(costs: list[Cost], drawn: dict[str, Style], varied: str, value: str) -
 
 
 def _finite(values: Iterable[float | None], *, positive: bool = False) -> list[float]:
-    """The values, all NaN if one of them is not a finite number: a mean over survivors would flatter."""
+    """Return the values, or only NaN if one is not finite, because a mean over the others would be biased."""
     found = list(values)
     good = [value for value in found if value is not None and math.isfinite(value) and (value > 0 or not positive)]
     return good if good and len(good) == len(found) else [math.nan] * max(1, len(found))
@@ -297,13 +297,13 @@ def _known(values: Mapping[str, Mapping[Any, float]]) -> list[float]:
 
 
 def _spaced(scheme: str, drawn: dict[str, Style], points: int) -> tuple[int, int]:
-    """Where on a curve the markers are: for each scheme elsewhere, so that curves that coincide show."""
+    """Return first marker and stride for a curve, shifted per scheme so that coinciding curves remain visible."""
     stride = max(1, points // 4)
     return round(stride * list(drawn).index(scheme) / len(drawn)), stride
 
 
 def _scale(axes: Axes, values: list[float], kept: list[float], start: float = math.inf) -> None:
-    """Log where it is positive and more than a decade; what is far from the runs that kept to the manifold is cut."""
+    """Set the vertical scale: log over more than a decade, cut far from the runs that stayed orthogonal."""
     low, high = min(kept), max(kept)
     high = min(high, end := start + max(abs(start), start - low))
     log = high > 10 * low > 0
@@ -317,7 +317,7 @@ def _scale(axes: Axes, values: list[float], kept: list[float], start: float = ma
 
 
 def _feasibility(axes: Axes, values: list[float]) -> None:
-    """Log, with a line at rounding; what is far away for good leaves the picture at the top."""
+    """Set a log scale with a line at the rounding of float32, cut above 1e4."""
     _log(axes, "y")
     if FLOAT32 / 100 < min(values) < 1e-3:
         axes.axhline(FLOAT32, color=INK, linewidth=0.8, alpha=0.5, linestyle=":")
@@ -329,7 +329,7 @@ def _feasibility(axes: Axes, values: list[float]) -> None:
 
 
 def _log(axes: Axes, which: str, ticks: Sequence[float] = ()) -> None:
-    """Logarithmic, with labels that need no mathematics: the text of an SVG is then in the font of the page."""
+    """Set a log scale with plain text labels, so that an SVG can use the font of the page."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     getattr(axes, f"set_{which}scale")("log")

@@ -1,4 +1,4 @@
-"""What a terminal shows while runs go on; where output is not a terminal, a line now and then."""
+"""Progress output: a bar on a terminal, otherwise a line every 20 seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EVERY = 20.0  # seconds between lines
 
 
 class Bar:
-    """A progress bar with what is running and how long is left."""
+    """Progress bar with the current run and the remaining time."""
 
     def __init__(self, console: Any) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -28,27 +28,27 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, total: int) -> None:
-        """There are so many steps to make."""
+    def start(self, total: int) -> None:
+        """Start, with the total number of steps."""
         self._task = self._progress.add_task("", total=total)
 
-    def now(self, text: str) -> None:
-        """What is running."""
+    def describe(self, text: str) -> None:
+        """Describe the current run."""
         self._progress.update(self._task, description=text)
 
-    def made(self, steps: int) -> None:
-        """So many more steps have been made."""
+    def advance(self, steps: int) -> None:
+        """Add a number of finished steps."""
         self._progress.advance(self._task, steps)
 
 
 class Lines:
-    """The same as plain lines, for files and pipes."""
+    """Progress as plain lines, for files and pipes."""
 
     def __init__(self, console: Any) -> None:
         self._console = console
-        self._total = self._made = 0
+        self._total = self._done = 0
         self._text = ""
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def __enter__(self) -> Lines:
         return self
@@ -56,17 +56,17 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def begin(self, total: int) -> None:
-        """There are so many steps to make."""
+    def start(self, total: int) -> None:
+        """Start, with the total number of steps."""
         self._total = total
 
-    def now(self, text: str) -> None:
-        """What is running."""
+    def describe(self, text: str) -> None:
+        """Describe the current run."""
         self._text = text
 
-    def made(self, steps: int) -> None:
-        """So many more steps have been made."""
-        self._made += steps
-        if time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
-            self._console.print(f"{100 * self._made // max(self._total, 1)} %  {self._text}", highlight=False)
+    def advance(self, steps: int) -> None:
+        """Add a number of finished steps."""
+        self._done += steps
+        if time.monotonic() - self._printed >= EVERY:
+            self._printed = time.monotonic()
+            self._console.print(f"{100 * self._done // max(self._total, 1)} %  {self._text}", highlight=False)

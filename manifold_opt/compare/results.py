@@ -1,4 +1,4 @@
-"""What a comparison has found: rows as they are measured, and one summary a scheme, which table and page show."""
+"""Results of a comparison: one result per run, and summaries per scheme."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ORTHOGONAL = 1e-3  # up to here weights count as kept: rounding is 1e-5 and less, what leaves is 0.1 and more
+ORTHOGONAL = 1e-3  # largest error of orthogonal weights; rounding is below 1e-5, divergence above 0.1
 
 
 @dataclass
 class Curve:
-    """What a run looked like on its way, at a few hundred of its steps.
+    """Training curve of a run at up to a few hundred steps.
 
     Attributes:
-        step: how many steps had been made.
-        loss: mean of the losses since the point before.
-        seconds: that the run itself had taken by then, others' turns left out.
-        error: distance from orthogonality, the largest of a block since the point before.
+        step: number of steps so far.
+        loss: mean loss since the previous point.
+        seconds: training time of this run so far.
+        error: largest distance of a block from orthogonality since the previous point.
     """
 
     step: list[int] = field(default_factory=list)
@@ -31,27 +31,27 @@ class Curve:
 
 
 @dataclass
-class Row:
-    """One run: one scheme on one task, from one seed, at one learning rate.
+class RunResult:
+    """Result of one run: one scheme on one task, with one seed and learning rate.
 
     Attributes:
-        task: what has been run, with the four below.
-        scheme: by name.
-        seed: of the start, and of the batches.
+        task: name of the task.
+        scheme: name of the scheme.
+        seed: seed of model and batches.
         lr: learning rate.
-        steps: of training.
-        peer: whether the scheme is somebody else's.
-        final_loss: mean loss of the last tenth of the steps; None if it failed.
-        final: the task's own measure at the end; None if it failed.
-        orthogonality_error: the largest ||I - W W^T||_F of a block at any step; None if it failed.
-        step_ms: median of a whole training step, forward and backward included.
-        optimizer_ms: median of what the optimizer alone takes of it.
-        steps_to_target: steps until the loss was at the task's target; None if never, or if there is none.
-        seconds_to_target: what they took.
+        steps: number of training steps.
+        peer: True for a scheme of another library.
+        final_loss: mean loss of the last tenth of the steps; None if the run failed.
+        final: final measure of the task; None if the run failed.
+        orthogonality_error: the largest ||I - W W^T||_F of a block at any step; None if the run failed.
+        step_ms: median time of a training step, forward and backward pass included.
+        optimizer_ms: median time of ``optimizer.step()``.
+        steps_to_target: steps until the loss reached the target of the task; None if never.
+        seconds_to_target: training time of these steps.
         clamped: how often the step of a block was shortened.
-        skipped: how often it was not made.
-        failure: why there is no more, one line; None if all went well.
-        curve: of the run.
+        skipped: how often the step of a block was skipped.
+        failure: error message in one line; None if the run succeeded.
+        curve: training curve.
     """
 
     task: str
@@ -74,23 +74,24 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, int, float]:
-        """What tells it from other rows."""
+        """Return task, scheme, seed and learning rate, which identify the run."""
         return self.task, self.scheme, self.seed, self.lr
 
 
 @dataclass
 class Cost:
-    """What a step of one scheme costs, forward and backward of an inner product included, for so many matrices.
+    """Cost of a step of one scheme, with forward and backward pass of an inner product.
 
     Attributes:
-        scheme: as in :class:`Row`.
-        count: so many matrices.
-        p: rows of each.
-        n: columns of each.
-        varied: ``"n"`` or ``"count"``: which of them the curve is drawn against.
-        milliseconds: median of a step; None if it failed.
-        orthogonality_error: the largest of a matrix after the first ten steps.
-        peer: as in :class:`Row`.
+        scheme: name of the scheme.
+        varied: quantity on the horizontal axis, ``"n"`` or ``"count"``.
+        count: number of matrices.
+        p: rows of each matrix.
+        n: columns of each matrix.
+        milliseconds: median time of a step; None if it failed.
+        orthogonality_error: largest error of a matrix after the first ten steps.
+        failure: error message in one line; None if there is none.
+        peer: True for a scheme of another library.
     """
 
     scheme: str
@@ -105,16 +106,16 @@ class Cost:
 
 
 @dataclass
-class About:
-    """What a task is.
+class TaskInfo:
+    """Description of a task.
 
     Attributes:
-        name: in a word.
-        title: in a line.
-        measure: what ``Row.final`` is: ``"gap"``, ``"accuracy"`` or ``"loss"``.
-        target: loss at which a run counts as having learned; None if there is no such level.
-        notes: of each scheme what was corrected so that its steps are as long as those of the others, and the like.
-        resolution: difference of the measure below which there is nothing but rounding.
+        name: identifier.
+        title: description in one line.
+        measure: kind of ``RunResult.final``: ``"gap"``, ``"accuracy"`` or ``"loss"``.
+        target: loss at which a run counts as having learned; None if there is none.
+        notes: corrections of each scheme, such as factors of the learning rate.
+        resolution: differences of the measure below this value are rounding.
     """
 
     name: str
@@ -126,29 +127,29 @@ class About:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether more of the measure is better."""
+        """Return True if a larger measure is better."""
         return self.measure == "accuracy"
 
 
 @dataclass
 class Summary:
-    """One scheme on one task: over its seeds, at the learning rate that ended best.
+    """Summary of one scheme on one task, over its seeds, at the learning rate with the best final measure.
 
     Attributes:
-        mean: of ``Row.final`` over the seeds.
-        spread: their standard deviation, zero for one seed.
+        mean: mean of ``RunResult.final`` over the seeds.
+        std: standard deviation over the seeds, zero for one seed.
         seconds_to_target: median over the seeds that reached the target.
-        reached: how many did.
+        reached: number of seeds that reached the target.
         step_ms: median over the seeds.
         optimizer_ms: median over the seeds.
         ratio: ``step_ms`` over that of the fastest scheme of the task.
-        orthogonality_error: the largest of all seeds.
-        different: how many different ends the seeds had; one says that they were no repetitions.
+        orthogonality_error: the largest over the seeds.
+        distinct: number of distinct final measures; 1 means that the seeds do not vary anything.
         clamped: sum over the seeds.
         skipped: sum over the seeds.
-        failure: of the first run that failed.
-        best: names of the columns of times and errors in which it is the best of those that finished and stayed
-            orthogonal. (Which final measure is best may be undecided.)
+        failure: error of the first run that failed.
+        best: columns of times and errors in which it is the best scheme that finished and stayed orthogonal. The
+            final measure is excluded, because the differences may be within the standard deviation.
     """
 
     task: str
@@ -157,7 +158,7 @@ class Summary:
     lr: float
     seeds: int
     mean: float | None
-    spread: float | None
+    std: float | None
     seconds_to_target: float | None
     reached: int
     step_ms: float | None
@@ -167,66 +168,66 @@ class Summary:
     clamped: float
     skipped: float
     failure: str | None
-    different: int = 0
+    distinct: int = 0
     best: set[str] = field(default_factory=set)
 
     @property
     def finished(self) -> bool:
-        """Whether no seed failed, and the final measure is finite."""
+        """Return True if no seed failed and the final measure is finite."""
         return self.failure is None and self.mean is not None and math.isfinite(self.mean)
 
     @property
     def stayed_orthogonal(self) -> bool:
-        """Whether the weights were orthogonal after every step."""
+        """Return True if the weights were orthogonal after every step."""
         return self.orthogonality_error is not None and self.orthogonality_error <= ORTHOGONAL
 
 
 @dataclass
 class Results:
-    """All that a comparison has found.
+    """All results of a comparison.
 
     Attributes:
-        environment: versions, machine, threads.
-        arguments: what was asked for.
-        tasks: what the tasks are, by name.
-        rows: one a run.
-        costs: one a point of the cost curves.
-        interrupted: whether something that was asked for is missing.
+        environment: versions, machine and number of threads.
+        arguments: arguments of the comparison.
+        tasks: descriptions of the tasks, by name.
+        rows: one result per run.
+        costs: one per scheme and point of the cost curves.
+        interrupted: True if requested runs are missing.
     """
 
     environment: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    tasks: dict[str, About] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    tasks: dict[str, TaskInfo] = field(default_factory=dict)
+    rows: list[RunResult] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     interrupted: bool = False
 
     def save(self, path: Path) -> None:
-        """Write all of it as JSON, whole or not at all."""
+        """Write the results as JSON, atomically."""
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=True))
         partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """What :meth:`save` has written."""
+        """Read results written by :meth:`save`."""
         data = json.loads(path.read_text())
-        data["tasks"] = {name: About(**about) for name, about in data["tasks"].items()}
-        data["rows"] = [Row(**{**row, "curve": Curve(**row["curve"])}) for row in data["rows"]]
+        data["tasks"] = {name: TaskInfo(**info) for name, info in data["tasks"].items()}
+        data["rows"] = [RunResult(**{**row, "curve": Curve(**row["curve"])}) for row in data["rows"]]
         data["costs"] = [Cost(**cost) for cost in data["costs"]]
         return cls(**data)
 
     def rates(self, task: str) -> list[float]:
-        """The learning rates that a task was run at."""
+        """Return the learning rates of a task, sorted."""
         return sorted({row.lr for row in self.rows if row.task == task})
 
     def schemes(self, task: str | None = None) -> list[str]:
-        """The schemes, of one task or of all, in the order in which they were asked for."""
+        """Return the schemes of one task, or of all, in the requested order."""
         rows = [row.scheme for row in self.rows if task in (None, row.task)]
         return list(dict.fromkeys(rows + ([cost.scheme for cost in self.costs] if task is None else [])))
 
     def summaries(self, task: str) -> list[Summary]:
-        """One line a scheme, in the order in which they were asked for; the best of every column named."""
+        """Return one summary per scheme, in the requested order."""
         lines = [self._summary(task, scheme) for scheme in self.schemes(task)]
         fastest = min((line.step_ms for line in lines if line.step_ms is not None), default=None)
         for line in lines:
@@ -238,7 +239,7 @@ class Results:
 
     def _summary(self, task: str, scheme: str) -> Summary:
         rows = [row for row in self.rows if (row.task, row.scheme) == (task, scheme)]
-        lr = min(sorted({row.lr for row in rows}), key=lambda lr: self._badness(task, [r for r in rows if r.lr == lr]))
+        lr = min(sorted({row.lr for row in rows}), key=lambda lr: self._sort_key(task, [r for r in rows if r.lr == lr]))
         rows = [row for row in rows if row.lr == lr]
         finals = [row.final for row in rows if row.final is not None]
         reached = [row.seconds_to_target for row in rows if row.seconds_to_target is not None]
@@ -248,9 +249,9 @@ class Results:
             peer=rows[0].peer,
             lr=lr,
             seeds=len(rows),
-            different=len(set(finals)),
+            distinct=len(set(finals)),
             mean=statistics.fmean(finals) if finals else None,
-            spread=_spread(finals),
+            std=_std(finals),
             seconds_to_target=statistics.median(reached) if reached else None,
             reached=len(reached),
             step_ms=_median(row.step_ms for row in rows),
@@ -262,8 +263,8 @@ class Results:
             failure=next((row.failure for row in rows if row.failure), None),
         )
 
-    def _badness(self, task: str, rows: list[Row]) -> float:
-        """What the best learning rate has least of: the mean of the final measure; a failure is worst."""
+    def _sort_key(self, task: str, rows: list[RunResult]) -> float:
+        """Return the mean final measure, negated if larger is better, as a sort key; infinity for failed runs."""
         finals = [row.final for row in rows]
         if any(final is None or not math.isfinite(final) for final in finals):
             return math.inf
@@ -271,38 +272,38 @@ class Results:
         return -mean if self.tasks[task].higher_is_better else mean
 
 
-def leaders(lines: Iterable[Summary], about: About) -> list[Summary]:
+def leaders(lines: Iterable[Summary], info: TaskInfo) -> list[Summary]:
     """Return the scheme with the best final measure, then those that do not differ from it; best first."""
-    sign = -1 if about.higher_is_better else 1
+    sign = -1 if info.higher_is_better else 1
     ranked = sorted((line for line in lines if line.finished), key=lambda line: sign * (line.mean or 0.0))
-    return ranked[:1] + [line for line in ranked[1:] if not _differ(ranked[0], line, about)]
+    return ranked[:1] + [line for line in ranked[1:] if not _differ(ranked[0], line, info)]
 
 
-def winners(lines: Iterable[Summary], about: About) -> list[Summary]:
+def winners(lines: Iterable[Summary], info: TaskInfo) -> list[Summary]:
     """Return the leaders of the schemes that stayed orthogonal; none if there are too few seeds to rank them."""
-    first = leaders((line for line in lines if line.stayed_orthogonal), about)
+    first = leaders((line for line in lines if line.stayed_orthogonal), info)
     return first if enough_seeds(first) else []
 
 
 def enough_seeds(first: list[Summary]) -> bool:
-    """Whether leaders are ranked: there is one, or each has a spread, of seeds with different results."""
-    return len(first) == 1 or (bool(first) and min(line.different for line in first) > 1)
+    """Return True if there is one leader, or if every leader has seeds with distinct results."""
+    return len(first) == 1 or (bool(first) and min(line.distinct for line in first) > 1)
 
 
-def _differ(one: Summary, other: Summary, about: About) -> bool:
-    """Whether mean ± spread do not overlap, by more than rounding. One seed has no spread to judge by."""
-    if min(one.different, other.different) < 2 or one.mean is None or other.mean is None:
+def _differ(one: Summary, other: Summary, info: TaskInfo) -> bool:
+    """Return True if the intervals mean ± std are disjoint beyond rounding; False if a scheme has a single seed."""
+    if min(one.distinct, other.distinct) < 2 or one.mean is None or other.mean is None:
         return False
-    return abs(one.mean - other.mean) > max((one.spread or 0.0) + (other.spread or 0.0), about.resolution)
+    return abs(one.mean - other.mean) > max((one.std or 0.0) + (other.std or 0.0), info.resolution)
 
 
-def in_one_line(error: Exception) -> str:
-    """What a row says of what went wrong."""
+def format_error(error: Exception) -> str:
+    """Return type and message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _spread(values: list[float]) -> float | None:
-    """Standard deviation, which those that are not finite have none of."""
+def _std(values: list[float]) -> float | None:
+    """Return the standard deviation, NaN if a value is not finite."""
     if not all(map(math.isfinite, values)):
         return math.nan
     return statistics.pstdev(values) if values else None
@@ -314,9 +315,9 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _mark_best(lines: list[Summary], column: str, value: Any) -> None:
-    """Name the best of a column, of the schemes that finished and stayed orthogonal."""
-    kept = [line for line in lines if line.finished and line.stayed_orthogonal]
-    known = [v for line in kept if (v := value(line)) is not None and math.isfinite(v)]
-    for line in kept:
+    """Mark the best value of a column among the schemes that finished and stayed orthogonal."""
+    valid = [line for line in lines if line.finished and line.stayed_orthogonal]
+    known = [v for line in valid if (v := value(line)) is not None and math.isfinite(v)]
+    for line in valid:
         if known and value(line) == min(known):
             line.best.add(column)

@@ -1,6 +1,6 @@
-"""What schemes are compared on: two problems whose optimum is known, a memory that is needed, and real images.
+"""Tasks of the comparison: two problems with known optimum, copying memory, and image classification.
 
-A task makes models and batches from a seed alone, so that every scheme starts at the same point and sees the same.
+A task creates models and batches from torch's random state only, so that all schemes have the same start and batches.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .. import init, mark_orthogonal, mark_recurrent
 from .data import Images, digits, fashion
 
 Batch = Any
-SYMBOLS, LENGTH = 8, 10  # of the memory task: to choose from, and to remember
+SYMBOLS, LENGTH = 8, 10  # of the copying task: alphabet size and sequence length
 
 
 @dataclass(frozen=True)
 class Task:
-    """One problem to learn.
+    """A training problem.
 
     Attributes:
-        name, title: in a word, and in a line.
-        make_model: a model with marked parameters, from torch's random state.
-        batches: endless, from torch's random state.
-        loss: of a model on a batch.
-        evaluate: the final measure of a model; the mean of its last losses if None.
-        measure: what that is: ``"gap"``, ``"accuracy"`` or ``"loss"``.
-        target: loss at which a run has learned; None if there is no such level.
-        lr, orthogonal_lr_scale, steps: unless others are asked for.
+        name, title: identifier, and description in one line.
+        make_model: returns a model with marked parameters, drawn from torch's random state.
+        batches: returns an endless iterator of batches, drawn from torch's random state.
+        loss: loss of a model on a batch.
+        evaluate: final measure of a model; None takes the mean of the last losses.
+        measure: kind of the final measure: ``"gap"``, ``"accuracy"`` or ``"loss"``.
+        target: loss at which a run counts as having learned; None if there is none.
+        lr, orthogonal_lr_scale, steps: default settings.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Task:
 
 
 class Matrix(nn.Module):
-    """Orthogonal blocks, one below the other, and nothing else."""
+    """Module with one weight of stacked orthogonal blocks."""
 
     def __init__(self, start: Tensor, blocks: int = 1) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Matrix(nn.Module):
         mark_orthogonal(self, "weight", blocks=blocks)
 
 
-def forever(batch: Batch) -> Iterator[Batch]:
-    """The same batch, again and again."""
+def repeat(batch: Batch) -> Iterator[Batch]:
+    """Yield the same batch without end."""
     while True:
         yield batch
 
 
 def procrustes(size: int | None) -> Task:
-    """The orthogonal matrix that takes A nearest to B; a singular value decomposition gives the optimum."""
+    """Return the Procrustes problem: the orthogonal matrix that maps A closest to B. An SVD gives the optimum."""
     n = size or 32
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(n, 2 * n, dtype=torch.float64, generator=generator)
@@ -84,13 +84,13 @@ def procrustes(size: int | None) -> Task:
 
     title = f"Procrustes: the {n} x {n} orthogonal W nearest to taking A to B"
     return Task(
-        "procrustes", title, start, functools.partial(forever, None), loss,
+        "procrustes", title, start, functools.partial(repeat, None), loss,
         evaluate=functools.partial(_gap, a, b, best), measure="gap", target=best + 1e-3, steps=400,
     )  # fmt: skip
 
 
 def pca(size: int | None) -> Task:
-    """The p directions of most variance among 4 p; an eigendecomposition gives the optimum."""
+    """Return PCA: the p of 4 p directions with the largest variance. An eigendecomposition gives the optimum."""
     p = size or 16
     n = 4 * p
     generator = torch.Generator().manual_seed(0)
@@ -113,13 +113,13 @@ def pca(size: int | None) -> Task:
 
     title = f"PCA: the {p} directions of most variance among {n}"
     return Task(
-        "pca", title, start, functools.partial(forever, None), loss,
+        "pca", title, start, functools.partial(repeat, None), loss,
         evaluate=gap, measure="gap", target=1e-2, lr=1e-2, steps=400,
     )  # fmt: skip
 
 
 class Recurrent(nn.Module):
-    """A recurrent net with orthogonal gates, and a linear layer; what it answers is its last state's, or each one's."""
+    """Recurrent net with orthogonal gates, and a linear layer on the last state or on each state."""
 
     def __init__(self, net: nn.RNNBase, outputs: int, *, each: bool, scheme: str) -> None:
         super().__init__()
@@ -135,13 +135,13 @@ class Recurrent(nn.Module):
         mark_recurrent(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of sequences ``(time, batch, features)``."""
+        """Return the outputs for sequences ``(time, batch, features)``."""
         states = self.net(x)[0]
         return self.head(states if self.each else states[-1])
 
 
 def copying(kind: str, size: int | None) -> Task:
-    """Ten symbols are read, and have to be repeated after a delay."""
+    """Return the copying memory task: repeat ten symbols after a delay."""
     hidden, delay = size or 64, 30
     memoryless = LENGTH * math.log(SYMBOLS) / (delay + 2 * LENGTH)
 
@@ -172,7 +172,7 @@ def copying(kind: str, size: int | None) -> Task:
 
 
 def images(found: Images, hidden: int, size: int | None) -> Task:
-    """Images read row by row."""
+    """Return the classification of images that are read row by row."""
     hidden = size or hidden
     rows, classes = found.train[0].shape[-1], int(found.train[1].max()) + 1
 
@@ -188,7 +188,7 @@ def images(found: Images, hidden: int, size: int | None) -> Task:
 
     def accuracy(model: nn.Module) -> float:
         device = next(model.parameters()).device
-        x, y = (part.to(device) for part in found.test)
+        x, y = (tensor.to(device) for tensor in found.test)
         with torch.no_grad():
             answers = [
                 model(some.transpose(0, 1).to(torch.get_default_dtype())).argmax(-1) for some in torch.split(x, 1000)
@@ -203,7 +203,7 @@ def images(found: Images, hidden: int, size: int | None) -> Task:
     )  # fmt: skip
 
 
-Make = Callable[[int | None, str | None], Task]  # of a size, and a folder of data; both can be left out
+Make = Callable[[int | None, str | None], Task]  # from a size and a data folder, or None for the defaults
 TASKS: dict[str, tuple[Make, ...]] = {
     "procrustes": (lambda size, _: procrustes(size),),
     "pca": (lambda size, _: pca(size),),

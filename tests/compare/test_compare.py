@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from manifold_opt import RETRACTIONS, mark_orthogonal, orthogonality_error
-from manifold_opt.compare import Comparison, cli, compare, contenders, cost, data, runner, tasks
-from manifold_opt.compare.contenders import PEERS, Held, Settings, build, places
+from manifold_opt.compare import Comparison, cli, compare, cost, data, methods, runner, tasks
+from manifold_opt.compare.blocks import ExternalBlocks, marked_parameters
+from manifold_opt.compare.experiment import NoProgress
+from manifold_opt.compare.methods import PEERS, Settings, build
 from manifold_opt.compare.results import Results, winners
-from manifold_opt.compare.session import Silent
 from manifold_opt.stiefel import geometry
 
 from ..helpers import gaussian
@@ -47,13 +48,13 @@ def moved(scheme, shape, settings, gain=1.0):
     """How far the first step goes, per learning rate."""
     start = geometry.random(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = One(gain * start, gain=gain)
-    contender = build(scheme, model, settings)
-    (before,) = (blocks.clone() for blocks in contender.matrices())
+    method = build(scheme, model, settings)
+    (before,) = (blocks.clone() for blocks in method.matrices())
     g = gaussian(*shape)
     ((model.weight * g).sum() + model.bias.sum()).backward()
-    for opt in contender.optimizers:
+    for opt in method.optimizers:
         opt.step()
-    (after,) = contender.matrices()
+    (after,) = method.matrices()
     assert not torch.equal(model.bias, torch.zeros(3))
     return float((after - before).norm()) / settings.lr
 
@@ -90,8 +91,8 @@ def test_the_second_moment_is_that_of_our_adam():
 @pytest.mark.parametrize("tall", [False, True])
 def test_what_a_peer_holds_is_the_parameter(shape, mark, tall):
     model = One(gaussian(*shape), **mark)
-    (place,) = places(model)
-    held = Held(place, tall=tall)
+    (place,) = marked_parameters(model)
+    held = ExternalBlocks(place, tall=tall)
     torch.testing.assert_close(held(model.weight), model.weight, rtol=0, atol=1e-14)
     torch.testing.assert_close(held.blocks(), place.blocks(), rtol=0, atol=1e-14)
 
@@ -103,22 +104,22 @@ def test_every_scheme_learns_through_an_nn_gru(scheme):
     task = tasks.copying("gru", 6)
     model = task.make_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    contender = build(installed(scheme), model, Settings(lr=1e-2))
+    method = build(installed(scheme), model, Settings(lr=1e-2))
     batch = next(task.batches())
     first = task.loss(model, batch)
     for _ in range(5):
-        for opt in contender.optimizers:
+        for opt in method.optimizers:
             opt.zero_grad()
-        loss = task.loss(model, batch) + (contender.penalty() if contender.penalty else 0)
+        loss = task.loss(model, batch) + (method.penalty() if method.penalty else 0)
         loss.backward()
-        for opt in contender.optimizers:
+        for opt in method.optimizers:
             opt.step()
     assert task.loss(model, batch) < first
     for name, p in model.named_parameters():
         if name in before and "weight_hh" not in name:
             assert not torch.equal(p, before[name])
     if scheme not in ("unconstrained", "penalty"):
-        assert all(float(geometry.error(blocks).max()) < 1e-3 for blocks in contender.matrices())
+        assert all(float(geometry.error(blocks).max()) < 1e-3 for blocks in method.matrices())
 
 
 @pytest.mark.parametrize("scheme", ["geoopt", "pogo", "torch", "geotorch"])
@@ -136,22 +137,22 @@ def test_tied_weights_stay_tied(scheme):
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
     model[2].weight = model[0].weight
     mark_orthogonal(model, "0.weight")
-    contender = build(installed(scheme), model, Settings(lr=0.1))
+    method = build(installed(scheme), model, Settings(lr=0.1))
     for _ in range(2):
-        for opt in contender.optimizers:
+        for opt in method.optimizers:
             opt.zero_grad()
         model(torch.ones(2, 5)).square().sum().backward()
-        for opt in contender.optimizers:
+        for opt in method.optimizers:
             opt.step()
     assert torch.equal(model[0].weight, model[2].weight)
-    assert len(contender.matrices()) == 1
+    assert len(method.matrices()) == 1
 
 
 @pytest.mark.parametrize("scheme", ["polar", "unconstrained", "geoopt", "torch"])
 def test_rates_of_orthogonal_weights_are_scaled(scheme):
-    contender = build(installed(scheme), One(torch.eye(4)), Settings("sgd", 1e-2, 0.1))
+    method = build(installed(scheme), One(torch.eye(4)), Settings("sgd", 1e-2, 0.1))
     rates = {
-        group["lr"] * group.get("orthogonal_lr_scale", 1) for opt in contender.optimizers for group in opt.param_groups
+        group["lr"] * group.get("orthogonal_lr_scale", 1) for opt in method.optimizers for group in opt.param_groups
     }
     expected = {1e-3} if scheme == "polar" else {1e-2, {"torch": 0.5e-3}.get(scheme, 1e-3)}
     assert sorted(rates) == pytest.approx(sorted(expected))
@@ -179,10 +180,10 @@ def test_notes_say_by_what_rates_were_multiplied():
 def test_the_penalty_by_hand():
     """W = 2 I: ||I - 4 I||_F^2 = 9 n."""
     model = One(torch.eye(4))
-    contender = build("penalty", model, Settings(penalty=0.5))
+    method = build("penalty", model, Settings(penalty=0.5))
     with torch.no_grad():
         model.weight.mul_(2)
-    assert contender.penalty().item() == pytest.approx(0.5 * 9 * 4)
+    assert method.penalty().item() == pytest.approx(0.5 * 9 * 4)
 
 
 # Runs.
@@ -268,11 +269,11 @@ def test_the_target_is_for_the_mean_of_twenty_losses():
 
 def test_weights_that_are_lost_are_a_failure(monkeypatch):
     def spoil(*args):
-        contender = contenders.unconstrained(*args)
-        contender.matrices = lambda: [torch.full((1, 2, 2), torch.nan)]
-        return contender
+        method = methods.unconstrained(*args)
+        method.matrices = lambda: [torch.full((1, 2, 2), torch.nan)]
+        return method
 
-    monkeypatch.setitem(contenders.PEERS, "pogo", spoil)
+    monkeypatch.setitem(methods.PEERS, "pogo", spoil)
     (row,) = compare(linear, reversal, BATCHES, schemes=("pogo",), steps=5, seeds=1).rows
     assert "the weights after step 1 are not finite" in row.failure
 
@@ -293,7 +294,7 @@ def test_seeds_that_are_no_repetitions_count_as_one():
         return layer
 
     found = compare(make_model, reversal, BATCHES, schemes=("polar", "qr"), optimizer="sgd", lr=1.0, steps=5, seeds=3)
-    assert [(line.seeds, line.different) for line in found.summaries] == [(3, 1)] * 2
+    assert [(line.seeds, line.distinct) for line in found.summaries] == [(3, 1)] * 2
     assert winners(found.summaries, found.results.tasks["model"]) == []
 
 
@@ -323,7 +324,7 @@ def test_brackets_in_a_failure_are_brackets(monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("[enforce fail] in [/tmp/x]")
 
-    monkeypatch.setitem(contenders.PEERS, "pogo", fails)
+    monkeypatch.setitem(methods.PEERS, "pogo", fails)
     found = compare(linear, reversal, BATCHES, schemes=("pogo", "qr"), steps=2, seeds=1)
     found.table()
     assert "[enforce fail] in [/tmp/x]" in capsys.readouterr().out
@@ -349,13 +350,13 @@ def test_shuffled_loaders_iterators_and_functions_are_all_batches():
     assert losses[2] == losses[3] == losses[4]
 
 
-class Interrupting(Silent):
+class Interrupting(NoProgress):
     """Presses Ctrl-C after so many turns."""
 
     def __init__(self, turns):
         self.turns = turns
 
-    def made(self, _):
+    def advance(self, _):
         self.turns -= 1
         if self.turns == 0:
             raise KeyboardInterrupt
@@ -371,18 +372,18 @@ def settings_of(folder, *more):
 @pytest.mark.parametrize("turns", [4, 13])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, turns, monkeypatch):
     monkeypatch.setattr(cost, "ROUNDS", 2)
-    monkeypatch.setattr(cost, "TURN", 0.0)
+    monkeypatch.setattr(cost, "TIME_SLICE", 0.0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    session, results = cli.prepare(settings_of(whole), ["compare"])
-    session.carry_out(results, Silent())
-    session, results = cli.prepare(settings_of(parts), ["compare"])
-    session.carry_out(results, Interrupting(turns))
+    experiment, results = cli.build_experiment(settings_of(whole), ["compare"])
+    experiment.run(results, NoProgress())
+    experiment, results = cli.build_experiment(settings_of(parts), ["compare"])
+    experiment.run(results, Interrupting(turns))
     assert results.interrupted
     saved = Results.load(parts / "results.json")
     assert fingerprint(saved.rows) == fingerprint(results.rows)
-    session, results = cli.prepare(settings_of(parts, "--resume"), ["compare"])
+    experiment, results = cli.build_experiment(settings_of(parts, "--resume"), ["compare"])
     kept = [row.curve.seconds for row in results.rows]
-    session.carry_out(results, Silent())
+    experiment.run(results, NoProgress())
     assert not results.interrupted
     once, twice = (Results.load(folder / "results.json") for folder in (whole, parts))
     assert fingerprint(once.rows) == fingerprint(twice.rows)
@@ -394,7 +395,7 @@ def test_what_fails_is_a_row_that_says_so_and_others_go_on(monkeypatch):
     def missing(*_):
         raise ModuleNotFoundError("No module named\n'nobody'")
 
-    monkeypatch.setitem(contenders.PEERS, "pogo", missing)
+    monkeypatch.setitem(methods.PEERS, "pogo", missing)
     found = compare(linear, reversal, BATCHES, schemes=("pogo", "polar"), lr=0.1, steps=5, seeds=1)
     assert [row.failure for row in found.rows] == ["ModuleNotFoundError: No module named 'nobody'", None]
     assert found.rows[0].final_loss is None
@@ -497,10 +498,10 @@ def test_what_is_handed_back(tmp_path, capsys):
 def test_the_optimum_is_the_optimum(make):
     """The gap closes, and no start is below it."""
     task = make(6)
-    unit = runner.Unit(task, 0, Settings(lr=0.02), ("polar",), 400, frozenset(), torch.device("cpu"))
+    spec = runner.RunSpec(task, 0, Settings(lr=0.02), ("polar",), 400, frozenset(), torch.device("cpu"))
     torch.manual_seed(0)
     starts = [task.evaluate(task.make_model()) for _ in range(5)]
-    (row,) = runner.run(unit, ("polar",), lambda *_: None, {})
+    (row,) = runner.run(spec, ("polar",), lambda *_: None, {})
     assert min(starts) > 0.01
     assert -1e-6 < row.final < 1e-3
 
@@ -522,9 +523,9 @@ def test_a_task_scales_the_rate_of_its_orthogonal_weights():
     task = tasks.copying("rnn", 4)
     device = torch.device("cpu")
     settings = Settings(orthogonal_lr_scale=0.5)
-    (unit,) = runner.units([task], [3], lambda task: [task.lr], settings, ("qr", "torch"), None, device)
-    assert (unit.seed, unit.steps, unit.peers) == (3, task.steps, {"torch"})
-    assert unit.settings.orthogonal_lr == pytest.approx(0.5 * 0.1 * 1e-3)
+    (spec,) = runner.run_specs([task], [3], lambda task: [task.lr], settings, ("qr", "torch"), None, device)
+    assert (spec.seed, spec.steps, spec.peers) == (3, task.steps, {"torch"})
+    assert spec.settings.orthogonal_lr == pytest.approx(0.5 * 0.1 * 1e-3)
 
 
 def test_images_are_read_row_by_row():
@@ -570,9 +571,14 @@ def test_fashion_from_a_folder(tmp_path, zipped):
 
 def test_the_cost_of_a_step(monkeypatch):
     monkeypatch.setattr(cost, "ROUNDS", 2)
-    monkeypatch.setattr(cost, "TURN", 0.0)
-    assert cost.points(40) == [("n", 1, 16), ("n", 1, 32), ("n", 1, 40), *(("count", c, 16) for c in cost.COUNTS)]
-    monkeypatch.setitem(contenders.PEERS, "pogo", lambda *_: 1 / 0)
+    monkeypatch.setattr(cost, "TIME_SLICE", 0.0)
+    assert cost.problem_sizes(40) == [
+        ("n", 1, 16),
+        ("n", 1, 32),
+        ("n", 1, 40),
+        *(("count", c, 16) for c in cost.COUNTS),
+    ]
+    monkeypatch.setitem(methods.PEERS, "pogo", lambda *_: 1 / 0)
     turns = []
     made = list(
         cost.measure(("count", 3, 5), ("polar", "pogo", "torch"), Settings(), torch.device("cpu"), turns.append)
@@ -589,26 +595,26 @@ def test_milliseconds_are_those_of_a_step_not_of_a_turn(monkeypatch):
     """A clock that goes on by a second whenever it is looked at: a turn of 5 s is five steps of one."""
     clock = itertools.count()
     monkeypatch.setattr(cost.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(cost, "TURN", 5.0)
+    monkeypatch.setattr(cost, "TIME_SLICE", 5.0)
     (made,) = cost.measure(("n", 1, 3), ("polar",), Settings(), torch.device("cpu"), lambda _: None)
     assert made.milliseconds == 1000
 
 
 def test_a_scheme_that_fails_in_a_turn_has_no_more(monkeypatch):
     def fails_late(*args):
-        contender = contenders.unconstrained(*args)
-        steps, step = itertools.count(), contender.step
+        method = methods.unconstrained(*args)
+        steps, step = itertools.count(), method.step
 
         def once_more():
             if next(steps) > cost.WARM:
                 raise RuntimeError("tired")
             step()
 
-        contender.step = once_more
-        return contender
+        method.step = once_more
+        return method
 
-    monkeypatch.setattr(cost, "TURN", 0.0)
-    monkeypatch.setitem(contenders.PEERS, "pogo", fails_late)
+    monkeypatch.setattr(cost, "TIME_SLICE", 0.0)
+    monkeypatch.setitem(methods.PEERS, "pogo", fails_late)
     turns = []
     tired, fit = cost.measure(("n", 1, 3), ("pogo", "qr"), Settings(), torch.device("cpu"), turns.append)
     assert (tired.failure, tired.milliseconds) == ("RuntimeError: tired", None)
@@ -722,14 +728,14 @@ def test_a_sweep_is_ten_rates_around_the_tasks_own():
     )
     threads = torch.get_num_threads()
     try:
-        session, _ = cli.prepare(args, ["compare"])
+        experiment, _ = cli.build_experiment(args, ["compare"])
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-    rates = list(dict.fromkeys(unit.settings.lr for unit in session.units))
+    rates = list(dict.fromkeys(spec.settings.lr for spec in experiment.specs))
     assert len(rates) == 10
     assert (rates[0], rates[-1]) == (1e-4, 3.2)
-    assert session.dtype == torch.float64
+    assert experiment.dtype == torch.float64
 
 
 def test_float64_is_float64(tmp_path):
@@ -764,7 +770,7 @@ def test_an_interrupted_command_says_so_and_exits_as_such(monkeypatch, capsys):
     from manifold_opt.compare import progress
 
     class Impatient(progress.Lines):
-        def made(self, _):
+        def advance(self, _):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress, "Lines", Impatient)
@@ -773,7 +779,7 @@ def test_an_interrupted_command_says_so_and_exits_as_such(monkeypatch, capsys):
 
 
 def test_when_all_has_failed_the_command_has(monkeypatch):
-    monkeypatch.setitem(contenders.PEERS, "pogo", lambda *_: 1 / 0)
+    monkeypatch.setitem(methods.PEERS, "pogo", lambda *_: 1 / 0)
     assert cli.main(["--task", "pca", "--size", "2", "--steps", "2", "--retractions", "", "--peers", "pogo"]) == 1
 
 

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from manifold_opt.compare import page, plots, words
-from manifold_opt.compare.results import About, Cost, Curve, Results, Row
+from manifold_opt.compare import html_report, narrative, plots
+from manifold_opt.compare.results import Cost, Curve, Results, RunResult, TaskInfo
 
 OWN = ("orthographic", "polar", "qr", "cayley", "exp", "cayley_iterative", "orthogonalizer")
 PEERS = ("geoopt", "pogo", "torch", "geotorch", "penalty", "unconstrained")
@@ -33,7 +33,7 @@ def run(task, scheme, seed, lr, final, *, floor=0.05, steps=400):
         curve.loss.append(loss * (1.08**step if diverges else 1))
         curve.seconds.append(step * SPEEDS[scheme] / 1e3)
         curve.error.append(min(error * noise.uniform(0.6, 1.0) * min(1, step / 100 + 0.3), 1e30))
-    row = Row(task, scheme, seed, lr, steps, peer=scheme in PEERS, curve=curve, orthogonality_error=error)
+    row = RunResult(task, scheme, seed, lr, steps, peer=scheme in PEERS, curve=curve, orthogonality_error=error)
     if diverges:
         row.orthogonality_error = math.inf
         row.failure = f"FloatingPointError: diverged: the loss of step {steps // 4} is nan"
@@ -52,12 +52,12 @@ def example():
         environment={"python": "3.11.7", "torch": "2.13.0", "threads": 1, "machine": "x86_64", "commit": None},
         arguments={"command": "python -m manifold_opt compare --seeds 3", "seeds": [0, 1, 2], "rates": list(RATES)},
         tasks={
-            "digits": About(
+            "digits": TaskInfo(
                 "digits", "Digits read row by row, a GRU with three orthogonal gates", "accuracy", 0.3,
                 {"geoopt": "learning rate times sqrt(n): its second moment is one a matrix.",
                  "torch": "parametrized, so that the forward pass pays for the constraint."},
             ),
-            "pca": About("pca", "PCA: the 16 directions of most variance among 64", "gap"),
+            "pca": TaskInfo("pca", "PCA: the 16 directions of most variance among 64", "gap"),
         },
     )  # fmt: skip
     for seed in range(3):
@@ -86,8 +86,8 @@ def small(*runs, measure="loss", target=None, costs=()):
     rows = []
     for scheme, seed, final, more in runs:
         known = {"lr": 0.1, "final": final, "orthogonality_error": 1e-6, "peer": scheme in PEERS, **more}
-        rows.append(Row("t", scheme, seed, steps=10, **known))
-    return Results(tasks={"t": About("t", "T", measure, target)}, rows=rows, costs=list(costs))
+        rows.append(RunResult("t", scheme, seed, steps=10, **known))
+    return Results(tasks={"t": TaskInfo("t", "T", measure, target)}, rows=rows, costs=list(costs))
 
 
 def seeds(scheme, finals, **more):
@@ -99,7 +99,7 @@ def seeds(scheme, finals, **more):
 
 def test_the_best_beyond_the_spread_is_named_and_the_best_retraction_beside_a_peer():
     results = small(*seeds("qr", [0.52, 0.50, 0.54]), *seeds("geoopt", [0.11, 0.10, 0.12]))
-    assert words.verdict(results, "t") == [
+    assert narrative.verdict(results, "t") == [
         "Best final loss with orthogonal weights: geoopt, 0.1100 ± 0.0082.",
         "The best retraction of manifold_opt is qr, 0.520 ± 0.016.",
     ]
@@ -112,7 +112,7 @@ def test_within_the_spread_nothing_is_ranked():
         *seeds("exp", [0.50, 0.52], step_ms=1.0),
         measure="accuracy",
     )
-    assert words.verdict(results, "t") == [
+    assert narrative.verdict(results, "t") == [
         "The final accuracy does not separate qr and polar: the differences are within the spread.",
         "Of these, polar has the shortest training step, 2 ms.",
     ]
@@ -120,9 +120,9 @@ def test_within_the_spread_nothing_is_ranked():
 
 def test_differences_of_rounding_decide_nothing():
     results = small(*seeds("qr", [1e-9, 1.001e-9]), *seeds("polar", [5e-8, 5.001e-8]))
-    assert words.verdict(results, "t")[0].startswith("Best final loss with orthogonal weights: qr")
+    assert narrative.verdict(results, "t")[0].startswith("Best final loss with orthogonal weights: qr")
     results.tasks["t"].resolution = 1e-6
-    assert words.verdict(results, "t")[0].startswith("The final loss does not separate qr and polar")
+    assert narrative.verdict(results, "t")[0].startswith("The final loss does not separate qr and polar")
 
 
 def test_a_scheme_that_failed_once_is_the_best_of_nothing():
@@ -134,15 +134,15 @@ def test_a_scheme_that_failed_once_is_the_best_of_nothing():
 @pytest.mark.parametrize("count", [1, 3])
 def test_seeds_without_a_spread_rank_nothing(count):
     results = small(*seeds("qr", [0.1] * count), *seeds("polar", [0.9] * count))
-    assert words.verdict(results, "t") == [
+    assert narrative.verdict(results, "t") == [
         "Ranking the schemes by final loss takes at least two seeds with different results.",
     ]
 
 
 def test_what_left_the_manifold_is_no_best():
     results = small(*seeds("unconstrained", [0.01, 0.02], orthogonality_error=12.0), *seeds("qr", [0.5, 0.6]))
-    assert words.verdict(results, "t") == ["Best final loss with orthogonal weights: qr, 0.550 ± 0.050."]
-    assert words.problems(results, "t") == [
+    assert narrative.verdict(results, "t") == ["Best final loss with orthogonal weights: qr, 0.550 ± 0.050."]
+    assert narrative.problems(results, "t") == [
         "Left the manifold, with an error above 0.001 at some step: unconstrained (12).",
     ]
 
@@ -167,8 +167,8 @@ def test_failures_are_named():
         ("pogo", 0, None, {"failure": "ModuleNotFoundError: No module named 'pogo'", "orthogonality_error": None}),
         ("qr", 0, None, {"orthogonality_error": math.nan}),
     )
-    assert words.verdict(results, "t") == ["No scheme ended with orthogonal weights and a finite loss."]
-    assert words.problems(results, "t") == [
+    assert narrative.verdict(results, "t") == ["No scheme ended with orthogonal weights and a finite loss."]
+    assert narrative.problems(results, "t") == [
         "pogo failed in 1 of 1 runs: ModuleNotFoundError: No module named 'pogo'",
         "qr ended without a finite loss in 1 of 1 runs.",
         "Left the manifold, with an error above 0.001 at some step: qr (not a number).",
@@ -178,19 +178,21 @@ def test_failures_are_named():
 @pytest.mark.parametrize("final", [math.nan, math.inf, -math.inf])
 def test_a_final_measure_that_is_not_finite_is_no_result(final):
     results = small(*seeds("qr", [final, 0.5]), *seeds("exp", [0.5, 0.6]))
-    assert words.verdict(results, "t") == ["Best final loss with orthogonal weights: exp, 0.550 ± 0.050."]
-    assert words.problems(results, "t") == ["qr ended without a finite loss in 1 of 2 runs."]
-    assert "did not end with a finite measure" in page.html(results)
+    assert narrative.verdict(results, "t") == ["Best final loss with orthogonal weights: exp, 0.550 ± 0.050."]
+    assert narrative.problems(results, "t") == ["qr ended without a finite loss in 1 of 2 runs."]
+    assert "did not end with a finite measure" in html_report.html(results)
 
 
 def test_costs_that_failed_are_named():
     costs = [Cost("qr", "count", 10, 8, 8, 0.5), Cost("exp", "count", 10, 8, 8, failure="RuntimeError: no memory")]
-    assert words.cost_problems(Results(costs=costs)) == ["exp was not timed for 10 x 8 x 8: RuntimeError: no memory"]
+    assert narrative.cost_problems(Results(costs=costs)) == [
+        "exp was not timed for 10 x 8 x 8: RuntimeError: no memory"
+    ]
 
 
 def test_nothing_to_say():
-    assert words.cost_problems(Results()) == []
-    assert words.verdict(Results(tasks={"t": About("t", "T")}), "t") == ["Nothing was measured."]
+    assert narrative.cost_problems(Results()) == []
+    assert narrative.verdict(Results(tasks={"t": TaskInfo("t", "T")}), "t") == ["Nothing was measured."]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_nothing_to_say():
     ],
 )  # fmt: skip
 def test_numbers(value, said):
-    assert words.number(value) == said
+    assert narrative.number(value) == said
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_numbers(value, said):
     ],
 )  # fmt: skip
 def test_mean_and_spread(mean, spread, said):
-    assert words.plus_minus(mean, spread) == said
+    assert narrative.plus_minus(mean, spread) == said
 
 
 # --- plots
@@ -252,7 +254,7 @@ def test_any_curve_can_be_drawn(loss):
             [1, 2, 3], loss, [0.1, 0.2, 0.3], [0.0, math.inf, math.nan] if row.seed else [1e-7, 1e9, 1e-3]
         )
     assert {"t-loss", "t-rates"} <= set(plots.figures(results))
-    page.html(results)
+    html_report.html(results)
 
 
 def test_an_svg_is_of_the_page():
@@ -289,7 +291,7 @@ class Read(html.parser.HTMLParser):
 
 def test_the_page_is_whole():
     results = example()
-    text = page.html(results)
+    text = html_report.html(results)
     read = Read(text)
     assert len(read.ids) == len(set(read.ids))
     assert all(value.startswith("#") or value == "data:," for value in read.loads)
@@ -297,7 +299,7 @@ def test_the_page_is_whole():
     for said in ("python -m manifold_opt compare --seeds 3", "2.13.0", "sqrt(n)", "No module named"):
         assert said in text
     unbroken = text.replace("\u00a0", " ")
-    for line in words.verdict(results, "pca"):
+    for line in narrative.verdict(results, "pca"):
         assert line in unbroken
 
 
@@ -308,7 +310,7 @@ def test_the_best_are_marked_for_eyes_and_ears():
         *seeds("exp", [0.5, 0.6], step_ms=3.0),
         measure="accuracy",
     )
-    text = page.html(results)
+    text = html_report.html(results)
     assert '<strong>0.910 ± 0.010</strong><span class="hidden"> (best)</span>' in text
     assert '<strong>0.905 ± 0.015</strong><span class="hidden"> (not told apart from the best)</span>' in text
     assert "<strong>2</strong>" in text
@@ -320,12 +322,12 @@ def test_the_best_are_marked_for_eyes_and_ears():
 def test_pages_of_little():
     for results in (
         Results(),
-        Results(tasks={"t": About("t", "T")}, interrupted=True),
+        Results(tasks={"t": TaskInfo("t", "T")}, interrupted=True),
         small(("pogo", 0, None, {"failure": "gone", "orthogonality_error": None})),
         small(("qr", 0, None, {"orthogonality_error": math.inf}), target=0.1),
         Results(costs=[Cost("qr", "n", 1, 8, 8, 0.5)], environment={"commit": None, "nested": {"a": [1]}}),
     ):
-        assert "</html>" in page.html(results)
+        assert "</html>" in html_report.html(results)
 
 
 def test_nothing_is_injected():
@@ -337,7 +339,7 @@ def test_nothing_is_injected():
     results.arguments = {"command": bad, bad: bad}
     results.environment = {bad: [bad]}
     results.costs = [Cost(bad, "n", 1, n, n, 1.0) for n in (8, 16)]
-    text = page.html(results)
+    text = html_report.html(results)
     assert "<script>alert" not in text
     assert Read(text).scripts == 1
     for made in plots.figures(results).values():
@@ -364,7 +366,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page.html(example()), encoding="utf-8")
+    path.write_text(html_report.html(example()), encoding="utf-8")
     return path.as_uri()
 
 

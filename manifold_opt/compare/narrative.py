@@ -1,4 +1,4 @@
-"""What the results of a comparison say, in a few sentences, and how numbers are written."""
+"""Results of a comparison in a few sentences, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .results import ORTHOGONAL, Results, Summary, enough_seeds, leaders
 
 
 def verdict(results: Results, task: str) -> list[str]:
-    """Say which scheme ended best on a task, and whether the seeds separate it from the others."""
-    about, lines = results.tasks[task], results.summaries(task)
-    measure = f"final {about.measure}"
+    """Return sentences on the best scheme of a task, and on whether the seeds separate it from the others."""
+    info, lines = results.tasks[task], results.summaries(task)
+    measure = f"final {info.measure}"
     good = [line for line in lines if line.finished and line.stayed_orthogonal]
     if not lines:
         return ["Nothing was measured."]
     if not good:
-        return [f"No scheme ended with orthogonal weights and a finite {about.measure}."]
-    first = leaders(good, about)
+        return [f"No scheme ended with orthogonal weights and a finite {info.measure}."]
+    first = leaders(good, info)
     if not enough_seeds(first):
         return [f"Ranking the schemes by {measure} takes at least two seeds with different results."]
     if len(first) == 1:
@@ -28,14 +28,14 @@ def verdict(results: Results, task: str) -> list[str]:
         timed = [(line.step_ms, line.scheme) for line in first if line.step_ms is not None]
         if timed:
             found.append(f"Of these, {min(timed)[1]} has the shortest training step, {number(min(timed)[0])} ms.")
-    own = leaders((line for line in good if not line.peer), about)
+    own = leaders((line for line in good if not line.peer), info)
     if own and all(line.peer for line in first):
         found.append(f"The best retraction of manifold_opt is {own[0].scheme}, {final(own[0])}.")
     return found
 
 
 def problems(results: Results, task: str) -> list[str]:
-    """Say which schemes failed, ended without a finite measure, or left the manifold."""
+    """Return sentences on schemes that failed, ended without a finite measure, or left the manifold."""
     found = []
     for scheme in results.schemes(task):
         rows = [row for row in results.rows if (row.task, row.scheme) == (task, scheme)]
@@ -55,7 +55,7 @@ def problems(results: Results, task: str) -> list[str]:
 
 
 def cost_problems(results: Results) -> list[str]:
-    """Say for which sizes and numbers of matrices a step was not timed, and why."""
+    """Return a sentence for every size and number of matrices that was not timed, with the reason."""
     return [
         f"{cost.scheme} was not timed for {cost.count} x {cost.p} x {cost.n}: {cost.failure}"
         for cost in results.costs
@@ -65,9 +65,9 @@ def cost_problems(results: Results) -> list[str]:
 
 def final(line: Summary) -> str:
     """Write the final measure of a scheme: mean ± standard deviation if it has several seeds."""
-    if line.mean is None or line.spread is None or line.seeds < 2:
+    if line.mean is None or line.std is None or line.seeds < 2:
         return number(line.mean)
-    return plus_minus(line.mean, line.spread)
+    return plus_minus(line.mean, line.std)
 
 
 def plus_minus(mean: float, spread: float) -> str:

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing but itself."""
+"""HTML report of a comparison in one file without external resources."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from . import plots
-from .results import About, Results, Summary, winners
-from .words import cost_problems, final, number, problems, verdict
+from .narrative import cost_problems, final, number, problems, verdict
+from .results import Results, Summary, TaskInfo, winners
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is in a place of a table.
+    """Cell of a table.
 
     Attributes:
-        text: to be read.
-        value: to sort by; None if there is nothing, which comes last either way.
-        mark: what is said of it besides, such as ``"best"``; then it is bold.
+        text: displayed text.
+        value: sort key; None sorts last in both directions.
+        badge: hidden remark such as ``"best"``; cells with a badge are bold.
     """
 
     text: str
     value: float | str | None = None
-    mark: str = ""
+    badge: str = ""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its name in :class:`Summary`, its head, and whether it holds numbers."""
+    """Column of a table: its name in :class:`Summary`, its heading, and whether it is numeric."""
 
     name: str
     head: str
@@ -42,7 +42,7 @@ class Column:
 
 
 def html(results: Results) -> str:
-    """The page: what to take, and of each task the table, the figures, and what else there is to know."""
+    """Return the page: the results in words, and for each task its table, figures and notes."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -61,30 +61,30 @@ def html(results: Results) -> str:
 
 
 def _task(results: Results, name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    about, lines = results.tasks[name], results.summaries(name)
-    columns = _columns(about, swept=len(results.rates(name)) > 1)
-    first = winners(lines, about)
+    info, lines = results.tasks[name], results.summaries(name)
+    columns = _columns(info, swept=len(results.rates(name)) > 1)
+    first = winners(lines, info)
     tied = {line.scheme: "best" if line is first[0] else "not told apart from the best" for line in first}
     return {
         "name": name,
         "id": re.sub(r"[^-a-zA-Z0-9_]", "_", f"task-{name}"),
-        "title": about.title or name,
+        "title": info.title or name,
         "verdict": _unbroken(verdict(results, name)),
         "problems": _unbroken(problems(results, name)),
         "columns": columns,
         "rows": [(line, [_cell(line, column.name, tied) for column in columns]) for line in lines],
-        "explained": _explained(about, max((line.seeds for line in lines), default=0)),
+        "explained": _explained(info, max((line.seeds for line in lines), default=0)),
         "figures": [figures[key] for kind in ("loss", "error", "rates") if (key := f"{name}-{kind}") in figures],
-        "notes": about.notes,
+        "notes": info.notes,
     }
 
 
-def _columns(about: About, *, swept: bool) -> list[Column]:
+def _columns(info: TaskInfo, *, swept: bool) -> list[Column]:
     return [
         Column("scheme", "Scheme", numeric=False),
-        Column("mean", f"Final {about.measure}"),
+        Column("mean", f"Final {info.measure}"),
         *([Column("lr", "Best lr")] if swept else []),
-        *([Column("seconds_to_target", "Time to target")] if about.target is not None else []),
+        *([Column("seconds_to_target", "Time to target")] if info.target is not None else []),
         Column("step_ms", "Step, ms"),
         Column("optimizer_ms", "Optimizer, ms"),
         Column("ratio", "Ratio to fastest"),
@@ -103,7 +103,7 @@ def _cell(line: Summary, column: str, tied: dict[str, str]) -> Cell:
         return Cell(note, note.lower() or None)
     value: float | None = getattr(line, column)
     if column == "lr" and not line.finished:
-        value = None  # the best of failures is none
+        value = None  # failed runs have no best learning rate
     if value is None or not math.isfinite(value):
         missing = "not reached" if column == "seconds_to_target" and not line.failure else "—"
         return Cell(missing if value is None else number(value))
@@ -127,14 +127,14 @@ def _note(line: Summary) -> str:
     return ""
 
 
-def _explained(about: About, seeds: int) -> str:
+def _explained(info: TaskInfo, seeds: int) -> str:
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "of one seed"
-    better = "higher is better" if about.higher_is_better else "lower is better"
+    better = "higher is better" if info.higher_is_better else "lower is better"
     bold = "of those with orthogonal weights bold if best, or if mean ± spread overlaps with that of the best."
     bold = bold if seeds > 1 else "which is best takes more seeds to say."
-    target = f" Target: a loss of {number(about.target)}." if about.target is not None else ""
+    target = f" Target: a loss of {number(info.target)}." if info.target is not None else ""
     return (
-        f"Final {about.measure}: {over}, {better}; {bold} Step: median of a whole training step. Optimizer: what "
+        f"Final {info.measure}: {over}, {better}; {bold} Step: median of a whole training step. Optimizer: what "
         "optimizer.step() takes of it; parametrizations pay for the constraint elsewhere. Error: the largest ‖I - WWᵀ‖ "
         "of a block at any step. Clamped, skipped: how often the step of a block was shortened, or left out."
         f"{target}"
@@ -142,7 +142,7 @@ def _explained(about: About, seeds: int) -> str:
 
 
 def _figures(results: Results) -> dict[str, dict[str, Any]]:
-    """Each panel an SVG of its own, so that they stand side by side or, on a phone, one below the other."""
+    """Return the panels of every figure as separate SVGs, so that narrow screens can stack them."""
     from markupsafe import Markup
 
     drawn = plots.styles(results)
@@ -157,14 +157,14 @@ def _figures(results: Results) -> dict[str, dict[str, Any]]:
         schemes = dict.fromkeys(scheme for panel in panels for scheme in panel.schemes)
         found[name] = {
             "panels": [Markup(plots.svg(one, prefix=f"figure{i}-{j}")) for j, one in enumerate(made)],
-            # The same piece of line is in every legend, under ids of its own.
+            # The swatch is repeated in every legend, so its ids have to be unique.
             "legend": [(scheme, Markup(swatches[scheme].replace("swatch", f"figure{i}-swatch"))) for scheme in schemes],
         }
     return found
 
 
 def _swatch(style: plots.Style) -> Figure:
-    """A piece of a scheme's line, for a legend."""
+    """Draw a piece of a scheme's line for the legend."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -178,7 +178,7 @@ def _pairs(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _unbroken(lines: list[str]) -> list[str]:
-    """Numbers stay with what belongs to them at the end of a line."""
+    """Replace the spaces between numbers and units by non-breaking spaces."""
     return [re.sub(r"(?<=\d) (?=(ms|s)\b|±)|(?<=±) ", "\u00a0", line) for line in lines]
 
 

@@ -1,4 +1,4 @@
-"""The results as a terminal shows them."""
+"""Tables of the results for the terminal."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .results import About, Results, Summary, winners
+from .results import Results, Summary, TaskInfo, winners
 
 
 def tables(results: Results) -> Iterator[Any]:
-    """A rich table for every task, the best of every column marked with a star, and one for the cost of steps."""
-    for name, about in results.tasks.items():
+    """Yield a rich table for every task, with a star at the best of every column, and one for the cost of steps."""
+    for name, info in results.tasks.items():
         lines = results.summaries(name)
-        first = winners(lines, about)
-        columns = _columns(about, {line.scheme for line in first}, swept=len(results.rates(name)) > 1, lines=lines)
-        table = _table(about.title, list(columns))
+        first = winners(lines, info)
+        columns = _columns(info, {line.scheme for line in first}, swept=len(results.rates(name)) > 1, lines=lines)
+        table = _table(info.title, list(columns))
         for line in lines:
             cells = ["failed"] if line.mean is None else [cell(line) for cell in columns.values()]
             table.add_row(line.scheme, *cells)
         failures = [f"{line.scheme} failed: {line.failure}" for line in lines if line.failure]
         tied = ", or within its spread" if first else "; finals need more seeds"
-        table.caption = _plain(
+        table.caption = _text(
             [
                 *failures,
                 f"* best of those that stayed orthogonal{tied}",
@@ -39,30 +39,30 @@ def _table(title: str, columns: list[str]) -> Any:
     from rich.table import Table
 
     justified = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=_plain([title]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **justified)  # type: ignore[arg-type]
+    table = Table(title=_text([title]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **justified)  # type: ignore[arg-type]
     table.add_column("scheme", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _plain(lines: list[str]) -> Any:
-    """Lines in which brackets are brackets."""
+def _text(lines: list[str]) -> Any:
+    """Return lines as text without markup, so that brackets are printed."""
     from rich.text import Text
 
     return Text("\n".join(lines))
 
 
 def _columns(
-    about: About, first: set[str], *, swept: bool, lines: list[Summary]
+    info: TaskInfo, first: set[str], *, swept: bool, lines: list[Summary]
 ) -> dict[str, Callable[[Summary], str]]:
-    """What stands in a column, by its title; columns that would say nothing are left out."""
+    """Return the function of each column, by its title, without columns that would be empty."""
     columns: dict[str, Callable[[Summary], str]] = {
-        f"final {about.measure}": functools.partial(_final, first),
+        f"final {info.measure}": functools.partial(_final, first),
     }
     if swept:
         columns["lr"] = lambda line: f"{line.lr:.2g}"
-    if about.target is not None:
+    if info.target is not None:
         columns["to target"] = _to_target
     columns["step ms"] = lambda line: number(line.step_ms) + _star(line, "step_ms")
     columns["optim. ms"] = lambda line: number(line.optimizer_ms) + _star(line, "optimizer_ms")
@@ -79,7 +79,7 @@ def _columns(
 
 
 def _final(first: set[str], line: Summary) -> str:
-    spread = f" ± {line.spread:.1g}" if line.spread is not None and line.seeds > 1 else ""
+    spread = f" ± {line.std:.1g}" if line.std is not None and line.seeds > 1 else ""
     return number(line.mean) + spread + ("*" if line.scheme in first else " ")
 
 
@@ -102,10 +102,10 @@ def _costs(results: Results) -> Any:
     for scheme in dict.fromkeys(c.scheme for c in results.costs):
         table.add_row(scheme, *(number(known.get((scheme, *point))) for point in points))
     failures = {c.scheme: c.failure for c in results.costs if c.failure}
-    table.caption = _plain([f"{scheme} failed: {failure}" for scheme, failure in failures.items()])
+    table.caption = _text([f"{scheme} failed: {failure}" for scheme, failure in failures.items()])
     return table
 
 
 def number(x: float | None) -> str:
-    """Three digits, or a dash."""
+    """Return a number with three digits, or a dash."""
     return "-" if x is None else f"{x:#.3g}".rstrip(".")
