@@ -6,7 +6,7 @@ Where values cannot be read, all blocks are updated with masks.
 
 A batch (bucket.py) has points, moments and a workspace ``ws``, whose buffers a, b, c and so on are overwritten in
 every step. A rule (sgd.py, adam.py) computes a direction from the gradient and updates the moments. ``retract_``
-(retractions.py) updates the points along the direction.
+(stiefel/step.py) updates the points along the direction.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...linalg.products import host_can_branch, largest_norm, norm
 from ...linalg.workspace import Workspace
+from ...stiefel.retractions import RETRACTIONS
 from ...stiefel.rotation import CORRECTION_INTERVAL
 from ...stiefel.step import Settings, retract_
 from ..options import MAX_GRAD_NORM
@@ -56,7 +57,7 @@ def update_bucket(bucket: Bucket, group: Group, rule: Any, context: StepContext)
     if bucket.stiefel:
         count = bucket.shared_step
         correct = count is None or count % CORRECTION_INTERVAL[bucket.working_dtype] == 0
-        retraction = Settings(group["retraction"], group, context.counters.count, correct)
+        retraction = Settings(RETRACTIONS[group["retraction"]], group, context.counters.count, correct)
         step = Step(rule, retraction, group["maximize"], context)
     for batch in views.batches:
         g = gradients if len(views.batches) == 1 else gradients[batch.rows]
