@@ -108,7 +108,7 @@ def _check(module: nn.Module, name: str, parametrizations: ParametrizationList, 
             "it a parameter of its own first."
         )
     p, worst = min(value.shape[-2:]), float(error(value).max())
-    if not worst <= max(_TOLERANCE, torch.finfo(value.dtype).eps) * p**0.5:  # NaN is not
+    if not worst <= max(_TOLERANCE, torch.finfo(value.dtype).eps) * p**0.5:  # raises for NaN too
         raise ValueError(
             f"{label} is not orthogonal: the largest ||I - W W^T||_F of a matrix is {worst:.2g}, above "
             f"{_TOLERANCE:g} sqrt({p}). This is for orthogonal parametrizations. Of others, such as spectral_norm or "

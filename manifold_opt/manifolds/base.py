@@ -116,7 +116,7 @@ class Manifold:
 
     def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return a mask of the points whose error exceeds both rounding and ``slack``, and their nearest points."""
-        off = ~(self.error(x) <= max(self.tolerance(x), slack))  # a NaN is off
+        off = ~(self.error(x) <= max(self.tolerance(x), slack))  # True for NaN
         return off, self.project_point(x[off].to(working_dtype(x.dtype))).to(x) if bool(off.any()) else x[off]
 
     def index_of(self, point: int) -> int:
