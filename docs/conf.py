@@ -26,7 +26,9 @@ exclude_patterns = ["_build"]
 smartquotes_action = "D"  # dashes only
 highlight_language = "text"  # of what is indented and does not say what it is
 nitpicky = True  # a name that leads nowhere is an error
-nitpick_ignore_regex = [(r"py:.*", r"(torch|collections|geoopt)\..*")]  # they would have to be fetched
+nitpick_ignore_regex = [  # other packages, which would have to be fetched, and what is not public
+    (r"py:.*", r"(torch|collections|geoopt|manifold_opt\.linalg|manifold_opt\.stiefel)\..*")
+]
 
 # Of a kind of page there may be none. (The warning has no type by which suppress_warnings could name it.)
 _toctree = logging.getLogger("sphinx.sphinx.directives.other")

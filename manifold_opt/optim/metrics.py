@@ -19,7 +19,7 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     r"""Compute metrics of the marked parameters. A step computes none of them except the counts.
 
     Returns:
-        Numbers by name:
+        A dictionary of metrics by name, with these keys.
 
         - ``orthogonality_error``: largest :math:`\|I - W W^\top\|_F` over all orthogonal blocks.
         - ``manifold_error``: largest error of points on other manifolds, as :meth:`Manifold.error` defines it.

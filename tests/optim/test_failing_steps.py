@@ -59,7 +59,7 @@ def test_an_interrupt_while_getting_ready_changes_nothing(rule, error, monkeypat
         if group is opt.param_groups[1]:
             raise error
 
-    monkeypatch.setattr(plan, "convert", interrupted)
+    monkeypatch.setattr(plan, "convert_state", interrupted)
     with pytest.raises(error):
         opt.step()
     assert_unchanged(opt, before)
