@@ -1,18 +1,45 @@
-"""Base class of the optimizers, with the interface of torch.optim. The step is in engine/."""
+"""Base class of the optimizers: the interface of torch.optim, and the step.
+
+A step calls the closure, lets torch's own functions update the unmarked parameters, and updates the blocks of marked
+parameters one bucket at a time:
+
+    view or gather -> gradient -> direction -> retraction -> write in place
+
+No value is read on an accelerator, or in a graph that torch.compile traces or CUDA captures, where reading would
+synchronize with the device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ..constraints import tag
+from ..linalg.precision import full_precision, is_full_precision, warn_if_reduced_precision, without_autocast
+from ..linalg.products import host_can_branch
+from ..linalg.workspace import Pool
 from .engine.checkpoint import check_checkpoint, load_state_dict, state_dict, upgrade
-from .engine.optimizer import Group, ManifoldOptimizer
-from .engine.plan import reset_engine, without_constrained
-from .engine.step import Closure, step
+from .engine.context import StepContext
+from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists, ManifoldOptimizer
+from .engine.plan import (
+    Plan,
+    StateBackup,
+    check_gradients_are_finite,
+    make_plan,
+    probe_memory,
+    reset_engine,
+    without_constrained,
+)
+from .engine.restore import restore_overwritten
+from .engine.update import update_bucket
 from .metrics import metrics
 from .options import add_param_group, fill_options, merge_into_groups
+
+Closure = Callable[[], Any]
+GroupInputs = list[tuple[Group, Lists, bool]]  # group, lists of _init_group, has_complex (SGD: has_sparse_grad)
 
 
 class BaseOptimizer(ManifoldOptimizer):
@@ -58,7 +85,7 @@ class BaseOptimizer(ManifoldOptimizer):
         """
         if "capturable" in self.defaults:
             _warn_if_captured(self)
-        return step(self, closure)
+        return _step(self, closure)
 
     metrics = metrics
 
@@ -67,3 +94,119 @@ def _warn_if_captured(optimizer: torch.optim.Optimizer) -> None:
     """Emit torch's own warning if a step that is not capturable is being captured."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (newer or optimizer._cuda_graph_capture_health_check)()
+
+
+def _step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
+    """Call the closure, update the unmarked parameters of every group, then the marked ones; return the loss."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    if torch.compiler.is_compiling():
+        _step_traced(optimizer)
+        return loss
+    plan = optimizer._engine.plan
+    if plan is None or not plan.is_current(optimizer):
+        inputs = _replan(optimizer)
+        plan = optimizer._engine.plan
+    else:
+        inputs = _collect(optimizer, plan)
+    _step_unconstrained(optimizer, inputs)
+    if plan.active:
+        grad_enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            if is_full_precision(plan.devices):
+                _step_constrained(optimizer, plan, plan.pool)
+            else:
+                with full_precision(plan.devices):
+                    _step_constrained(optimizer, plan, plan.pool)
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+        plan.remember_values()
+    return loss
+
+
+def _step_traced(optimizer: ManifoldOptimizer) -> None:
+    """Perform a step that torch.compile traces. It runs _init_group, which it finds by name, outside the graph."""
+    warn_if_reduced_precision()
+    assert tag.marks_made  # makes the graph depend on it: a later mark triggers a recompilation
+    inputs = []
+    for group in optimizer.param_groups:
+        lists = optimizer._algorithm.lists(optimizer, group)
+        inputs.append((group, lists, optimizer._init_group(group, *lists)))
+    _step_unconstrained(optimizer, inputs)
+    plan = optimizer._engine.plan
+    if plan.active:
+        with torch.no_grad(), without_autocast(plan.active[0].device.type):
+            _step_constrained(optimizer, plan, None)
+
+
+def _step_unconstrained(optimizer: ManifoldOptimizer, inputs: GroupInputs) -> None:
+    for group, lists, has_complex_or_sparse in inputs:
+        if lists[0]:
+            with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+                optimizer._algorithm.step_unconstrained(optimizer, group, lists, has_complex_or_sparse)
+
+
+def _step_constrained(optimizer: ManifoldOptimizer, plan: Plan, pool: Pool | None) -> None:
+    algorithm = optimizer._algorithm
+    scale = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None)
+    overflow = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
+    if overflow is not None and host_can_branch(overflow) and float(overflow) != 0:
+        return
+    context = StepContext(pool, optimizer._engine.counters, algorithm.decoupled, scale, overflow)
+    groups = optimizer.param_groups
+    for position, rows in plan.free_rows:
+        algorithm.step_free_rows(optimizer, groups[position], rows)
+    for position, bucket in plan.work:
+        group = groups[position]
+        bucket.increment_step(1 if overflow is None else 1 - overflow.to(bucket.steps))
+        update_bucket(bucket, group, algorithm.rule(group, bucket), context)
+
+
+def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
+    """Return the inputs of torch's step of the unmarked parameters, if the plan is current.
+
+    Everything that can fail is done here or in :func:`_replan`, before anything is updated; the state is rolled back.
+    """
+    overwritten = plan.is_overwritten()
+    if not (overwritten or plan.needs_checks or plan.unmarked):
+        return []
+    backup = StateBackup(optimizer, entries=False)
+    try:
+        if plan.raises:
+            check_gradients_are_finite(optimizer)
+        if overwritten or plan.low_precision:
+            restore_overwritten(optimizer, plan, plan.values())
+        if plan.on_accelerator:
+            probe_memory(optimizer, plan)
+        return _init_groups(optimizer, plan)
+    except BaseException:
+        backup.restore()
+        raise
+
+
+def _replan(optimizer: ManifoldOptimizer) -> GroupInputs:
+    """Make a new plan for the marked parameters, and return the inputs of torch's step of the unmarked ones."""
+    backup = StateBackup(optimizer, entries=True)
+    try:
+        plan = make_plan(optimizer)
+        probe_memory(optimizer, plan)
+        inputs = _init_groups(optimizer, plan)
+        restore_overwritten(optimizer, plan, optimizer._engine.values)
+    except BaseException:
+        backup.restore()
+        raise
+    return inputs
+
+
+def _init_groups(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
+    """Collect the unmarked parameters of every group by torch's own ``_init_group``."""
+    inputs = []
+    for position, unmarked in plan.unmarked:
+        group = optimizer.param_groups[position]
+        lists = optimizer._algorithm.lists(optimizer, group)
+        members = group if unmarked is None else {**group, "params": unmarked}
+        inputs.append((group, lists, optimizer._collect_unconstrained(members, *lists)))
+    return inputs

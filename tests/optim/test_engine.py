@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import RETRACTIONS, SGD, Adam, AdamW, Orthogonal, mark_orthogonal, orthogonality_error, unmark
 from manifold_opt.constraints.tag import constraint_of, set_constraint
+from manifold_opt.optim import base as step_module
 from manifold_opt.optim.engine import bucket as buckets
-from manifold_opt.optim.engine import step as step_module
 from manifold_opt.optim.engine.bucket import Bucket
 from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
 

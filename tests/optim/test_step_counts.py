@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_opt import RETRACTIONS, SGD, Adam, constraint_of, mark_orthogonal
 from manifold_opt.constraints.tag import set_constraint
-from manifold_opt.optim.engine import step as step_module
+from manifold_opt.optim import base as step_module
 from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
 
 from ..helpers import gaussian, point
