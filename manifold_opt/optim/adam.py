@@ -55,6 +55,7 @@ ALGORITHM = Algorithm(
     empty_lists_adam,
     step_unconstrained_adam,
     step_free_rows_adam,
+    mean_squares=("exp_avg_sq", "max_exp_avg_sq"),
 )
 
 

@@ -155,7 +155,7 @@ def _step_constrained(optimizer: ManifoldOptimizer, plan: Plan, pool: Pool | Non
     overflow = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
     if overflow is not None and host_can_branch(overflow) and float(overflow) != 0:
         return
-    context = StepContext(pool, optimizer._engine.counters, algorithm.decoupled, scale, overflow)
+    context = StepContext(pool, optimizer._engine.counters, algorithm, scale, overflow)
     groups = optimizer.param_groups
     for position, rows in plan.free_rows:
         algorithm.step_free_rows(optimizer, groups[position], rows)

@@ -39,7 +39,7 @@ def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> No
     stored = [rows.view(state["momentum_buffer"]) for rows, state in zip(free, states, strict=False)]
     buffers: list[Any] = [None if rows.first_momentum else buffer for rows, buffer in zip(free, stored, strict=False)]
     buffers = buffers or [None] * len(free)
-    values, gradients = _views(optimizer, free)
+    values, gradients = views(optimizer, free)
     backups = _backups(optimizer, values, stored)
     _sgd(group, (values, gradients, buffers), False)
     for rows, buffer, new in zip(free, stored, buffers, strict=False):
@@ -47,7 +47,7 @@ def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> No
             buffer.copy_(new)
             rows.first_momentum = False
     _undo_on_overflow(optimizer, backups)
-    _round_to_storage(free, values)
+    round_to_storage(free, values)
 
 
 def _sgd(
@@ -68,7 +68,7 @@ def _sgd(
     )
 
 
-def _views(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
+def views(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the rows and their gradients, unscaled if a GradScaler left that to the step."""
     scale, _ = _grad_scaler_state(optimizer)
     gradients = [rows.view(rows.parameter.grad) for rows in free]  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def _rows_of(optimizer: Any, free: FreeRows) -> Tensor:
     return copy.copy_(torch.where(copy.to(rows.dtype) == rows, copy, rows.to(copy.dtype)))
 
 
-def _round_to_storage(free: list[FreeRows], values: list[Tensor]) -> None:
+def round_to_storage(free: list[FreeRows], values: list[Tensor]) -> None:
     """Round the master copy to parameters in low precision."""
     for rows, value in zip(free, values, strict=True):
         if value.dtype != rows.parameter.dtype:
@@ -158,8 +158,8 @@ def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> N
     largest: list[list[Tensor]] = [] if group["amsgrad"] else [[]]
     steps = [state["step"].clone() for state in states]
     has_complex = any(rows.parameter.is_complex() for rows in free)
-    values, gradients = _views(optimizer, free)
+    values, gradients = views(optimizer, free)
     backups = _backups(optimizer, values, *moments)
     _adam(optimizer, group, (values, gradients, *moments, *largest, steps), has_complex)
     _undo_on_overflow(optimizer, backups)
-    _round_to_storage(free, values)
+    round_to_storage(free, values)

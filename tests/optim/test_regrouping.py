@@ -11,6 +11,7 @@ from torch import nn
 
 import manifold_opt
 from manifold_opt import SGD, Adam, AdamW, mark_orthogonal, mark_unit_norm, orthogonality_error, unmark
+from manifold_opt.optim.engine import grouping, plan
 
 from ..helpers import gaussian, pairs
 
@@ -299,3 +300,17 @@ def test_what_is_no_group_is_refused_as_by_torch():
     for cls in (Adam, torch.optim.Adam):
         with pytest.raises(TypeError, match="must be a dict"):
             cls([{"params": [weight]}, 5])
+
+
+def test_groups_that_differ_in_an_option_of_an_added_retraction_are_stepped_apart(monkeypatch):
+    """Such an option is in the groups, and not among the defaults of the optimizer."""
+    for module in (grouping, plan):
+        monkeypatch.setattr(module, "RETRACTION_OPTIONS", ("metric", "shear"))
+    params = parameters(4)[1:]
+    opt = Adam([{"params": [p], "shear": shear} for p, shear in zip(params, (0.0, 0.9, 0.9, 0.0), strict=True)])
+    assert grouping.first_equal_groups(opt) == [0, 1, 1, 0]
+    steps(opt, params, first=0)
+    before = opt._engine.plan
+    opt.param_groups[1]["shear"] = 0.0
+    steps(opt, params, first=2, count=1)
+    assert opt._engine.plan is not before

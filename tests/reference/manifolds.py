@@ -19,7 +19,7 @@ class Unit:
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         return g - float((x * g).sum()) * x
 
-    tangent = gradient
+    project_tangent = gradient
 
     def step(self, x: Tensor, v: Tensor) -> Tensor:
         return (x + v) / math.sqrt(float(((x + v) ** 2).sum()))
@@ -42,7 +42,7 @@ class Ball:
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
         return g
 
-    tangent = gradient
+    project_tangent = gradient
 
     def step(self, x: Tensor, v: Tensor) -> Tensor:
         y = x + v

@@ -294,18 +294,18 @@ def _to_metric(w: Tensor, d: Tensor, metric: Metric, ws: Workspace) -> Tensor:
     return d if metric == "euclidean" else matmul_add(d, matmul(d, w.mH, out=ws.a), w, out=d)
 
 
-def to_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
+def to_frame(w: Tensor, moment: Tensor, is_mean_square: bool) -> Tensor:
     r"""Convert a moment of G at square ``w`` to the moment of :math:`A = G W^\top`.
 
     The result is exact for a mean. For a mean square, entries of G and their real and imaginary parts are assumed to be
     independent.
     """
-    return _square_mixed(moment, w.mH) if key.endswith("_sq") else moment @ w.mH
+    return _square_mixed(moment, w.mH) if is_mean_square else moment @ w.mH
 
 
-def from_frame(w: Tensor, key: str, moment: Tensor) -> Tensor:
+def from_frame(w: Tensor, moment: Tensor, is_mean_square: bool) -> Tensor:
     """Convert a moment back from the frame. For a mean square, entries of A are assumed to be independent."""
-    return _square_mixed(moment, w) if key.endswith("_sq") else moment @ w
+    return _square_mixed(moment, w) if is_mean_square else moment @ w
 
 
 def _square_mixed(v: Tensor, w: Tensor) -> Tensor:

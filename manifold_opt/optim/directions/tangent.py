@@ -18,8 +18,6 @@ from torch import Tensor
 from ...manifolds import Manifold
 from .stiefel import AdamCoefficients, Moments, Scalar
 
-TANGENT_STATE_KEYS = ("momentum_buffer", "exp_avg")  # moments that are tangents, and are transported
-
 
 def sgd(
     manifold: Manifold,

@@ -12,6 +12,7 @@ from ...linalg.workspace import Pool
 from ...manifolds.layout import point_norm
 from ..options import MAX_GRAD_NORM
 from .counters import Counters
+from .optimizer import Algorithm
 
 
 @dataclass
@@ -21,13 +22,13 @@ class StepContext:
     Attributes:
         pool: memory of workspaces; None in a traced graph.
         counters: counts of skipped blocks and shortened steps.
-        decoupled: whether weight decay is decoupled by default; a group may override it.
+        algorithm: that of the optimizer.
         grad_scale, found_inf: attributes that a GradScaler sets on a fused optimizer.
     """
 
     pool: Pool | None
     counters: Counters
-    decoupled: bool
+    algorithm: Algorithm
     grad_scale: Tensor | None
     found_inf: Tensor | None
 

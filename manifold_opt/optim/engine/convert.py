@@ -23,7 +23,7 @@ from ...manifolds.records import (
 )
 from ..directions.stiefel import from_frame, to_frame
 from ..options import describe_param
-from .optimizer import Group, ManifoldOptimizer
+from .optimizer import Algorithm, Group, ManifoldOptimizer
 
 
 def convert_state(optimizer: ManifoldOptimizer, group: Group) -> None:
@@ -59,8 +59,8 @@ def converted_state(optimizer: ManifoldOptimizer, group: Group, parameter: Tenso
         return state
     check_shapes(optimizer, group, parameter, state, constraint if old is None else deserialize(old))
     if old is not None:
-        _change_frame(state, optimizer._algorithm.state_keys, parameter, old, from_frame)
-    _change_frame(state, optimizer._algorithm.state_keys, parameter, new, to_frame)
+        _change_frame(state, optimizer._algorithm, parameter, old, from_frame)
+    _change_frame(state, optimizer._algorithm, parameter, new, to_frame)
     state[CONSTRAINED] = record_to_tensor(new)
     return state
 
@@ -76,7 +76,7 @@ def _to_torch_state(
         if old is None:
             raise ValueError("the state does not say under which constraint it was held.")
         check_shapes(optimizer, group, parameter, state, deserialize(old))
-        _change_frame(state, optimizer._algorithm.state_keys, parameter, old, from_frame)
+        _change_frame(state, optimizer._algorithm, parameter, old, from_frame)
     except (ValueError, RuntimeError) as reason:
         warnings.warn(
             f"{type(optimizer).__name__}: the moments of an unmarked parameter of shape "
@@ -84,7 +84,7 @@ def _to_torch_state(
             stacklevel=2,
         )
         for key in optimizer._algorithm.state_keys:
-            if isinstance(state.pop(key, None), Tensor) and key != "momentum_buffer":
+            if isinstance(state.pop(key, None), Tensor) and not isinstance(optimizer, torch.optim.SGD):
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if "step" in state:
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
@@ -133,7 +133,7 @@ def check_shapes(
         )
 
 
-def _change_frame(state: dict[str, Any], keys: tuple[str, ...], parameter: Tensor, record: Record, change: Any) -> None:
+def _change_frame(state: dict[str, Any], algorithm: Algorithm, parameter: Tensor, record: Record, change: Any) -> None:
     """Replace moments by new tensors of the parameter's shape, with ``change`` applied on square orthogonal blocks.
 
     ``change`` is :func:`to_frame` or :func:`from_frame`. The frame is that of the point that the next step starts from:
@@ -143,7 +143,7 @@ def _change_frame(state: dict[str, Any], keys: tuple[str, ...], parameter: Tenso
     if constraint is None:
         return
     framed = {}
-    for key in keys:
+    for key in algorithm.state_keys:
         moment = state.get(key)
         if isinstance(moment, Tensor):
             reshaped = reshape_moment(moment, False, parameter, constraint)
@@ -162,7 +162,8 @@ def _change_frame(state: dict[str, Any], keys: tuple[str, ...], parameter: Tenso
         w = w / constraint.gain
         for key, moment in framed.items():
             with FullPrecision(w.device.type):
-                set_points_(layout, moment, ..., change(w, key, get_points(layout, moment).to(w)))
+                new = change(w, get_points(layout, moment).to(w), key in algorithm.mean_squares)
+            set_points_(layout, moment, ..., new)
 
 
 def reshape_moment(moment: Tensor | None, per_block: bool, parameter: Tensor, constraint: Manifold) -> Tensor:

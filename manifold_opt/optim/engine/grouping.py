@@ -13,6 +13,7 @@ from ...constraints.tag import constraint_of
 from ...linalg.products import host_can_branch
 from ...manifolds import Manifold
 from ...manifolds.layout import Layout, SliceLayout, get_points
+from ...stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from .bucket import BATCH_BYTES, Bucket
 from .optimizer import Group, ManifoldOptimizer
 
@@ -49,10 +50,9 @@ def active_params(group: Group) -> list[Tensor]:
 def first_equal_groups(optimizer: ManifoldOptimizer) -> list[int]:
     """Return for every group the position of the first one with the same options. Tensors are compared by identity."""
     first: dict[Any, int] = {}
+    names = (*optimizer.defaults, *(name for name in RETRACTION_OPTIONS if name not in optimizer.defaults))
     return [
-        first.setdefault(
-            tuple(x if type(x) in _PLAIN else _hashable(x) for x in map(group.get, optimizer.defaults)), position
-        )
+        first.setdefault(tuple(x if type(x) in _PLAIN else _hashable(x) for x in map(group.get, names)), position)
         for position, group in enumerate(optimizer.param_groups)
     ]
 

@@ -29,6 +29,7 @@ class Algorithm(NamedTuple):
         step_unconstrained: ``(optimizer, group, lists, has_complex_or_sparse)``: torch's own step of these parameters.
         step_free_rows: ``(optimizer, group, rows)``: torch's own step of rows outside every block.
         decoupled: whether weight decay is decoupled by default; a group may override it.
+        mean_squares: the ``state_keys`` of mean squares. All others are tangents, which are transported.
     """
 
     state_keys: tuple[str, ...]
@@ -38,6 +39,7 @@ class Algorithm(NamedTuple):
     step_unconstrained: Callable[[Any, Group, Lists, bool], None]
     step_free_rows: Callable[[Any, Group, Any], None]
     decoupled: bool = False
+    mean_squares: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

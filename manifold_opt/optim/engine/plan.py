@@ -15,6 +15,7 @@ from ...constraints.persistence import register_table
 from ...constraints.tag import CONSTRAINED, TAG, constraint_of
 from ...linalg import products
 from ...linalg.workspace import Pool
+from ...stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ...stiefel.retractions import RETRACTIONS
 from ..options import (
     OPTIONS,
@@ -39,7 +40,7 @@ _flat = itertools.chain.from_iterable
 _idle_state = attrgetter(TAG, "grad")  # for marked parameters without a gradient
 _tag, _gradient = attrgetter(TAG), attrgetter("grad")
 _dtype, _device, _layout = map(attrgetter, ("dtype", "device", "layout"))
-_FLAGS = ("amsgrad", "capturable", "differentiable", "fused")  # options that change the state, or are rejected
+_FLAGS = ("capturable", "differentiable", "fused")  # options that change the step count, or are rejected
 
 
 class Plan:
@@ -68,7 +69,7 @@ class Plan:
         self._idle = [p for p in everything if p.grad is None and constraint_of(p) is not None]
         named = [name for name in (*OPTIONS, *_FLAGS) if all(name in group for group in groups)]
         self._checked = itemgetter(*named)
-        self._momentum = itemgetter("momentum" if all("momentum" in group for group in groups) else "nonfinite")
+        self._more_options = [name for name in RETRACTION_OPTIONS if name not in OPTIONS]  # of added retractions
         self.merges = merge and len(groups) > 1
         self._first_equal_groups = first_equal_groups(optimizer) if self.merges else list(range(len(groups)))
         self.pool = Pool()
@@ -96,7 +97,7 @@ class Plan:
         waiting |= {id(p) for p in self.active if optimizer.state.get(p, {}).get("momentum_buffer") is None}
         parameters, keys = [], []
         for group, alike, members in zip(groups, self._first_equal_groups, active, strict=True):
-            damped = group.get("momentum", 0) != 0 and group["dampening"] != 0
+            damped = group.get("momentum", 0) != 0 and group.get("dampening", 0) != 0
             parameters += members
             keys += [(alike, damped and id(p) in waiting, steps_so_far(optimizer, p)) for p in members]
         self.work = [(alike, bucket) for (alike, _, _), bucket in build_buckets(parameters, keys)]
@@ -163,7 +164,8 @@ class Plan:
             list(map(id, _flat(map(_members, groups)))),
             list(map(len, map(_members, groups))),
             list(map(self._checked, groups)),
-            list(map(bool, map(self._momentum, groups))),
+            self._more_options and [list(map(group.get, self._more_options)) for group in groups],
+            list(map(optimizer._algorithm.moments, groups)),
             list(map(len, map(_attributes, _flat(map(_members, groups))))),  # a mark is an attribute
             self._typed and list(map(constraint_of, self._typed)),
             self._idle and list(map(_idle_state, self._idle)),

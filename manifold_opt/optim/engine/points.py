@@ -15,7 +15,6 @@ from torch import Tensor
 from ...linalg.precision import working_dtype
 from ...linalg.products import host_can_branch
 from ..directions.stiefel import Moments, Scalar
-from ..directions.tangent import TANGENT_STATE_KEYS
 from .bucket import Batch, Bucket
 from .context import StepContext, finite_gradient
 from .optimizer import Group
@@ -31,10 +30,11 @@ def update_points(
     """Update the points of a batch and their moments, in place."""
     manifold, dims, lr = bucket.constraint, bucket.layout.point_ndim, group["lr"]
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    decoupled = group.get("decoupled_weight_decay", context.decoupled)
+    decoupled = group.get("decoupled_weight_decay", context.algorithm.decoupled)
     decay = (
         group["weight_decay"] if (manifold.allows_decoupled_decay if decoupled else manifold.allows_l2_penalty) else 0
     )
+    mean_squares = context.algorithm.mean_squares
     x, values, state = batch.points, batch.values, batch.moments
     g, moments = gradients.to(x.dtype), state
     g, finite = finite_gradient(g if context.grad_scale is None else g / context.grad_scale.to(g), dims, context)
@@ -42,7 +42,7 @@ def update_points(
     start = x
     if decay and decoupled:
         start = x * _decay_factor(lr * decay)
-        moments = {k: manifold.transport(x, start, m) if k in TANGENT_STATE_KEYS else m for k, m in state.items()}
+        moments = {key: m if key in mean_squares else manifold.transport(x, start, m) for key, m in state.items()}
     elif decay:
         g = g + decay * x
     v, new = rule(start, g, moments, scale=-lr)
@@ -54,7 +54,7 @@ def update_points(
     del v, g, moments
     updated = _updated_mask(end.to(bucket.dtype), valid, nonzero, dims, context)
     end = _where(updated, end, x)
-    transported = {key: manifold.transport(start, end, state[key]) for key in TANGENT_STATE_KEYS if key in state}
+    transported = {key: manifold.transport(start, end, state[key]) for key in state if key not in mean_squares}
     updated = _transported_mask(list(transported.values()), updated, dims, context)
     for key in list(transported):
         state[key].copy_(_where(updated, transported.pop(key), state[key]))
