@@ -239,24 +239,24 @@ def test_a_state_put_in_by_hand_is_what_the_next_step_uses():
     assert [float(opt.state[p]["step"]) for p in weights] == [3, 1, 3]
 
 
-@pytest.mark.parametrize("optimizer", [Adam, AdamW, SGD])
-def test_moments_of_torch_are_brought_into_the_frame_and_back(optimizer):
+@pytest.mark.parametrize(("optimizer", "gain"), [(Adam, 1.0), (AdamW, 1.0), (SGD, 1.0), (SGD, 2.0)])
+def test_moments_of_torch_are_brought_into_the_frame_and_back(optimizer, gain):
     """A stock checkpoint, held as the gradient comes; then unmarked again, and handed back to torch as it was."""
     options = {"momentum": 0.9} if optimizer is SGD else {}
     key = "momentum_buffer" if optimizer is SGD else "exp_avg"
-    stock = nn.Parameter(point(4, 4, dtype=torch.float64).repeat(3, 1))
+    stock = nn.Parameter(gain * point(4, 4, dtype=torch.float64).repeat(3, 1))
     theirs = getattr(torch.optim, optimizer.__name__)([stock], lr=0.0, **options)
     stock.grad = gaussian(12, 4)
     theirs.step()
-    weight = mark_orthogonal(nn.Parameter(stock.detach().clone()), blocks=3)
+    weight = mark_orthogonal(nn.Parameter(stock.detach().clone()), blocks=3, gain=gain)
     ours = optimizer([weight], lr=0.0, **options)
     checkpoint = copy.deepcopy(theirs.state_dict())
     ours.load_state_dict(checkpoint)
     weight.grad = torch.zeros_like(weight)
     ours.step()
-    w, moment = weight.detach().view(3, 4, 4), theirs.state[stock][key].view(3, 4, 4)
+    w, moment = weight.detach().view(3, 4, 4) / gain, theirs.state[stock][key].view(3, 4, 4)
     torch.testing.assert_close(ours.state[weight][key].view(3, 4, 4), 0.9 * moment @ w.mT)
-    assert held_under(ours, weight) == ("orthogonal", 3, 0, 1.0, None, True)
+    assert held_under(ours, weight) == ("orthogonal", 3, 0, gain, None, True)
     unmark(weight)
     weight.grad = None
     ours.step()

@@ -283,6 +283,18 @@ def test_weights_loaded_far_off_before_the_first_step_are_put_back_with_a_warnin
         assert torch.equal(weight, expected.bfloat16())
 
 
+def test_a_weight_of_another_shape_is_held_anew():
+    weight = mark_orthogonal(nn.Parameter(torch.eye(4).bfloat16()))
+    opt = SGD([weight], lr=0.1)  # without moments there is nothing of the old shape, but for the master
+    for size in (4, 6):
+        weight.grad = None
+        weight.data = torch.eye(size).bfloat16()
+        weight.grad = gaussian(size, size).bfloat16()
+        opt.step()
+    assert torch.equal(opt.state[weight]["master"].bfloat16(), weight)
+    assert orthogonality_error(opt.state[weight]["master"]) < 1e-5
+
+
 def test_weights_that_are_not_finite_are_an_error_that_changes_nothing():
     model = net()
     opt = Adam(model.parameters())
