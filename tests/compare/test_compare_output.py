@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from manifold_opt.compare import data, progress
+from manifold_opt.compare import data, plots, progress
 from manifold_opt.compare.console import tables
+from manifold_opt.compare.results import Curve
 
 from .test_compare_page import seeds, small
 
@@ -45,3 +46,18 @@ def test_no_digit_is_learned_from_and_tested_on():
     images = torch.cat([found.train[0], found.test[0]])
     assert len(images) == len(found.train[1]) + len(found.test[1]) == 1797
     assert len(found.test[0]) == math.floor(1797 / 4)
+
+
+def test_where_a_run_has_failed_no_mean_of_the_others_is_drawn():
+    results = small(
+        ("qr", 0, 0.5, {}),
+        ("qr", 1, None, {"failure": "no"}),
+        ("qr", 0, 0.4, {"lr": 1.0}),
+        ("qr", 1, 0.6, {"lr": 1.0}),
+    )
+    for row in results.rows:
+        row.curve = Curve([1], [1.0], [0.1], [1e-7])
+    _, final = plots.figures(results)["t-rates"].axes
+    low, high = final.lines[0].get_ydata()
+    assert math.isnan(low)
+    assert high == pytest.approx(0.5)
