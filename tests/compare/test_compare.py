@@ -701,6 +701,7 @@ def test_resuming_something_else_is_refused(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_ends_in_table_plots_and_page(tmp_path):
     out = tmp_path / "report"
     words = ["--task", "procrustes", "pca", "--size", "4", "--steps", "10", "--retractions", "polar,qr", "--peers",

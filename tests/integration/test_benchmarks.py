@@ -45,6 +45,7 @@ def missing(name):
     return module if module is not None and importlib.util.find_spec(module) is None else None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("failing")
 def test_every_row_has_its_figures_or_says_why_not(step, tmp_path, capsys):
     work = "gru8"

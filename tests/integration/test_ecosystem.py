@@ -213,6 +213,7 @@ def test_a_setting_inherited_from_all_backends_still_is():
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
+@pytest.mark.compiled
 @pytest.mark.usefixtures("_settings_restored")
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_a_compiled_step_says_what_it_cannot_change(precision):

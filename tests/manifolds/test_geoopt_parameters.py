@@ -138,6 +138,7 @@ def test_a_learnt_curvature_is_the_copys_own():
     assert check(copied, opt) == []
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own
 @pytest.mark.parametrize(
     ("name", "form"),

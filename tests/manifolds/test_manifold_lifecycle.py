@@ -278,6 +278,7 @@ def test_closures_schedules_clipping_and_scalers():
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("rule", "rate"), [("momentum", 1e-2), ("amsgrad", torch.tensor(1e-2))])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph(rule, rate):

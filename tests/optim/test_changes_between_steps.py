@@ -168,6 +168,7 @@ def set_another_bound(weights):
     mark_spectral(unmark(weights[2]), 0.25)
 
 
+@pytest.mark.compiled
 @each(rule=RULES, change=[mark_another, unmark_one, set_another_bound])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_follows_marks_that_are_changed_later(rule, change):
@@ -243,6 +244,7 @@ def eye(*, step=0):
     return weight
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_follows_the_rate_of_every_group():
     """Groups with equal options share a batch, but not in a graph that depends on the options of the first only."""

@@ -436,7 +436,12 @@ def test_the_mode_would_raise_if_a_value_were_read():
 
 
 @pytest.mark.parametrize(
-    ("rule", "rate"), [("adam", 1e-3), ("adam block", torch.tensor(1e-3)), ("momentum", torch.tensor(1e-3))]
+    ("rule", "rate"),
+    [
+        ("adam", 1e-3),
+        pytest.param("adam block", torch.tensor(1e-3), marks=pytest.mark.compiled),
+        pytest.param("momentum", torch.tensor(1e-3), marks=pytest.mark.compiled),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph(rule, rate):

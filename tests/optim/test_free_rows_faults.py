@@ -91,6 +91,7 @@ def test_beside_a_fused_optimizer_and_its_gradient_scaler(name, options, reads, 
     assert float(opt.state[weight]["step"]) == 6 - len(skipped)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("name", "options"), [OPTIONS[2], ("Adam", {"capturable": True})])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph(name, options):

@@ -166,6 +166,7 @@ def test_a_fault_stays_in_its_block(layout, rule, dtype, reads, monkeypatch):
     assert optimizers[0].metrics()["skipped_blocks"] == 1
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph():
     torch._dynamo.reset()

@@ -28,6 +28,7 @@ def test_memory_is_one_float32_copy_and_the_moments(dtype):
     assert peaks[0] <= peaks[1] + 600 * 200 * 4  # the gradient in float32
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph():
     torch._dynamo.reset()

@@ -258,6 +258,7 @@ def test_many_tiny_unitary_blocks_step_as_few_do(rule, retraction, shape):
     assert orthogonality_error(many) < 1e-14
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_is_one_graph(rule):
