@@ -166,6 +166,17 @@ def averaging(label: str, module: RowReader, decay: float) -> list[lightning.Cal
     return []
 
 
+def mixed_precision() -> str:
+    """Return "bf16-mixed", or "32-true" if torch has no bfloat16 LSTM for this CPU."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(4, 4)(torch.zeros(1, 1, 4))
+    except RuntimeError:
+        print("This CPU cannot run an LSTM in bfloat16: the run with mixed precision is one in float32.")
+        return "32-true"
+    return "bf16-mixed"
+
+
 def run_once(label: str, args: argparse.Namespace, folder: Path, runs: Runs) -> Result:
     """One training from start to end; the resumed one from the checkpoint that the whole one left in the middle."""
     middle = args.epochs // 2
@@ -180,7 +191,7 @@ def run_once(label: str, args: argparse.Namespace, folder: Path, runs: Runs) -> 
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         accelerator="cpu",
-        precision="bf16-mixed" if label == MIXED else "32-true",
+        precision=mixed_precision() if label == MIXED else "32-true",
         gradient_clip_val=1.0,
         callbacks=[*averaging(label, module, args.decay), watch, *kept],
         logger=False,

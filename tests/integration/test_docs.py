@@ -26,7 +26,9 @@ from ..pages import PAGES, ROOT, about_the_checkout, blocks, requires
 # What torch's gloo says when, about once in forty times, it aborts a process that has ended already.
 GLOO = "terminate called without an active exception"
 ELSEWHERE = {"extending.md"}  # by test_extending.py
-SLOW = {"tutorial.md", "several_gpus.md", "new_optimizer.md", "mixed_precision.md"}  # .ci/run runs them
+SLOW = {  # .ci/run runs them
+    *("tutorial.md", "several_gpus.md", "new_optimizer.md", "mixed_precision.md", "geoopt.md", "pogo.md"),
+}
 TO_RUN = {"python", "pycon", "file", "bash"}
 REFERENCE = [page.read_text() for page in PAGES if page.parent.name == "reference"]
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}

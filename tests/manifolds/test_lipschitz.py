@@ -36,7 +36,7 @@ def sigma(model, name):
 @pytest.mark.parametrize(
     ("make", "dtype", "slack"),
     [
-        (lambda p: Adam(p, lr=1e-2), torch.float32, 1e-3),
+        pytest.param(lambda p: Adam(p, lr=1e-2), torch.float32, 1e-3, marks=pytest.mark.slow),
         (lambda p: AdamW(p, lr=1e-2, weight_decay=0.1, amsgrad=True), torch.float32, 1e-3),
         # The bound holds before rounding; that moves no singular value by more than eps / 2 times the Frobenius norm.
         (lambda p: Adam(p, lr=1e-2), torch.bfloat16, 2**-8 * 10**0.5),
