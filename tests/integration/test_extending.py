@@ -53,7 +53,7 @@ def test_the_manifold_passes_the_tests_of_a_manifold(extended):
     files = [f"tests/manifolds/test_manifold{name}.py" for name in ("s", "_steps", "_faults", "_lifecycle")]
     chosen = "simplex or (resumed and amsgrad) or (compiled and amsgrad) or every_manifold"
     out = run(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen)
-    assert int(re.search(r"(\d+) passed", out)[1]) > 50
+    assert int(re.search(r"(\d+) passed", out)[1]) > 20
 
 
 @pytest.mark.slow  # .ci/run runs it
