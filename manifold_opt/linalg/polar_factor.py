@@ -91,19 +91,21 @@ def _newton_schulz_step_(x: Tensor, d: Tensor, upper: float, *, spare: Tensor) -
     return 1 / lowest
 
 
-def polar_sync_free(w: Tensor, v: Tensor, ws: Workspace) -> tuple[Tensor, Tensor]:
-    """Return the polar factors of ``w + v``, and a mask ``(B, 1, 1)`` of steps that were shortened.
+def polar_sync_free(w: Tensor, v: Tensor, ws: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the polar factors of ``w + v``, and masks ``(B, 1, 1)``: which steps were clipped, which ``w`` were near.
 
     Sync-free version of :func:`polar_factor_`: the polynomial of the highest degree is used for all blocks, and longer
-    steps are shortened to its range. The eighth power of the norm of a step must not overflow.
+    steps are clipped to its reach. For points that are not near the manifold the result is wrong. The eighth power of
+    the norm of a step must not overflow.
     """
     fit = INVERSE_SQRT[w.dtype][-1]
-    x = torch.add(w, v, out=ws.x)
+    b = gram(v, out=ws.a)
+    c = matmul(b, b, out=ws.b)
+    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2)  # (bound on the eigenvalues of V V^T / reach)^2
+    x = torch.addcdiv(w, v, excess.clamp_min(1).pow_(0.25).to(w.dtype), out=ws.x)
+    # Not V V^T of the clipped step: it leaves out the error of W, which clipped steps would amplify.
     d = gram_minus_identity(x, out=ws.a)
     c = matmul(d, d, out=ws.b)
-    excess = norm(c, keepdim=True).mul_(1 / fit.reach**2)  # (norm of D / reach)^2
-    square = excess.clamp_min(1)
-    factor = square.sqrt()
-    x = torch.addcdiv(w, v, factor.sqrt().to(w.dtype), out=x)
-    s = polynomial(fit.coefficients, d.div_(factor), c.div_(square), ws, out=ws.d)
-    return matmul_add(x, s, x, out=ws.z), excess > 1
+    near = norm(c, keepdim=True) < (1.1 * fit.reach) ** 2
+    s = polynomial(fit.coefficients, d, c, ws, out=ws.d)
+    return matmul_add(x, s, x, out=ws.z), excess > 1, near

@@ -46,8 +46,8 @@ class Retraction:
         rotation: how square blocks move if their steps are short; None if ``function`` moves them.
         in_place: ``(w, v, ws) -> bool``: moves blocks in place if their steps are short, else writes nothing and
             returns False. None if there is no such function.
-        sync_free: ``(w, v, ws) -> (w', clipped)``: the same where no value may be read, and which steps were clipped.
-            None if ``function`` is used there too.
+        sync_free: ``(w, v, ws) -> (w', clipped, near)``: the same where no value may be read, with masks of the steps
+            that were clipped and of the points that were near the manifold. None if ``function`` is used there too.
         check_options: ``(name, **options)``: raises a ValueError, which begins with ``name``, if an option is out of
             range. None if there is nothing to check.
         options: keyword options of ``function``, and their default values.
@@ -65,7 +65,7 @@ class Retraction:
     max_step_norm: float | Callable[..., float] = 1e5
     rotation: Rotation | None = None
     in_place: Callable[[Tensor, Tensor, Workspace], bool] | None = None
-    sync_free: Callable[[Tensor, Tensor, Workspace], tuple[Tensor, Tensor]] | None = None
+    sync_free: Callable[[Tensor, Tensor, Workspace], tuple[Tensor, Tensor, Tensor]] | None = None
     check_options: Callable[..., None] | None = None
     options: dict[str, Any] = field(init=False, compare=False)
 
@@ -189,10 +189,10 @@ def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settin
         v.div_((length / LONG_STEP_NORM).clamp_min_(1))  # so that its powers cannot overflow
         if rotation is not None:
             new, clipped, near = rotate_sync_free(w, v, rotation, ws)
-            possible = possible & near
         else:
             assert retraction.sync_free is not None
-            new, clipped = retraction.sync_free(w, v, ws)
+            new, clipped, near = retraction.sync_free(w, v, ws)
+        possible = possible & near
         count("clamped_steps", clipped)
     else:
         new = retract_wide(w, v, settings)

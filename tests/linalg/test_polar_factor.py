@@ -178,7 +178,8 @@ def test_where_nothing_can_be_read_short_steps_are_the_same(length, shape, dtype
     )
     w, v = w.to(dtype), v.to(dtype)
     before = w.clone(), v.clone()
-    moved, short = polar_sync_free(w, v, Workspace(None, w))
+    moved, short, near = polar_sync_free(w, v, Workspace(None, w))
+    assert near.all()
     assert torch.equal(w, before[0])
     assert torch.equal(v, before[1])
     assert short.shape == (3, 1, 1)
@@ -198,7 +199,8 @@ def test_where_nothing_can_be_read_long_steps_are_shortened_and_counted(length, 
     )
     lengths = torch.tensor([0.5, length, length], dtype=torch.float64)[:, None, None]
     w, v = w.to(dtype), (unit * lengths).to(dtype)
-    moved, short = polar_sync_free(w, v, Workspace(None, w))
+    moved, short, near = polar_sync_free(w, v, Workspace(None, w))
+    assert near.all()
     assert short[:, 0, 0].tolist() == [False, True, True]
     assert float(geometry.error(moved).max()) < 2 * rounding(moved)
     expected = svd_factor(matrices.float64(w) + unit * lengths.clamp_max(1))

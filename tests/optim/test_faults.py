@@ -313,6 +313,22 @@ def test_a_point_far_off_its_manifold_is_back_within_ten_steps(retraction, rule,
     assert orthogonality_error(weight) <= matrices.error_at_rounding(*shape, torch.float32)
 
 
+@pytest.mark.parametrize("retraction", EXACT)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((6, 6), torch.float64), ((3, 5), torch.float32), ((9, 6), torch.complex128)]
+)
+def test_long_steps_one_after_the_other_leave_rounding_where_nothing_can_be_read(retraction, shape, dtype, monkeypatch):
+    """Every step is clipped. An error that is carried along instead of removed grows with each of them."""
+    never_read(monkeypatch)
+    weight = mark_orthogonal(nn.Parameter(point(*shape, dtype=dtype)))
+    opt = Adam([weight], lr=100.0, retraction=retraction, metric="canonical")
+    for step in range(30):
+        weight.grad = gaussian(*shape, dtype=dtype, seed=step)
+        opt.step()
+        assert orthogonality_error(weight) <= matrices.error_at_rounding(*shape, dtype)
+    assert opt.metrics()["clamped_steps"] == 30
+
+
 @pytest.mark.slow  # test_retractions.py looks for factorizations by LU at a small size
 @pytest.mark.parametrize("method", RETRACTIONS)
 def test_the_batched_lu_of_the_cpu_cannot_reach_anybody(method):
