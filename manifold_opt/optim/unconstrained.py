@@ -39,7 +39,7 @@ def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> No
     stored = [rows.view(state["momentum_buffer"]) for rows, state in zip(free, states, strict=False)]
     buffers: list[Any] = [None if rows.first_momentum else buffer for rows, buffer in zip(free, stored, strict=False)]
     buffers = buffers or [None] * len(free)
-    values, gradients = views(optimizer, free)
+    values, gradients = rows_and_gradients(optimizer, free)
     backups = _backups(optimizer, values, stored)
     _sgd(group, (values, gradients, buffers), False)
     for rows, buffer, new in zip(free, stored, buffers, strict=False):
@@ -68,7 +68,7 @@ def _sgd(
     )
 
 
-def views(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
+def rows_and_gradients(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the rows and their gradients, unscaled if a GradScaler left that to the step."""
     scale, _ = _grad_scaler_state(optimizer)
     gradients = [rows.view(rows.parameter.grad) for rows in free]  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> N
     largest: list[list[Tensor]] = [] if group["amsgrad"] else [[]]
     steps = [state["step"].clone() for state in states]
     has_complex = any(rows.parameter.is_complex() for rows in free)
-    values, gradients = views(optimizer, free)
+    values, gradients = rows_and_gradients(optimizer, free)
     backups = _backups(optimizer, values, *moments)
     _adam(optimizer, group, (values, gradients, *moments, *largest, steps), has_complex)
     _undo_on_overflow(optimizer, backups)
