@@ -38,8 +38,11 @@ def norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
 
 
 def largest_norm(x: Tensor) -> float:
-    """Return the largest Frobenius norm of a batch, NaN if any is NaN. Synchronizes with the device."""
-    if x.shape[0] == 1:
+    """Return the largest Frobenius norm of a batch of matrices, NaN if any is NaN. Synchronizes with the device.
+
+    For points of other shapes, this is the norm of the whole batch, which is larger.
+    """
+    if x.shape[0] == 1 or x.ndim != 3:
         return float(torch.linalg.vector_norm(x))
     return float(torch.linalg.vector_norm(x, dim=(-2, -1)).max())
 

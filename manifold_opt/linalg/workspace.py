@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,22 +52,23 @@ class Pool:
 
 
 class Workspace:
-    """Buffers for a batch of wide matrices ``(B, p, n)``, each allocated on first use.
+    """Buffers for a batch of wide matrices ``(B, p, n)`` or of other points, each allocated on first use.
 
     Attributes:
-        a, b, c, d, e, f: ``(B, p, p)``.
-        u, w, x, y, z: ``(B, p, n)``.
+        a, b, c, d, e, f: ``(B, p, p)``, for matrices.
+        u, w, x, y, z: ``(B, p, n)``, or the shape of the batch.
         readable: whether Python may read values of the batch.
     """
 
     def __init__(self, pool: Pool | None, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
-        count, p, n = like.shape if shape is None else shape
+        shape = tuple(like.shape) if shape is None else shape
         self.readable = host_can_branch(like)
         self._pool, self._like = pool, like.new_empty(0)
         self._adjoints: dict[str, Tensor] = {}
-        self._square, self._wide = (count, p, p), (count, p, n)
+        self._zero: Tensor | None = None
+        self._square, self._wide = (*shape[:2], shape[1]) if len(shape) == 3 else (), shape
         if pool is not None:
-            pool.reserve(like, count * p * p, count * p * n)
+            pool.reserve(like, math.prod(self._square), math.prod(shape))
 
     def __getattr__(self, name: str) -> Tensor:
         if len(name) != 1 or name not in SQUARE + WIDE:
@@ -75,6 +78,13 @@ class Workspace:
         buffer = self._like.new_empty(shape) if pool is None else pool.take(name, shape, self._like)
         setattr(self, name, buffer)
         return buffer
+
+    @property
+    def zero(self) -> Tensor:
+        """The number zero, with the dtype and device of the batch."""
+        if self._zero is None:
+            self._zero = self._like.new_zeros(())
+        return self._zero
 
     def adjoint(self, name: str, x: Tensor) -> Tensor:
         """Return the view ``x.mH``, cached under ``name``. A name must always be used for the same tensor."""

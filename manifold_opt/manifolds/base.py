@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg.precision import working_dtype
-from .layout import Layout, Shape, SliceLayout
+from ..linalg.workspace import Workspace
+from .layout import Layout, Shape, SliceLayout, point_any, point_norm
+
+Scalar = float | Tensor
+
+
+@dataclass
+class StepOptions:
+    """Options of :meth:`Manifold.step_` that are the same for all points of a batch.
+
+    Attributes:
+        count: called with ``"skipped_blocks"`` or ``"clamped_steps"``, and a mask of these points.
+        point_ndim: number of trailing dimensions that form a point.
+        transported: keys of the moments that are means of gradients, which :meth:`Manifold.step_` transports.
+        decay: learning rate times decoupled weight decay.
+        finite: mask of the points with a finite gradient, ``(B, 1, ..)``; the others stay. None if all are finite.
+    """
+
+    count: Callable[[str, Tensor], None]
+    point_ndim: int = 0
+    transported: tuple[str, ...] = ()
+    decay: Scalar = 0.0
+    finite: Tensor | None = None
 
 
 class Manifold:
@@ -108,6 +132,64 @@ class Manifold:
         """
         return torch.complex(u.real.square(), u.imag.square()) if u.is_complex() else u * u
 
+    def frame_gradient(self, x: Tensor, g: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG002
+        """Return the gradient in the coordinates whose moments the optimizers average: those of a tangent by default.
+
+        ``g`` is not modified. The result may be in ``ws.x``.
+        """
+        return self.riemannian_gradient(x, g)
+
+    def frame_squares(self, x: Tensor, a: Tensor) -> Tensor | None:
+        """Return :meth:`component_squares` of a gradient in these coordinates; None for those of entries."""
+        return None if type(self).component_squares is Manifold.component_squares else self.component_squares(x, a)
+
+    def project_direction_(self, x: Tensor, d: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG002
+        """Return :meth:`project_tangent` of a direction in these coordinates. ``d`` may be overwritten."""
+        return self.project_tangent(x, d)
+
+    def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:  # noqa: ARG002
+        """Convert a moment of the Euclidean gradient to these coordinates, or ``back``."""
+        return moment
+
+    def step_options(
+        self,
+        group: Mapping[str, Any],  # noqa: ARG002
+        count: Callable[[str, Tensor], None],
+        steps: int | None,  # noqa: ARG002
+        **shared: Any,
+    ) -> Any:
+        """Return the options of :meth:`step_`: for parameters of ``group``, at their step number ``steps``."""
+        return StepOptions(count, **shared)
+
+    def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Any) -> None:
+        """Move points along tangents ``v`` in place, and transport their moments.
+
+        A point with a zero step keeps its bits. So does a point whose result is not finite, which is counted.
+        """
+        dims, start = options.point_ndim, x
+        moving = point_norm(v, dims, keepdim=True) > 0
+        if isinstance(options.decay, Tensor) or options.decay:
+            start = x * decay_factor(options.decay)
+            moving = moving | point_any(start != x, dims)
+            v = self.transport(x, start, v)
+        y = self.retract(start, v)
+        size = point_norm(y, dims, order=torch.inf, keepdim=True)
+        transported = {}
+        for key in filter(moments.__contains__, options.transported):
+            new = self.transport(x, y, moments[key])
+            if new is not moments[key]:
+                transported[key] = new
+                size = size + point_norm(new, dims, order=torch.inf, keepdim=True)
+        possible = size < torch.inf
+        updated = moving & possible if options.finite is None else moving & possible & (options.finite != 0)
+        if not (ws.readable and bool(updated.all())):
+            options.count("skipped_blocks", ~possible)
+            y = torch.where(updated, y, x)
+            transported = {key: torch.where(updated, new, moments[key]) for key, new in transported.items()}
+        x.copy_(y)
+        for key, new in transported.items():
+            moments[key].copy_(new)
+
     def invalid_reason(self, tensor: Tensor) -> str | None:
         """Return why the parameter cannot be marked, to follow its name in an error message, or None if it can."""
         if tensor.ndim < self.point_ndim:
@@ -136,6 +218,14 @@ class Manifold:
     def config(self) -> tuple[Any, ...]:
         """Return the values of the fields, as a checkpoint records them."""
         return tuple(getattr(self, field) for field in getattr(self, "__dataclass_fields__", ()))
+
+
+def decay_factor(t: Scalar) -> Scalar:
+    """Return :math:`1 - t`, the factor of decoupled decay, or a small positive number if that is larger."""
+    return (1 - t).clamp_min(_MIN_DECAY_FACTOR) if isinstance(t, Tensor) else max(1 - t, _MIN_DECAY_FACTOR)
+
+
+_MIN_DECAY_FACTOR = 1e-6
 
 
 def _is_primitive(value: Any) -> bool:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg.matrices import error_at_rounding
 from ..linalg.newton_schulz import nearest_orthogonal
-from ..stiefel.geometry import error, riemannian_gradient
+from ..linalg.workspace import Workspace
+from ..stiefel.geometry import error, from_frame, riemannian_gradient, to_frame
 from ..stiefel.polar import polar
+from ..stiefel.retractions import RETRACTIONS
+from ..stiefel.step import Settings, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable
 
@@ -93,6 +98,30 @@ class Orthogonal(Manifold):
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the polar retraction; the optimizers use their own ``retraction`` option instead."""
         return self.gain * polar(x / self.gain, v / self.gain)
+
+    def frame_gradient(self, x: Tensor, g: Tensor, ws: Workspace) -> Tensor:
+        r"""Return :math:`G W^\top` in ``ws.a`` for square blocks, the gradient itself for others."""
+        return torch.bmm(g, ws.adjoint("w", x), out=ws.a) if x.shape[-2] == x.shape[-1] else g
+
+    def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
+        """Convert a moment to that of the gradient in the frame of square blocks, or ``back``."""
+        if x.shape[-2] != x.shape[-1]:
+            return moment
+        return (from_frame if back else to_frame)(x / self.gain, moment, mean_square)
+
+    def step_options(
+        self,
+        group: Mapping[str, Any],
+        count: Callable[[str, Tensor], None],
+        steps: int | None,
+        **shared: Any,  # noqa: ARG002
+    ) -> Settings:
+        """Return the retraction of the group and its settings. The error of W is removed every few steps."""
+        return Settings(RETRACTIONS[group["retraction"]], group, count, steps)
+
+    def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:  # noqa: ARG002
+        """Move wide blocks, divided by their gain, in place."""
+        retract_(x, v, ws, options)
 
     def project_point(self, x: Tensor) -> Tensor:
         """Return the polar factors, computed in float64."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import float64
-from .base import Manifold
+from ..linalg.workspace import Workspace
+from .base import Manifold, StepOptions, decay_factor
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,31 @@ class Positive(Manifold):
     def component_squares(self, x: Tensor, u: Tensor) -> Tensor:
         """Return :math:`u^2/x^2`, the square of the tangent in the metric."""
         return (u / x) ** 2
+
+    def frame_gradient(self, x: Tensor, g: Tensor, ws: Workspace) -> Tensor:
+        r"""Return the gradient with respect to :math:`\log x`, in which moments need no transport."""
+        return torch.mul(x, g, out=ws.x)
+
+    def frame_squares(self, x: Tensor, a: Tensor) -> None:
+        """Return None: in this coordinate the metric is the Euclidean one."""
+
+    def project_direction_(self, x: Tensor, d: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG002
+        """Return ``d``."""
+        return d
+
+    def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
+        r"""Multiply a moment by the derivative of x by :math:`\log x`, which is x, or divide it by that."""
+        scale = x * x if mean_square else x
+        return moment / scale if back else moment * scale
+
+    def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: StepOptions) -> None:  # noqa: ARG002
+        """Add ``v`` to the logarithms in place. A point with a zero step keeps its bits."""
+        factor = torch.exp(v, out=ws.y)
+        if isinstance(options.decay, Tensor) or options.decay:
+            factor.mul_(decay_factor(options.decay))
+        if options.finite is not None:
+            factor.masked_fill_(options.finite == 0, 1)
+        x.mul_(factor).clamp_(*_limits(x.dtype))
 
     def project_point(self, x: Tensor) -> Tensor:
         """Return ``x``; raise a ValueError unless it is positive: other values have no nearest point."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
-from .base import Manifold
+from ..linalg.workspace import Workspace
+from .base import Manifold, StepOptions
 from .layout import Shape, SliceLayout, point_norm
 
 
@@ -61,6 +62,30 @@ class UnitNorm(Manifold):
         y = x + v * (_MAX_STEP_NORM / norm).clamp_max(1)
         return y / _norm(y)
 
+    def frame_gradient(self, x: Tensor, g: Tensor, ws: Workspace) -> Tensor:
+        """Write the Riemannian gradient to ``ws.x`` and return it."""
+        return torch.addcmul(g, x, _dot(x, g, out=ws.x), value=-1, out=ws.x)
+
+    def project_direction_(self, x: Tensor, d: Tensor, ws: Workspace) -> Tensor:
+        """Project a direction in place. Moments are not transported: what they lose here is normal."""
+        return d.addcmul_(x, _dot(x, d, out=ws.y), value=-1)
+
+    def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: StepOptions) -> None:  # noqa: ARG002
+        """Move points along tangents in place. A point with a zero step keeps its bits."""
+        y = torch.add(x, v, out=ws.y)
+        size = _norm(y, contiguous=True)
+        if not (ws.readable and float(size.max()) < _MAX_STEP_NORM):
+            length = point_norm(v, v.ndim - 1, keepdim=True)
+            possible = length < torch.inf
+            options.count("skipped_blocks", ~possible)
+            possible = possible if options.finite is None else possible & (options.finite != 0)
+            v = torch.where(possible, v * (_MAX_STEP_NORM / length).clamp_max_(1), 0)
+            y = torch.add(x, v, out=ws.y)
+            size = _norm(y, contiguous=True)
+        # A norm that is one to rounding is not changed, so neither is a point with a zero step.
+        size = torch.nn.functional.hardshrink(size.sub_(1), 2.5 * torch.finfo(x.dtype).eps).add_(1)
+        torch.div(y, size, out=x)
+
     def project_point(self, x: Tensor) -> Tensor:
         """Divide the slices by their norms, in float64; raise a ValueError if a slice is zero or not finite."""
         norm = point_norm(float64(x), x.ndim - 1, keepdim=True)
@@ -98,14 +123,26 @@ class UnitNorm(Manifold):
 _MAX_STEP_NORM = 1e5
 
 
-def _norm(y: Tensor) -> Tensor:
-    """Return the norms ``(B, 1, ..)`` to rounding; torch's norm of long or strided slices is off by hundreds of eps."""
+def _norm(y: Tensor, *, contiguous: bool = False) -> Tensor:
+    """Return the norms ``(B, 1, ..)`` to rounding.
+
+    torch's norm of a slice that is long, or not contiguous, is off by up to hundreds of eps.
+    """
     components = torch.view_as_real(y) if y.is_complex() else y
-    return (components * components).flatten(1).sum(1).sqrt().view(-1, *[1] * (y.ndim - 1))
+    flat = components.flatten(1)
+    if contiguous and flat.shape[1] <= _LONG:
+        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    else:
+        norm = (flat * flat).sum(1, keepdim=True).sqrt()
+    return norm if y.ndim == 2 else norm.view(-1, *[1] * (y.ndim - 1))
 
 
-def _dot(x: Tensor, g: Tensor) -> Tensor:
+_LONG = 4096
+
+
+def _dot(x: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return the inner products ``(B, 1, ..)``; ``out`` is overwritten."""
     if x.is_complex():
         x, g = torch.view_as_real(x), torch.view_as_real(g.resolve_conj())
         return (x * g).sum((*range(1, x.ndim - 1), -1), keepdim=True)[..., 0]
-    return (x * g).sum(tuple(range(1, x.ndim)), keepdim=True)
+    return torch.mul(x, g, out=out).sum(tuple(range(1, x.ndim)), keepdim=True)

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..linalg.products import host_can_branch
 from ..stiefel.geometry import Metric
 from .base import BaseOptimizer
-from .directions import stiefel, tangent
-from .directions.stiefel import AdamCoefficients, AdamOptions, Scalar, SecondMoment
-from .engine.bucket import Bucket
-from .engine.optimizer import Algorithm, Group
+from .directions.adam import SecondMoment, moments, rule
+from .engine.optimizer import Algorithm
 from .options import Nonfinite
 from .unconstrained import empty_lists_adam, step_free_rows_adam, step_unconstrained_adam
 
-
-def _moments(group: Group) -> tuple[list[str], list[str]]:
-    """Return the keys of the moments that the options of a group need, and of those with one number per block."""
-    squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-    return ["exp_avg", *squares], squares if group["second_moment"] == "block" else []
-
-
-def _rule(group: Group, bucket: Bucket) -> Any:
-    """Return the direction for the options of a group."""
-    beta1, beta2 = group["betas"]
-    if not type(beta1) is type(beta2) is float:
-        beta1, beta2 = _to_float(beta1), _to_float(beta2)
-    # The count is 0 if a GradScaler has skipped the first step.
-    steps: Scalar = bucket.steps_per_block() if bucket.shared_step is None else bucket.shared_step or 1
-    coefficients = AdamCoefficients(beta1, beta2, 1 - beta1**steps, 1 - beta2**steps, group["eps"])
-    if not bucket.stiefel:
-        return functools.partial(
-            tangent.adam, bucket.constraint, dims=bucket.layout.point_ndim, coefficients=coefficients
-        )
-    options = AdamOptions(bucket.scale(group), group["metric"], coefficients)
-    if group["second_moment"] == "block":
-        return stiefel.adam_block_square, stiefel.adam_block_wide, options
-    return stiefel.adam_square, stiefel.adam_wide, options
-
-
-def _to_float(beta: Scalar) -> Scalar:
-    return float(beta) if not isinstance(beta, Tensor) or host_can_branch(beta) else beta
-
-
 ALGORITHM = Algorithm(
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    _moments,
-    _rule,
+    ("exp_avg",),
+    moments,
+    rule,
     empty_lists_adam,
     step_unconstrained_adam,
     step_free_rows_adam,
@@ -63,7 +28,7 @@ class Adam(BaseOptimizer, torch.optim.Adam):
     r"""Adam with Riemannian updates for marked parameters; a subclass of torch.optim.Adam.
 
     Unmarked parameters are updated bit for bit as by torch.optim.Adam. A marked parameter is updated along a tangent
-    direction with transported moments, and retracted to its manifold in every step. Weight decay has no effect on
+    direction, and retracted to its manifold in every step. Weight decay has no effect on
     orthogonal and unit-norm parameters, whose norm is fixed.
 
     Args:

@@ -25,7 +25,7 @@ from ..manifolds import Manifold
 from ..manifolds.layout import get_points, overlap_problem, point_norm
 from ..stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ..stiefel.retractions import check_retraction
-from .directions.stiefel import SECOND_MOMENTS
+from .directions.adam import SECOND_MOMENTS
 from .engine.optimizer import Group, ManifoldOptimizer
 
 # Options of this package that torch.optim does not have.

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..stiefel.geometry import Metric
 from .base import BaseOptimizer
-from .directions import stiefel, tangent
-from .engine.bucket import Bucket
-from .engine.optimizer import Algorithm, Group
+from .directions.sgd import moments, rule
+from .engine.optimizer import Algorithm
 from .options import Nonfinite
 from .unconstrained import empty_lists_sgd, step_free_rows_sgd, step_unconstrained_sgd
 
-
-def _moments(group: Group) -> tuple[list[str], list[str]]:
-    """Return the keys of the moments that the options of a group need, and of those with one number per block."""
-    return ["momentum_buffer"] if group["momentum"] != 0 else [], []
-
-
-def _rule(group: Group, bucket: Bucket) -> Any:
-    """Return the direction for the options of a group. The first gradient enters the momentum undamped, as in torch."""
-    momentum, nesterov = group["momentum"], group["nesterov"]
-    dampening = 0.0 if bucket.first_momentum else group["dampening"]
-    bucket.first_momentum = False
-    if not bucket.stiefel:
-        return functools.partial(
-            tangent.sgd, bucket.constraint, momentum=momentum, dampening=dampening, nesterov=nesterov
-        )
-    options = stiefel.SgdOptions(bucket.scale(group), group["metric"], momentum, dampening, nesterov)
-    return stiefel.sgd_square, stiefel.sgd_wide, options
-
-
-ALGORITHM = Algorithm(
-    ("momentum_buffer",), _moments, _rule, empty_lists_sgd, step_unconstrained_sgd, step_free_rows_sgd
-)
+ALGORITHM = Algorithm(("momentum_buffer",), moments, rule, empty_lists_sgd, step_unconstrained_sgd, step_free_rows_sgd)
 
 
 class SGD(BaseOptimizer, torch.optim.SGD):
     r"""SGD with Riemannian updates for marked parameters; a subclass of torch.optim.SGD.
 
     Unmarked parameters are updated bit for bit as by torch.optim.SGD. A marked parameter is updated along its
-    Riemannian gradient, with transported momentum, and retracted to its manifold in every step. Weight decay has no
+    Riemannian gradient, with momentum, and retracted to its manifold in every step. Weight decay has no
     effect on orthogonal and unit-norm parameters, whose norm is fixed.
 
     Args:

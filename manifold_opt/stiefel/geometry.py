@@ -131,3 +131,25 @@ def check_pair(name: str, w: Tensor, v: Tensor) -> None:
             "complex64 or complex128, got "
             f"{tuple(w.shape)} {w.dtype} and {tuple(v.shape)} {v.dtype}."
         )
+
+
+def to_frame(w: Tensor, moment: Tensor, is_mean_square: bool) -> Tensor:
+    r"""Convert a moment of G at square ``w`` to the moment of :math:`A = G W^\top`.
+
+    The result is exact for a mean. For a mean square, entries of G and their real and imaginary parts are assumed to be
+    independent.
+    """
+    return _square_mixed(moment, w.mH) if is_mean_square else moment @ w.mH
+
+
+def from_frame(w: Tensor, moment: Tensor, is_mean_square: bool) -> Tensor:
+    """Convert a moment back from the frame. For a mean square, entries of A are assumed to be independent."""
+    return _square_mixed(moment, w) if is_mean_square else moment @ w
+
+
+def _square_mixed(v: Tensor, w: Tensor) -> Tensor:
+    r"""Return mean squares of the entries of M W from those of M; complex: of real and imaginary parts."""
+    if not w.is_complex():
+        return v @ (w * w)
+    real, imaginary = w.real.square(), w.imag.square()
+    return torch.complex(v.real @ real + v.imag @ imaginary, v.imag @ real + v.real @ imaginary)

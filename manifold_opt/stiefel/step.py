@@ -21,7 +21,7 @@ from ..linalg.products import gram_minus_identity, host_can_branch, matmul, norm
 from ..linalg.workspace import Workspace
 from .geometry import transport
 from .long_steps import LONG_STEP_NORM, RetractionFn, clip_step
-from .rotation import Rotation, bounds, restore_, rotate_, rotate_sync_free
+from .rotation import CORRECTION_INTERVAL, Rotation, bounds, restore_, rotate_, rotate_sync_free
 
 _MAX_OMEGA_NORM = 1e9  # its fourth power, in the norm of B^2, is finite in float32
 _MAX_GRAM_ERROR = 0.1  # Frobenius norm of W W^H - I above which W is first replaced by the nearest point
@@ -91,14 +91,15 @@ class Settings:
         retraction: the retraction.
         options: values of its keyword options; others are ignored.
         count: called with ``"skipped_blocks"`` or ``"clamped_steps"``, and a mask of these blocks.
-        correct: whether to measure the error of square blocks, and remove half of it.
+        steps: number of the step. The error of square blocks is measured, and half of it removed, in every few steps;
+            in every step if it is None.
         finite: one for a block with a finite gradient, zero for others, which stay; None if all gradients are finite.
     """
 
     retraction: Retraction
     options: Mapping[str, Any]
     count: Callable[[str, Tensor], None] = _count_nothing
-    correct: bool = True
+    steps: int | None = None
     finite: Tensor | None = None
 
 
@@ -117,8 +118,9 @@ def retract_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None
     if not ws.readable:
         _retract_sync_free_(w, step, ws, settings)
     elif is_square and rotation is not None:
-        if not rotate_(w, step, rotation, ws, correct=settings.correct):
-            _rotate_by_length_(w, step, rotation, ws, settings)
+        correct = settings.steps is None or settings.steps % CORRECTION_INTERVAL[w.dtype] == 0
+        if not rotate_(w, step, rotation, ws, correct=correct):
+            _rotate_by_length_(w, step, rotation, ws, settings, correct=correct)
     else:
         _move_along_(w, matmul(step, w, out=ws.y) if is_square else step, ws, settings)
 
@@ -130,7 +132,9 @@ def _move_along_(w: Tensor, v: Tensor, ws: Workspace, settings: Settings) -> Non
         _retract_any_length_(w, v, settings)
 
 
-def _rotate_by_length_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, settings: Settings) -> None:
+def _rotate_by_length_(
+    w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, settings: Settings, *, correct: bool
+) -> None:
     """Rotate the blocks whose step is short enough for the rotation, and move the others by its fallback."""
     largest = omega.abs().amax((-2, -1), keepdim=True)
     finite = (largest < torch.inf)[:, 0, 0]
@@ -145,12 +149,12 @@ def _rotate_by_length_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspa
         whole = len(index) == len(w)  # then no block has to be copied
         point, turn = (w, omega) if whole else (w[index], omega[index])
         space = ws if whole else Workspace(None, point)
-        if is_short and rotate_(point, turn, rotation, space, correct=settings.correct):
+        if is_short and rotate_(point, turn, rotation, space, correct=correct):
             pass
         elif rotation.fallback is None:
             _move_along_(point, matmul(turn, point, out=space.y), space, settings)
-        elif not rotate_(point, turn, rotation.fallback, space, correct=settings.correct):
-            _rotate_by_length_(point, turn, rotation.fallback, space, settings)
+        elif not rotate_(point, turn, rotation.fallback, space, correct=correct):
+            _rotate_by_length_(point, turn, rotation.fallback, space, settings, correct=correct)
         if not whole:
             w[index] = point
 

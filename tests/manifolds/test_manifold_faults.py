@@ -146,11 +146,11 @@ def test_half_a_decay_a_step_does_not_feed_the_momentum():
     opt = build("adamw", [p], lr=1e-3, weight_decay=500.0, maximize=False)
     p.grad = torch.ones_like(p)
     opt.step()
-    first = float(opt.state[p]["exp_avg"] / p.detach())
+    first = float(opt.state[p]["exp_avg"])
     for _ in range(3):
         p.grad = torch.zeros_like(p)
         opt.step()
-    assert float(opt.state[p]["exp_avg"] / p.detach()) == pytest.approx(first * 0.9**3, rel=1e-12)
+    assert float(opt.state[p]["exp_avg"]) == pytest.approx(first * 0.9**3, rel=1e-12)
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,9 @@ class Wary(Manifold):
 
     def riemannian_gradient(self, x, g):  # noqa: ARG002
         return g * g * 1e8
+
+    def project_tangent(self, x, d):  # noqa: ARG002
+        return d
 
     def retract(self, x, v):
         if not bool(v.isfinite().all()):

@@ -311,3 +311,23 @@ def test_points_of_a_marked_parameter_lie_where_it_says():
     p = mark_manifold(nn.Parameter(gaussian(3, 4)), UnitNorm(1))
     (part,) = constraint_of(p).layouts(p.shape)
     assert torch.equal(get_points(part, p.detach()), p.detach().mT)
+
+
+def test_moments_of_positive_entries_are_those_of_the_logarithm_and_come_back():
+    """By the chain rule: the gradient with respect to log x is x times that with respect to x."""
+    x = nn.Parameter(gaussian(3, 4).exp())
+    torch_optimizer = torch.optim.Adam([x], lr=1e-2)
+    x.grad = gaussian(3, 4, seed=1)
+    torch_optimizer.step()
+    before = {key: torch_optimizer.state[x][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    opt = Adam([mark_positive(x)], lr=0.0, betas=(1 - 1e-12, 1 - 1e-12))  # a step that hardly changes the moments
+    opt.load_state_dict(torch_optimizer.state_dict())
+    opt.param_groups[0].update(betas=(1 - 1e-12, 1 - 1e-12), lr=0.0)
+    x.grad = torch.zeros_like(x)
+    opt.step()
+    for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+        torch.testing.assert_close(opt.state[x][key], before[key] * x.detach() ** power)
+    unmark(x)
+    opt.step()
+    for key, moment in before.items():
+        torch.testing.assert_close(opt.state[x][key], moment)

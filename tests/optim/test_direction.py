@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from manifold_opt import retract
 from manifold_opt.linalg import matrices
 from manifold_opt.linalg.workspace import Workspace
-from manifold_opt.optim.directions import stiefel as direction
-from manifold_opt.optim.directions.stiefel import AdamCoefficients
+from manifold_opt.manifolds import Orthogonal
+from manifold_opt.optim.directions import adam as adam_directions
+from manifold_opt.optim.directions import sgd as sgd_directions
 from manifold_opt.optim.engine.counters import Counters
 from manifold_opt.stiefel import geometry
 from manifold_opt.stiefel.retractions import RETRACTIONS
@@ -20,9 +21,9 @@ from ..reference import loop as reference
 SHAPES = SQUARE + WIDE
 METRICS = ["euclidean", "canonical"]
 RULES = {  # on square blocks, and on others
-    "sgd": (direction.sgd_square, direction.sgd_wide),
-    "element": (direction.adam_square, direction.adam_wide),
-    "block": (direction.adam_block_square, direction.adam_block_wide),
+    "sgd": (sgd_directions.sgd_square, sgd_directions.sgd_wide),
+    "element": (adam_directions.adam_square, adam_directions.adam_wide),
+    "block": (adam_directions.adam_block_square, adam_directions.adam_block_wide),
 }
 
 
@@ -32,10 +33,13 @@ def is_square(w):
 
 def returned(rule, w, g, state, ws, *, scale=1.0, metric="euclidean", finite=None, **options):
     """What a rule returns, called as a step does it: Omega from A = G W^H in a buffer, or a tangent from W and G."""
-    kind = direction.SgdOptions if rule == "sgd" else direction.AdamOptions
-    options = kind(scale=scale, metric=metric, finite=finite, **options)
+    options = {"manifold": Orthogonal(), "scale": scale, "metric": metric, "finite": finite} | options
+    if rule == "sgd":
+        options = sgd_directions.SgdOptions(**options)
+    else:
+        options = adam_directions.AdamOptions(point_ndim=2, **options)
     if is_square(w):
-        return RULES[rule][0](torch.matmul(g, w.mH, out=ws.a), state, ws, options)
+        return RULES[rule][0](w, torch.matmul(g, w.mH, out=ws.a), state, ws, options)
     return RULES[rule][1](w, g, state, ws, options)
 
 
@@ -59,7 +63,13 @@ def walk(shape, rule, references, metric, dtype, steps=6):
 
 
 def adam(step, beta1=0.9, beta2=0.999, eps=1e-8):
-    return AdamCoefficients(beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps)
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "correction1": 1 - beta1**step,
+        "correction2": 1 - beta2**step,
+        "eps": eps,
+    }
 
 
 def sgd(momentum=0.9, dampening=0.0, nesterov=False):
@@ -67,7 +77,7 @@ def sgd(momentum=0.9, dampening=0.0, nesterov=False):
 
 
 def options_of(rule, step=1, **sgd_options):
-    return sgd(**sgd_options) if rule == "sgd" else {"coefficients": adam(step)}
+    return sgd(**sgd_options) if rule == "sgd" else adam(step)
 
 
 def adam_state(w, second_moment, amsgrad=False):
@@ -103,7 +113,7 @@ def test_adam_directions_follow_the_reference(shape, metric, second_moment, amsg
     state = adam_state(torch.zeros(3, *shape, dtype=dtype), second_moment, amsgrad)
 
     def rule(w, g, step):
-        return direction_of(second_moment, w, g, state, metric=metric, coefficients=adam(step, 0.9, 0.99))
+        return direction_of(second_moment, w, g, state, metric=metric, **adam(step, 0.9, 0.99))
 
     walk(shape, rule, [reference.Adam(0.9, 0.99, 1e-8, second_moment, amsgrad) for _ in range(3)], metric, dtype)
 
@@ -168,7 +178,7 @@ def test_products_of_a_direction(variant, wide, metric, dtype):
 
 
 def first_step(second_moment, w, g):
-    return direction_of(second_moment, w, g, adam_state(w, second_moment), coefficients=adam(1))
+    return direction_of(second_moment, w, g, adam_state(w, second_moment), **adam(1))
 
 
 @pairs(shape=[(6, 6), (4, 9)], second_moment=["element", "block"], dtype=FIELDS)
@@ -177,7 +187,8 @@ def test_step_counts_and_lengths_may_be_tensors(second_moment, shape, dtype):
     w, g = point(3, *shape, dtype=dtype), gaussian(3, *shape, dtype=dtype)
     steps = torch.tensor([1.0, 1.0, 4.0], dtype=torch.float64)[:, None, None]
     betas = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.999, dtype=torch.float64)
-    tensors = AdamCoefficients(*betas, 1 - 0.9**steps, 1 - 0.999**steps, 1e-8)
+    tensors = adam(1) | {"beta1": betas[0], "beta2": betas[1]}
+    tensors |= {"correction1": 1 - 0.9**steps, "correction2": 1 - 0.999**steps}
     together = direction_of(
         second_moment,
         w,
@@ -185,14 +196,12 @@ def test_step_counts_and_lengths_may_be_tensors(second_moment, shape, dtype):
         adam_state(w, second_moment),
         scale=torch.tensor(-0.1),
         metric="canonical",
-        coefficients=tensors,
+        **tensors,
     )
     for k, step in enumerate((1, 1, 4)):
         one, gradient = w[k : k + 1], g[k : k + 1]
         state = adam_state(one, second_moment)
-        alone = direction_of(
-            second_moment, one, gradient, state, scale=-0.1, metric="canonical", coefficients=adam(step)
-        )
+        alone = direction_of(second_moment, one, gradient, state, scale=-0.1, metric="canonical", **adam(step))
         torch.testing.assert_close(together[k], alone[0], rtol=1e-6, atol=1e-9)
 
 
@@ -241,8 +250,8 @@ def test_block_moments_are_equivariant(dtype):
     state, turned_state = adam_state(w, "block"), adam_state(w, "block")
     for k in range(5):
         g = gaussian(1, 5, 5, seed=k, dtype=dtype)
-        d = direction_of("block", w, g, state, coefficients=adam(k + 1))
-        e = direction_of("block", turned, left @ g @ right, turned_state, coefficients=adam(k + 1))
+        d = direction_of("block", w, g, state, **adam(k + 1))
+        e = direction_of("block", turned, left @ g @ right, turned_state, **adam(k + 1))
         torch.testing.assert_close(e, left @ d @ right)
         w, turned = retract(w, -0.1 * d), retract(turned, -0.1 * e)
 
@@ -276,7 +285,7 @@ def test_real_values_of_complex_dtype_have_the_real_direction(shape, rule):
         state = state_of(rule, w)
         for k in range(3):
             g = gaussian(2, *shape, seed=k).to(dtype)
-            options = sgd() if rule == "sgd" else {"coefficients": adam(k + 1, eps=1e-12)}
+            options = sgd() if rule == "sgd" else adam(k + 1, eps=1e-12)
             d = direction_of(rule, w, g, state, **options)
         return d
 
@@ -349,9 +358,9 @@ def test_moments_go_into_the_frame_and_back(key, dtype):
     w = point(2, 5, 5, dtype=dtype)
     constant = 0.3 + 0.3j if dtype.is_complex else 0.3
     moment = gaussian(2, 5, 5, dtype=dtype) if key == "exp_avg" else torch.full((2, 5, 5), constant, dtype=dtype)
-    framed = direction.to_frame(w, moment, key == "exp_avg_sq")
+    framed = geometry.to_frame(w, moment, key == "exp_avg_sq")
     torch.testing.assert_close(framed, moment @ w.mH if key == "exp_avg" else moment)
-    torch.testing.assert_close(direction.from_frame(w, framed, key == "exp_avg_sq"), moment)
+    torch.testing.assert_close(geometry.from_frame(w, framed, key == "exp_avg_sq"), moment)
 
 
 @pytest.mark.parametrize("dtype", FIELDS)
@@ -366,7 +375,7 @@ def test_mean_squares_in_the_frame_are_those_of_independent_entries(dtype):
         square = torch.complex(square, scale.imag**2)
     else:
         g = g * scale
-    for change, turned in ((direction.to_frame, g @ w.mH), (direction.from_frame, g @ w)):
+    for change, turned in ((geometry.to_frame, g @ w.mH), (geometry.from_frame, g @ w)):
         expected = change(w, square[None], True)[0]
         measured = turned.real.square().mean(0)
         torch.testing.assert_close(measured, expected.real, rtol=0.15, atol=0)  # 5 deviations, sqrt(2 / 4000) each

@@ -2,12 +2,22 @@
 
 import sys
 
+import geoopt
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manifold_opt import RETRACTIONS, SGD, Adam, constraint_of, mark_orthogonal
+from manifold_opt import (
+    RETRACTIONS,
+    SGD,
+    Adam,
+    constraint_of,
+    mark_manifold,
+    mark_orthogonal,
+    mark_positive,
+    mark_unit_norm,
+)
 from manifold_opt.constraints.tag import set_constraint
 from manifold_opt.optim import base as step_module
 from manifold_opt.stiefel.rotation import CORRECTION_INTERVAL
@@ -105,6 +115,25 @@ def test_a_common_step_takes_few_operations_and_calls(case):
     assert operations(opt).count <= most_operations
     give(101)
     assert calls(opt) <= most_calls + more_calls_of_torch()
+
+
+OTHERS = {  # operations, at most; views of geoopt's functions included
+    "unit norm": (lambda x: mark_unit_norm(nn.Parameter(x)), 26),
+    "unit norm of filters": (lambda x: mark_unit_norm(nn.Parameter(x.view(8, 4, 4))), 29),
+    "positive": (lambda x: mark_positive(nn.Parameter(x.exp())), 16),
+    "geoopt's sphere": (lambda x: mark_manifold(nn.Parameter(x), geoopt.Sphere()), 42),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_step_on_other_manifolds_takes_few_operations(name):
+    make, most = OTHERS[name]
+    p = make(gaussian(8, 16, dtype=torch.float32))
+    opt = Adam([p], lr=1e-3)
+    for step in range(3):
+        p.grad = gaussian(*p.shape, dtype=torch.float32, seed=step)
+        opt.step() if step < 2 else None
+    assert operations(opt).count <= most
 
 
 def test_the_error_of_square_blocks_is_measured_in_every_fourth_step():

@@ -25,7 +25,7 @@ class Unit:
         return (x + v) / math.sqrt(float(((x + v) ** 2).sum()))
 
     def carry(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
-        return self.gradient(y, v)
+        return v  # what becomes normal of it is projected away when it is used
 
     def component_squares(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: ARG002
         return u**2
@@ -110,7 +110,7 @@ def descend(
         u = geometry.gradient(start, g)
         if rule == "sgd":
             m = u if m is None else momentum * m + (1 - dampening) * u
-            direction = u + momentum * m if nesterov else m
+            direction = geometry.project_tangent(start, u + momentum * m if nesterov else m)
         else:
             m = (1 - betas[0]) * u + (0.0 if m is None else betas[0] * m)
             square = geometry.component_squares(start, u)

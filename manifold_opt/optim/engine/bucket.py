@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +36,14 @@ class Batch(NamedTuple):
         points: views of the values, in the dtype of the computation. Updated in place.
         values: views of the values in the storage dtype; None if it is the dtype of the computation.
         moments: views of the moments, by key.
-        ws: buffers for orthogonal blocks.
+        ws: buffers.
     """
 
     rows: slice
     points: Tensor
     values: Tensor | None
     moments: dict[str, Tensor]
-    ws: Workspace | Any
+    ws: Workspace
 
 
 class Views(NamedTuple):
@@ -246,7 +246,7 @@ class Bucket:
                 points[index],
                 None if points is values else values[index],
                 {key: moment[index] for key, moment in moments.items()},
-                Workspace(pool, points[index]) if self.stiefel else None,
+                Workspace(pool, points[index]),
             )
             for index in self.chunks()
         ]
@@ -282,14 +282,12 @@ class Bucket:
         for key, entries in self.state_views.items() if self.gathers_state else ():
             if key != "step" and self._has_param_shape(entries):
                 pool.take(f"held {key}", self.stacked_shape, entries[0])
-        if not self.stiefel:
-            return
         count = next(self.chunks()).stop  # the first chunk is the largest
         like = first.new_empty(0, dtype=working_dtype(self.dtype))
-        names = "ab" if self.p == self.n else "abxy"
-        if not host_can_branch(first):
+        names = "xy" if not self.stiefel else "ab" if self.p == self.n else "abxy"
+        if self.stiefel and not host_can_branch(first):
             names += "cdefx" if self.p == self.n else "defz"
-        Workspace(pool, like, (count, self.p, self.n)).make(names)
+        Workspace(pool, like, (count, *self.point_shape)).make(names)
 
     def probe_memory(self, temporaries: int) -> None:
         """Allocate and free the step's temporaries, so that a CUDA OOM is raised before anything is written.
@@ -312,15 +310,15 @@ class Bucket:
         """Return the bytes of a chunk of points: small on the CPU, few chunks on an accelerator."""
         first = self.parameters[0]
         if host_can_branch(first):
-            return BATCH_BYTES // 4
+            return 4 * BATCH_BYTES
         return max(BATCH_BYTES, first.nbytes * len(self.parameters) // _MAX_CHUNKS)
 
     def scale(self, group: Group) -> Scalar:
-        """Return minus the learning rate for blocks that are divided by their gain."""
+        """Return minus the learning rate; for orthogonal blocks, that of blocks divided by their gain."""
         lr = group["lr"]
         if type(lr) is not float and isinstance(lr, Tensor):
             lr = lr.reshape(())
-        return -group["orthogonal_lr_scale"] / self.gain * lr
+        return -group["orthogonal_lr_scale"] / self.gain * lr if self.stiefel else -lr
 
     def steps_per_block(self) -> Tensor:
         """Return step counts ``(B, 1, ..)`` on the device of the parameters, ``(1, 1, ..)`` for one parameter."""

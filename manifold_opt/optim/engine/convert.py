@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...constraints.tag import CONSTRAINED, constraint_of, was_unmarked
 from ...linalg.precision import LOW_PRECISION, MASTER, FullPrecision, working_dtype
-from ...manifolds import Manifold, Orthogonal
+from ...manifolds import Manifold
 from ...manifolds.layout import Layout, get_points, set_points_
 from ...manifolds.records import (
     Record,
@@ -21,7 +21,6 @@ from ...manifolds.records import (
     record_to_tensor,
     serialize,
 )
-from ..directions.stiefel import from_frame, to_frame
 from ..options import describe_param
 from .optimizer import Algorithm, Group, ManifoldOptimizer
 
@@ -59,8 +58,8 @@ def converted_state(optimizer: ManifoldOptimizer, group: Group, parameter: Tenso
         return state
     check_shapes(optimizer, group, parameter, state, constraint if old is None else deserialize(old))
     if old is not None:
-        _change_frame(state, optimizer._algorithm, parameter, old, from_frame)
-    _change_frame(state, optimizer._algorithm, parameter, new, to_frame)
+        _change_frame(state, optimizer._algorithm, parameter, old, back=True)
+    _change_frame(state, optimizer._algorithm, parameter, new, back=False)
     state[CONSTRAINED] = record_to_tensor(new)
     return state
 
@@ -76,7 +75,7 @@ def _to_torch_state(
         if old is None:
             raise ValueError("the state does not say under which constraint it was held.")
         check_shapes(optimizer, group, parameter, state, deserialize(old))
-        _change_frame(state, optimizer._algorithm, parameter, old, from_frame)
+        _change_frame(state, optimizer._algorithm, parameter, old, back=True)
     except (ValueError, RuntimeError) as reason:
         warnings.warn(
             f"{type(optimizer).__name__}: the moments of an unmarked parameter of shape "
@@ -133,11 +132,13 @@ def check_shapes(
         )
 
 
-def _change_frame(state: dict[str, Any], algorithm: Algorithm, parameter: Tensor, record: Record, change: Any) -> None:
-    """Replace moments by new tensors of the parameter's shape, with ``change`` applied on square orthogonal blocks.
+def _change_frame(
+    state: dict[str, Any], algorithm: Algorithm, parameter: Tensor, record: Record, *, back: bool
+) -> None:
+    """Replace moments by new tensors of the parameter's shape, converted by :meth:`Manifold.change_frame`.
 
-    ``change`` is :func:`to_frame` or :func:`from_frame`. The frame is that of the point that the next step starts from:
-    a value off the manifold is first replaced by its nearest point.
+    The frame is that of the point that the next step starts from: a value off the manifold is first replaced by its
+    nearest point.
     """
     constraint = deserialize(record)
     if constraint is None:
@@ -150,19 +151,17 @@ def _change_frame(state: dict[str, Any], algorithm: Algorithm, parameter: Tensor
             state[key] = reshaped if reshaped is not moment else moment.clone(memory_format=torch.preserve_format)
             if moment.shape == parameter.shape:
                 framed[key] = state[key]
-    if not isinstance(constraint, Orthogonal):
+    if type(constraint).change_frame is Manifold.change_frame:
         return
     for layout in constraint.layouts(parameter.shape):
         value = state.get(MASTER, parameter.detach()) if parameter.dtype in LOW_PRECISION else parameter.detach()
-        w = get_points(layout, value).to(working_dtype(value.dtype), copy=True)
-        if w.shape[-2] != w.shape[-1]:
-            continue
-        off, values = constraint.find_off_manifold(w)
-        w[off] = values
-        w = w / constraint.gain
+        x = get_points(layout, value).to(working_dtype(value.dtype), copy=True)
+        off, values = constraint.find_off_manifold(x)
+        x[off] = values
         for key, moment in framed.items():
-            with FullPrecision(w.device.type):
-                new = change(w, get_points(layout, moment).to(w), key in algorithm.mean_squares)
+            points, is_mean_square = get_points(layout, moment).to(x), key in algorithm.mean_squares
+            with FullPrecision(x.device.type):
+                new = constraint.change_frame(x, points, mean_square=is_mean_square, back=back)
             set_points_(layout, moment, ..., new)
 
 

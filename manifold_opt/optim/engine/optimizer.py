@@ -14,6 +14,9 @@ from .counters import Counters
 
 Group = dict[str, Any]
 Lists = tuple[Any, ...]  # the lists that torch's _init_group fills for a group
+# A direction, (points, gradients, moments, workspace, options) -> step (directions/), and its options. Their ``finite``
+# is set if values cannot be read.
+Rule = tuple[Callable[..., Tensor], Any]
 GRAD_SCALER_ATTRIBUTES = ("grad_scale", "found_inf")  # set by a GradScaler on a fused optimizer during a step
 
 
@@ -21,25 +24,30 @@ class Algorithm(NamedTuple):
     """Functions and keys in which one optimizer differs from another.
 
     Attributes:
-        state_keys: keys of the moments in the state.
+        means: keys of the moments that are means of gradients.
         moments: ``group -> (keys, per_block_keys)``: keys of the moments that the options of a group need, and those
             among them with one number per block.
-        rule: ``(group, bucket) -> rule``: function and options for the directions of a bucket.
+        rule: ``(group, bucket) -> rule``: direction for the points of a bucket, and its options.
         lists: ``(optimizer, group) -> lists``: empty lists for torch's ``_init_group`` to fill.
         step_unconstrained: ``(optimizer, group, lists, has_complex_or_sparse)``: torch's own step of these parameters.
         step_free_rows: ``(optimizer, group, rows)``: torch's own step of rows outside every block.
         decoupled: whether weight decay is decoupled by default; a group may override it.
-        mean_squares: the ``state_keys`` of mean squares. All others are tangents, which are transported.
+        mean_squares: keys of the moments that are mean squares.
     """
 
-    state_keys: tuple[str, ...]
+    means: tuple[str, ...]
     moments: Callable[[Group], tuple[list[str], list[str]]]
-    rule: Callable[[Group, Any], Any]
+    rule: Callable[[Group, Any], Rule]
     lists: Callable[[Any, Group], Lists]
     step_unconstrained: Callable[[Any, Group, Lists, bool], None]
     step_free_rows: Callable[[Any, Group, Any], None]
     decoupled: bool = False
     mean_squares: tuple[str, ...] = ()
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The keys of all moments in the state."""
+        return self.means + self.mean_squares
 
 
 @dataclass(eq=False)

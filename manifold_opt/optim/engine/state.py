@@ -1,6 +1,6 @@
 """State of marked parameters: moments, float32 master copies and step counts, under the keys of torch.optim.
 
-The moments of square blocks are stored in the frame of W (directions/stiefel.py), all others as in torch.optim. One
+The moments of square blocks are stored in the frame of W (directions/sgd.py), all others as in torch.optim. One
 more entry, ``constrained``, is a tensor with the bytes of the constraint's record. It distinguishes the state from one
 of torch.optim, also in a checkpoint, and convert.py converts between the two. Other entries are left alone.
 """

@@ -1,115 +1,124 @@
-"""Update of a bucket: orthogonal blocks here, points of other manifolds in points.py.
+"""Update of a bucket, in the same way for every manifold: gradient -> direction -> step, in place.
 
-If every block of a batch has a finite gradient, all are updated in place. Otherwise the blocks with a finite gradient
-are copied out by index, updated, and written back. One comparison decides, before any weight or moment is changed.
-Where values cannot be read, all blocks are updated with masks.
+If every point of a batch has a finite gradient, all are updated in place. Otherwise the points with a finite gradient
+are copied out by a mask, updated, and written back. One comparison decides, before any weight or moment is changed.
+Where values cannot be read, all points are updated with masks.
 
-A batch (bucket.py) has points, moments and a workspace ``ws``, whose buffers a, b, c and so on are overwritten in
-every step. A rule (sgd.py, adam.py) computes a direction from the gradient and updates the moments. ``retract_``
-(stiefel/step.py) updates the points along the direction.
+A batch (bucket.py) has points, moments and a workspace ``ws``, whose buffers are overwritten in every step. The
+manifold turns the gradient into the coordinates in which moments are averaged (``frame_gradient``). A direction
+(directions/sgd.py, adam.py) updates the moments and returns a tangent. The manifold moves the points along it
+(``step_``; for orthogonal blocks, stiefel/step.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...linalg.products import host_can_branch, largest_norm, norm
+from ...linalg.products import host_can_branch, largest_norm
 from ...linalg.workspace import Workspace
-from ...stiefel.retractions import RETRACTIONS
-from ...stiefel.rotation import CORRECTION_INTERVAL
-from ...stiefel.step import Settings, retract_
+from ...manifolds import Manifold
+from ...manifolds.layout import point_any, point_norm
 from ..options import MAX_GRAD_NORM
 from .bucket import Batch, Bucket
-from .context import StepContext, finite_points
-from .optimizer import Group
-from .points import update_points
-
-# Direction for square blocks from the gradient in the frame, for others from point and gradient, and their options.
-Rule = tuple[Callable[..., Tensor], Callable[..., Tensor], Any]
+from .context import StepContext
+from .optimizer import Group, Rule
 
 
 @dataclass
 class Step:
-    """Settings of one step for all blocks of a bucket.
+    """Settings of one step for all points of a bucket.
 
     Attributes:
-        rule: direction for square blocks, direction for others, and their options.
-        retraction: settings of the retraction.
+        bucket: the bucket.
+        rule: direction and its options.
+        options: options of :meth:`Manifold.step_`.
         maximize: whether the objective is maximized.
+        penalty: factor of the L2 penalty.
         context: counters, and the attributes that a GradScaler sets.
     """
 
+    bucket: Bucket
     rule: Rule
-    retraction: Settings
+    options: Any
     maximize: bool
+    penalty: float
     context: StepContext
 
 
-def update_bucket(bucket: Bucket, group: Group, rule: Any, context: StepContext) -> None:
+def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext) -> None:
     """Update all points of a bucket."""
     views = bucket.gather(context.pool)
     gradients = bucket.gradients(context.pool)
-    if bucket.stiefel:
-        count = bucket.shared_step
-        correct = count is None or count % CORRECTION_INTERVAL[bucket.working_dtype] == 0
-        retraction = Settings(RETRACTIONS[group["retraction"]], group, context.counters.count, correct)
-        step = Step(rule, retraction, group["maximize"], context)
+    penalty, decay = _weight_decay(bucket.constraint, group, context) if group["weight_decay"] else (0.0, 0.0)
+    options = bucket.constraint.step_options(
+        group,
+        context.counters.count,
+        bucket.shared_step,
+        point_ndim=bucket.layout.point_ndim,
+        transported=context.algorithm.means,
+        decay=decay,
+    )
+    step = Step(bucket, rule, options, group["maximize"], penalty, context)
     for batch in views.batches:
         g = gradients if len(views.batches) == 1 else gradients[batch.rows]
-        if not bucket.stiefel:
-            update_points(batch, g, bucket, group, rule, context)
-        elif bucket.plain and context.grad_scale is None and not step.maximize:
+        if bucket.plain and not step.maximize and not penalty and context.grad_scale is None:
             update(batch.points, g, batch.moments, batch.ws, step)
         else:
-            _update_scaled(batch, g, bucket.gain, step)
+            _update_scaled(batch, g, step)
     if bucket.gathered:
         bucket.scatter_(views)
 
 
-def update(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
-    """Update blocks ``(B, p, n)`` and their moments in place."""
+def _weight_decay(manifold: Manifold, group: Group, context: StepContext) -> tuple[Any, Any]:
+    """Return the factor of the L2 penalty, and learning rate times decoupled weight decay; one of them is zero."""
+    if group.get("decoupled_weight_decay", context.algorithm.decoupled):
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        return 0.0, lr * group["weight_decay"] if manifold.allows_decoupled_decay else 0.0
+    return group["weight_decay"] if manifold.allows_l2_penalty else 0.0, 0.0
+
+
+def update(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """Update points ``(B, *point)`` and their moments in place."""
     if not ws.readable:
-        return _update_sync_free(w, g, moments, ws, step)
-    # The gradient in the frame of W, for square blocks.
-    a = torch.bmm(g, ws.adjoint("w", w), out=ws.a) if w.shape[-2] == w.shape[-1] else g
-    if largest_norm(a) <= MAX_GRAD_NORM[w.dtype]:
-        return _update_finite(w, g, a, moments, ws, step)
-    index = finite_points(norm(a), MAX_GRAD_NORM[w.dtype], step.context).nonzero()[:, 0]
-    if len(index) == 0:
+        return _update_sync_free(x, g, moments, ws, step)
+    manifold, (direction, options) = step.bucket.constraint, step.rule
+    a = manifold.frame_gradient(x, g, ws)
+    if largest_norm(a) <= MAX_GRAD_NORM[x.dtype]:
+        manifold.step_(x, direction(x, a, moments, ws, options), moments, ws, step.options)
         return None
-    point, gradient, state = w[index], g[index], {key: moment[index] for key, moment in moments.items()}
-    _update_finite(point, gradient, gradient if a is g else a[index], state, Workspace(None, point), step)
-    w[index] = point
+    finite = point_norm(a, step.bucket.layout.point_ndim) <= MAX_GRAD_NORM[x.dtype]  # False for NaN
+    step.context.counters.count("skipped_blocks", ~finite)
+    if not bool(finite.any()):
+        return None
+    point, state = x[finite], {key: moment[finite] for key, moment in moments.items()}
+    own = Workspace(None, point)
+    manifold.step_(point, direction(point, a[finite], state, own, options), state, own, step.options)
+    x[finite] = point
     for key, moment in state.items():
-        moments[key][index] = moment
+        moments[key][finite] = moment
     return None
 
 
-def _update_finite(w: Tensor, g: Tensor, a: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
-    """Update blocks whose gradient ``g``, and ``a`` in the frame if square, is finite: direction and retraction."""
-    square, wide, options = step.rule
-    v = wide(w, g, moments, ws, options) if a is g else square(a, moments, ws, options)
-    retract_(w, v, ws, step.retraction)
-
-
-def _update_sync_free(w: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
-    """Update blocks without reading a value: blocks that must not change get a zero gradient, and a zero step."""
-    (square, wide, options), is_square = step.rule, w.shape[-2] == w.shape[-1]
-    a = torch.bmm(g, w.mH, out=ws.a) if is_square else g
-    finite = norm(a, keepdim=True).le_(MAX_GRAD_NORM[w.dtype])  # 1, or 0 for a non-finite gradient
-    overflow = step.context.found_inf
-    active = None if overflow is None else overflow.to(w.device) == 0
-    a = a.masked_fill_(finite == 0, 0) if is_square else a.masked_fill(finite == 0, 0)  # never overwrite gradients
-    options.finite, step.retraction.finite = finite if active is None else finite * active, finite
-    v = square(a, moments, ws, options) if is_square else wide(w, a, moments, ws, options)
+def _update_sync_free(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
+    """Update points without reading a value: points that must not change get a zero gradient, and a zero step."""
+    bucket, (direction, options), overflow = step.bucket, step.rule, step.context.found_inf
+    a = bucket.constraint.frame_gradient(x, g, ws)
+    finite = point_norm(a, bucket.layout.point_ndim, keepdim=True).le_(MAX_GRAD_NORM[x.dtype])  # 1, or 0 for NaN
+    # Never overwrite a gradient.
+    a = a.masked_fill_(finite == 0, 0) if bucket.stiefel and a is not g else a.masked_fill(finite == 0, 0)
+    active = None if overflow is None else overflow.to(x.device) == 0
+    options.finite = finite if active is None else finite * active
+    step.options.finite = finite if bucket.stiefel else options.finite
+    if not bucket.stiefel:
+        step.context.counters.count("skipped_blocks", finite == 0)
+    v = direction(x, a, moments, ws, options)
     if active is not None:
-        v.mul_(active)
-    retract_(w, v, ws, step.retraction)
+        v = v.mul_(active)
+    bucket.constraint.step_(x, v, moments, ws, step.options)
 
 
 def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
@@ -117,20 +126,23 @@ def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
     g = g.to(points.dtype).resolve_conj()
     if step.context.grad_scale is not None:
         g = g / step.context.grad_scale.to(g)
-    return -g if step.maximize else g
+    g = -g if step.maximize else g
+    return g + step.penalty * points if step.penalty else g
 
 
-def _update_scaled(batch: Batch, g: Tensor, gain: float, step: Step) -> None:
-    """Update blocks with a gain or in low precision. Blocks whose value does not change keep their bits."""
-    points, values = batch.points, batch.values
-    if gain == 1 and values is not None and host_can_branch(points) and torch.equal(points.to(values.dtype), values):
+def _update_scaled(batch: Batch, g: Tensor, step: Step) -> None:
+    """Update points with a gain, in low precision or from scaled gradients. Unchanged points keep their bits."""
+    points, values, gain, dims = batch.points, batch.values, step.bucket.gain, step.bucket.layout.point_ndim
+    is_rounding = values is None or (host_can_branch(points) and torch.equal(points.to(values.dtype), values))
+    if gain == 1 and is_rounding:
         update(points, _gradient(g, points, step), batch.moments, batch.ws, step)
-        values.copy_(points)
+        if values is not None:
+            values.copy_(points)
         return
     w = torch.div(points, gain, out=batch.ws.u) if gain != 1 else points
     old = w.clone()
     update(w, _gradient(g, points, step), batch.moments, batch.ws, step)
-    changed = (w != old).any(-1, keepdim=True).any(-2, keepdim=True)
+    changed = point_any(w != old, dims)
     if gain != 1:
         points.copy_(torch.where(changed, w * gain, points))
     if values is not None:
