@@ -22,7 +22,6 @@ from ..linalg.precision import full_precision, is_full_precision, warn_if_reduce
 from ..linalg.products import host_can_branch
 from ..linalg.workspace import Pool
 from .engine.checkpoint import check_checkpoint, load_state_dict, state_dict, upgrade
-from .engine.context import StepContext
 from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists, ManifoldOptimizer
 from .engine.plan import (
     Plan,
@@ -34,7 +33,7 @@ from .engine.plan import (
     without_constrained,
 )
 from .engine.restore import restore_overwritten
-from .engine.update import update_bucket
+from .engine.update import StepContext, update_bucket
 from .metrics import metrics
 from .options import add_param_group, fill_options, merge_into_groups
 

@@ -40,7 +40,7 @@ _flat = itertools.chain.from_iterable
 _idle_state = attrgetter(TAG, "grad")  # for marked parameters without a gradient
 _tag, _gradient = attrgetter(TAG), attrgetter("grad")
 _dtype, _device, _layout = map(attrgetter, ("dtype", "device", "layout"))
-_FLAGS = ("capturable", "differentiable", "fused")  # options that change the step count, or are rejected
+_FLAGS = ("capturable", "differentiable")  # options that change the step count, or are rejected
 
 
 class Plan:

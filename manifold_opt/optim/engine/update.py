@@ -19,13 +19,31 @@ import torch
 from torch import Tensor
 
 from ...linalg.products import host_can_branch, largest_norm
-from ...linalg.workspace import Workspace
+from ...linalg.workspace import Pool, Workspace
 from ...manifolds import Manifold
 from ...manifolds.layout import point_any, point_norm
 from ..options import MAX_GRAD_NORM
 from .bucket import Batch, Bucket
-from .context import StepContext
-from .optimizer import Group, Rule
+from .counters import Counters
+from .optimizer import Algorithm, Group, Rule
+
+
+@dataclass
+class StepContext:
+    """Objects that all buckets of a step share.
+
+    Attributes:
+        pool: memory of workspaces; None in a traced graph.
+        counters: counts of skipped blocks and shortened steps.
+        algorithm: that of the optimizer.
+        grad_scale, found_inf: attributes that a GradScaler sets on a fused optimizer.
+    """
+
+    pool: Pool | None
+    counters: Counters
+    algorithm: Algorithm
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
 
 @dataclass
