@@ -33,8 +33,9 @@ class Adam(BaseOptimizer, torch.optim.Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay: as in torch.optim.Adam.
-        foreach, maximize, capturable, differentiable, fused: as in torch.optim.Adam. The last two must be off in a
-            group with marked parameters.
+        foreach, maximize, capturable, differentiable, fused: as in torch.optim.Adam. ``foreach``
+            and ``fused`` select torch's implementation for unmarked parameters; ``differentiable`` must be off in a
+            group with marked ones.
         retraction: retraction for orthogonal blocks, a name in :data:`~manifold_opt.RETRACTIONS`.
         metric: metric that defines the gradient of orthogonal blocks, ``"euclidean"`` or ``"canonical"``. On square
             blocks, the canonical gradient is twice the Euclidean one.

@@ -178,12 +178,11 @@ def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
         )
     if group["nonfinite"] not in NONFINITE:
         raise ValueError(f"{name}: nonfinite must be one of {', '.join(NONFINITE)}, got {group['nonfinite']!r}.")
-    for option in ("differentiable", "fused"):
-        if marked and group.get(option):
-            raise ValueError(
-                f"{name}: {option}=True cannot be honoured for a marked parameter. "
-                f"Give the marked parameters a group of their own with {option}=False."
-            )
+    if marked and group.get("differentiable"):
+        raise ValueError(
+            f"{name}: differentiable=True cannot be honoured for a marked parameter. "
+            "Give the marked parameters a group of their own with differentiable=False."
+        )
 
 
 # Largest Frobenius norm of the gradient of a block for which no square in a step overflows.

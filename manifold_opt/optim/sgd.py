@@ -25,7 +25,8 @@ class SGD(BaseOptimizer, torch.optim.SGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
-            as in torch.optim.SGD. The last two must be off in a group with marked parameters.
+            as in torch.optim.SGD. ``foreach`` and ``fused`` select torch's implementation for unmarked parameters;
+            ``differentiable`` must be off in a group with marked ones.
         retraction: retraction for orthogonal blocks, a name in :data:`~manifold_opt.RETRACTIONS`.
         metric: metric that defines the gradient of orthogonal blocks, ``"euclidean"`` or ``"canonical"``. On square
             blocks, the canonical gradient is twice the Euclidean one.

@@ -41,7 +41,7 @@ def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> No
     buffers = buffers or [None] * len(free)
     values, gradients = rows_and_gradients(optimizer, free)
     backups = _backups(optimizer, values, stored)
-    _sgd(group, (values, gradients, buffers), False)
+    _sgd({**group, "fused": False}, (values, gradients, buffers), False)
     for rows, buffer, new in zip(free, stored, buffers, strict=False):
         if rows.first_momentum:
             buffer.copy_(new)
@@ -160,6 +160,7 @@ def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> N
     has_complex = any(rows.parameter.is_complex() for rows in free)
     values, gradients = rows_and_gradients(optimizer, free)
     backups = _backups(optimizer, values, *moments)
-    _adam(optimizer, group, (values, gradients, *moments, *largest, steps), has_complex)
+    # The gradients are unscaled, and torch's fused functions want step counts on the device.
+    _adam(optimizer, {**group, "fused": False}, (values, gradients, *moments, *largest, steps), has_complex)
     _undo_on_overflow(optimizer, backups)
     round_to_storage(free, values)

@@ -235,7 +235,7 @@ def test_a_gradient_scaler(rule, fused, unscaled):
     model, other = net(), net()
     marked = [p for p in model.parameters() if constraint_of(p) is not None]
     free = [p for p in model.parameters() if constraint_of(p) is None]
-    opt = RULES[rule]([{"params": marked, "fused": False}, {"params": free}], fused=fused)
+    opt = RULES[rule]([*marked, *free], fused=fused)
     plain = RULES[rule](
         [{"params": [p for p in other.parameters() if (constraint_of(p) is None) == k]} for k in (False, True)]
     )

@@ -101,8 +101,8 @@ def an_option(_, opt):
     opt.param_groups[0]["retraction"] = "none such"
 
 
-def fused(_, opt):
-    opt.param_groups[0]["fused"] = True
+def differentiable(_, opt):
+    opt.param_groups[0]["differentiable"] = True
 
 
 def handed_over(net, opt):
@@ -128,7 +128,7 @@ SPOILT = [
     not_finite,
     negative,
     an_option,
-    fused,
+    differentiable,
     handed_over,
 ]
 

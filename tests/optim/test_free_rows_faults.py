@@ -75,7 +75,7 @@ def test_beside_a_fused_optimizer_and_its_gradient_scaler(name, options, reads, 
         if 0 in skipped and options.get("dampening"):
             pytest.skip("nobody may know there that the first gradient is still to come")
     (weight, stock), other = pair("candidate"), nn.Parameter(torch.ones(3))
-    opt = build(name, [{"params": [weight], "fused": False}, {"params": [other]}], **options, fused=True)
+    opt = build(name, [weight, other], **options, fused=True)
     own = build(name, [stock], torch_own=True, **options)
     for step in range(6):
         overflow = step in skipped
