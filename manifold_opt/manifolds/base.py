@@ -21,14 +21,14 @@ class StepOptions:
     """Options of :meth:`Manifold.step_` that are the same for all points of a batch.
 
     Attributes:
-        count: called with ``"skipped_blocks"`` or ``"clamped_steps"``, and a mask of these points.
+        count: called with ``skipped=`` or ``clamped=``, masks of points.
         point_ndim: number of trailing dimensions that form a point.
         transported: keys of the moments that are means of gradients, which :meth:`Manifold.step_` transports.
         decay: learning rate times decoupled weight decay.
         finite: mask of the points with a finite gradient, ``(B, 1, ..)``; the others stay. None if all are finite.
     """
 
-    count: Callable[[str, Tensor], None]
+    count: Callable[..., None]
     point_ndim: int = 0
     transported: tuple[str, ...] = ()
     decay: Scalar = 0.0
@@ -154,7 +154,7 @@ class Manifold:
     def step_options(
         self,
         group: Mapping[str, Any],  # noqa: ARG002
-        count: Callable[[str, Tensor], None],
+        count: Callable[..., None],
         steps: int | None,  # noqa: ARG002
         **shared: Any,
     ) -> Any:
@@ -181,9 +181,9 @@ class Manifold:
                 transported[key] = new
                 size = size + point_norm(new, dims, order=torch.inf, keepdim=True)
         possible = size < torch.inf
-        updated = moving & possible if options.finite is None else moving & possible & (options.finite != 0)
+        updated = moving & possible if options.finite is None else moving & possible & options.finite
         if not (ws.readable and bool(updated.all())):
-            options.count("skipped_blocks", ~possible)
+            options.count(skipped=~possible)
             y = torch.where(updated, y, x)
             transported = {key: torch.where(updated, new, moments[key]) for key, new in transported.items()}
         x.copy_(y)

@@ -112,7 +112,7 @@ class Orthogonal(Manifold):
     def step_options(
         self,
         group: Mapping[str, Any],
-        count: Callable[[str, Tensor], None],
+        count: Callable[..., None],
         steps: int | None,
         **shared: Any,  # noqa: ARG002
     ) -> Settings:

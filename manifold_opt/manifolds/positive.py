@@ -65,7 +65,7 @@ class Positive(Manifold):
         if isinstance(options.decay, Tensor) or options.decay:
             factor.mul_(decay_factor(options.decay))
         if options.finite is not None:
-            factor.masked_fill_(options.finite == 0, 1)
+            factor.masked_fill_(~options.finite, 1)
         x.mul_(factor).clamp_(*_limits(x.dtype))
 
     def project_point(self, x: Tensor) -> Tensor:

@@ -77,14 +77,17 @@ class UnitNorm(Manifold):
         if not (ws.readable and float(size.max()) < _MAX_STEP_NORM):
             length = point_norm(v, v.ndim - 1, keepdim=True)
             possible = length < torch.inf
-            options.count("skipped_blocks", ~possible)
-            possible = possible if options.finite is None else possible & (options.finite != 0)
+            options.count(skipped=~possible)
+            possible = possible if options.finite is None else possible & options.finite
             v = torch.where(possible, v * (_MAX_STEP_NORM / length).clamp_max_(1), 0)
             y = torch.add(x, v, out=ws.y)
             size = _norm(y, contiguous=True)
         # A norm that is one to rounding is not changed, so neither is a point with a zero step.
         size = torch.nn.functional.hardshrink(size.sub_(1), 2.5 * torch.finfo(x.dtype).eps).add_(1)
-        torch.div(y, size, out=x)
+        if torch.compiler.is_compiling():  # Dynamo takes no out= that is not contiguous
+            x.copy_(y / size)
+        else:
+            torch.div(y, size, out=x)
 
     def project_point(self, x: Tensor) -> Tensor:
         """Divide the slices by their norms, in float64; raise a ValueError if a slice is zero or not finite."""

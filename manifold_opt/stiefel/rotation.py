@@ -95,12 +95,13 @@ def _error_of(w: Tensor, moving: Tensor | None, *, out: Tensor) -> Tensor:
     return error if moving is None else error.mul_(moving)
 
 
-def rotate_sync_free(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new points, which steps were clipped, and which points were near the manifold.
+def rotate_sync_free(
+    w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, correct: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the new points, which steps were clipped, and which points were near the manifold (None if not measured).
 
     This is :func:`rotate_` for the case that no value may be read. All blocks get the polynomial of the highest degree,
-    longer steps are clipped to its reach, and the error is removed in every step. The eighth power of the norm of a
-    step must not overflow.
+    and longer steps are clipped to its reach. The eighth power of the norm of a step must not overflow.
     """
     eigenvalue_share = 1.0 if w.dtype.is_complex else 0.5**0.5
     reach = rotation.fits[w.dtype][-1].reach
@@ -111,6 +112,8 @@ def rotate_sync_free(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace
     factor = square.sqrt()
     change = rotation.rotation_minus_identity(omega.div_(factor.sqrt()), b.div_(factor), c.div_(square), -1, ws)
     unused = ws.b if change is omega else omega
+    if not correct:
+        return matmul_add(w, change, w, out=unused), excess > 1, None
     error = gram_minus_identity(w, out=unused)
     near = norm(error, keepdim=True) < w.shape[-1] ** 0.5  # for a larger error the correction would increase it
     change = matmul_add(change, change, error, out=ws.c, alpha=-0.5).add_(error, alpha=-0.5)

@@ -79,7 +79,7 @@ class Retraction:
         return self.max_step_norm(**options) if callable(self.max_step_norm) else self.max_step_norm
 
 
-def _count_nothing(name: str, mask: Tensor) -> None:
+def _count_nothing(**masks: Tensor) -> None:
     """Ignore what is to be counted."""
 
 
@@ -90,15 +90,15 @@ class Settings:
     Attributes:
         retraction: the retraction.
         options: values of its keyword options; others are ignored.
-        count: called with ``"skipped_blocks"`` or ``"clamped_steps"``, and a mask of these blocks.
+        count: called with ``skipped=`` or ``clamped=``, masks of blocks.
         steps: number of the step. The error of square blocks is measured, and half of it removed, in every few steps;
             in every step if it is None.
-        finite: one for a block with a finite gradient, zero for others, which stay; None if all gradients are finite.
+        finite: mask of blocks with a finite gradient, ``(B, 1, 1)``; the others stay. None if all are finite.
     """
 
     retraction: Retraction
     options: Mapping[str, Any]
-    count: Callable[[str, Tensor], None] = _count_nothing
+    count: Callable[..., None] = _count_nothing
     steps: int | None = None
     finite: Tensor | None = None
 
@@ -115,10 +115,10 @@ def retract_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None
         settings: how.
     """
     rotation, is_square = settings.retraction.rotation, w.shape[-2] == w.shape[-1]
+    correct = settings.steps is None or settings.steps % CORRECTION_INTERVAL[w.dtype] == 0
     if not ws.readable:
-        _retract_sync_free_(w, step, ws, settings)
+        _retract_sync_free_(w, step, ws, settings, correct=correct)
     elif is_square and rotation is not None:
-        correct = settings.steps is None or settings.steps % CORRECTION_INTERVAL[w.dtype] == 0
         if not rotate_(w, step, rotation, ws, correct=correct):
             _rotate_by_length_(w, step, rotation, ws, settings, correct=correct)
     else:
@@ -138,7 +138,7 @@ def _rotate_by_length_(
     """Rotate the blocks whose step is short enough for the rotation, and move the others by its fallback."""
     largest = omega.abs().amax((-2, -1), keepdim=True)
     finite = (largest < torch.inf)[:, 0, 0]
-    settings.count("skipped_blocks", ~finite)
+    settings.count(skipped=~finite)
     omega.mul_((_MAX_OMEGA_NORM / largest / omega.shape[-1]).clamp_max_(1))
     size = bounds(omega, ws)
     short = size <= rotation.fits[w.dtype][-1].reach
@@ -167,7 +167,7 @@ def _retract_any_length_(w: Tensor, v: Tensor, settings: Settings) -> None:
     new = retract_wide(w, v, settings)
     possible = (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)  # no entry of a point exceeds one
     moving = norm(v, keepdim=True) != 0
-    settings.count("skipped_blocks", moving & ~possible)
+    settings.count(skipped=moving & ~possible)
     w.copy_(torch.where(moving & possible, new, w))
 
 
@@ -181,9 +181,9 @@ def _restore_far_(w: Tensor) -> Tensor:
     return far
 
 
-def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None:
+def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings, *, correct: bool) -> None:
     """Move wide blocks in place as :func:`retract_` does, where no value may be read."""
-    retraction, count = settings.retraction, settings.count
+    retraction, clipped = settings.retraction, None
     is_square = w.shape[-2] == w.shape[-1]
     rotation = retraction.rotation if is_square else None
     v = matmul(step, w, out=ws.y) if is_square and rotation is None else step
@@ -192,18 +192,18 @@ def _retract_sync_free_(w: Tensor, step: Tensor, ws: Workspace, settings: Settin
     if rotation is not None or retraction.sync_free is not None:
         v.div_((length / LONG_STEP_NORM).clamp_min_(1))  # so that its powers cannot overflow
         if rotation is not None:
-            new, clipped, near = rotate_sync_free(w, v, rotation, ws)
+            new, clipped, near = rotate_sync_free(w, v, rotation, ws, correct=correct)
         else:
             assert retraction.sync_free is not None
             new, clipped, near = retraction.sync_free(w, v, ws)
-        possible = possible & near
-        count("clamped_steps", clipped)
+        possible = possible if near is None else possible & near
     else:
         new = retract_wide(w, v, settings)
         possible = possible & (new.abs() <= 2).all(-1, keepdim=True).all(-2, keepdim=True)
     possible = possible if settings.finite is None else possible.logical_and_(settings.finite)
-    count("skipped_blocks", ~possible)
-    moving = possible & (length > 0)
+    settings.count(skipped=~possible, clamped=clipped)
+    # A rotation without correction leaves a block with a zero step as it is.
+    moving = possible if rotation is not None and not correct else possible & (length > 0)
     if torch.compiler.is_compiling():
         w.copy_(torch.where(moving, new, w))
     else:
@@ -221,6 +221,6 @@ def retract_wide(w: Tensor, v: Tensor, settings: Settings) -> Tensor:
     else:  # the function clips it, to a length that needs no double precision
         clipped = norm(v) > LONG_STEP_NORM
     if clipped is not None:
-        settings.count("clamped_steps", clipped)
+        settings.count(clamped=clipped)
     new = retraction.function(w, v, **options)
     return newton_schulz(new) if retraction.newton_schulz_after else new

@@ -172,9 +172,9 @@ def test_counts_of_a_device_are_kept_apart_and_kept(monkeypatch):
     counts = tally.Counters()
     device = torch.device("cpu")
     counts.prepare(device)
-    counts.count("skipped_blocks", torch.tensor([True, False, True]))
+    counts.count(skipped=torch.tensor([True, False, True]))
     counts.prepare(device)  # another plan
-    counts.count("clamped_steps", torch.tensor([True]))
+    counts.count(clamped=torch.tensor([True]))
     assert (counts.total("skipped_blocks"), counts.total("clamped_steps")) == (2, 1)
 
 

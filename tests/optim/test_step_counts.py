@@ -148,16 +148,16 @@ def test_the_error_of_square_blocks_is_measured_in_every_fourth_step():
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks", "retraction", "most"),
+    ("shape", "blocks", "retraction", "most", "more"),
     [
-        ((192, 64), 3, "orthographic", 59),
-        ((192, 64), 3, "polar", 61),
-        ((192, 64), 3, "cayley", 59),
-        ((16, 64), 1, "orthographic", 65),
+        ((192, 64), 3, "orthographic", 49, CORRECTION + 2),
+        ((192, 64), 3, "polar", 51, CORRECTION + 2),
+        ((192, 64), 3, "cayley", 49, CORRECTION + 2),
+        ((16, 64), 1, "orthographic", 64, 0),
     ],
 )
-def test_a_step_that_reads_nothing_launches_few_kernels(shape, blocks, retraction, most, monkeypatch):
-    """On the meta device, as on an accelerator: steps are counted on the host."""
+def test_a_step_that_reads_nothing_launches_few_kernels(shape, blocks, retraction, most, more, monkeypatch):
+    """On the meta device, as on an accelerator: steps are counted on the host, and in every fourth the error goes."""
     monkeypatch.setattr(
         step_module, "restore_overwritten", lambda *_: None
     )  # looks at weights written to from outside only
@@ -165,10 +165,11 @@ def test_a_step_that_reads_nothing_launches_few_kernels(shape, blocks, retractio
     twin = nn.Parameter(weight.detach().to("meta"))
     set_constraint(twin, constraint_of(weight))
     opt = Adam([twin], retraction=retraction)
-    for _ in range(3):
+    counts = []
+    for _ in range(8):
         twin.grad = torch.empty_like(twin)
-        opt.step()
-    assert operations(opt).launching <= most
+        counts.append(operations(opt).launching)
+    assert counts[4:] == [most, most, most, most + more]
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)

@@ -78,7 +78,7 @@ def rotated(w, omega, name, *, correct=True):
 def shortened(w, omega, name):
     """What rotate_sync_free returns, with Omega in a buffer."""
     ws = Workspace(None, w)
-    return rotate_sync_free(w, ws.a.copy_(omega), ROTATIONS[name], ws)
+    return rotate_sync_free(w, ws.a.copy_(omega), ROTATIONS[name], ws, correct=True)
 
 
 def stepped(w, omega, name):

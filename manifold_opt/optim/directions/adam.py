@@ -257,7 +257,7 @@ def _update_metric_moments_(a: Tensor, square: Tensor, state: Moments, options: 
 
 
 def _weight(weight: Scalar, finite: Tensor | None) -> Scalar:
-    """Return the weight of a new value, zero for blocks with a non-finite gradient."""
+    """Return the weight of a new value, zero for points with a non-finite gradient."""
     return weight if finite is None else finite * weight
 
 

@@ -109,7 +109,7 @@ def update(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
         manifold.step_(x, direction(x, a, moments, ws, options), moments, ws, step.options)
         return None
     finite = point_norm(a, step.bucket.layout.point_ndim) <= MAX_GRAD_NORM[x.dtype]  # False for NaN
-    step.context.counters.count("skipped_blocks", ~finite)
+    step.context.counters.count(skipped=~finite)
     if not bool(finite.any()):
         return None
     point, state = x[finite], {key: moment[finite] for key, moment in moments.items()}
@@ -125,14 +125,16 @@ def _update_sync_free(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Work
     """Update points without reading a value: points that must not change get a zero gradient, and a zero step."""
     bucket, (direction, options), overflow = step.bucket, step.rule, step.context.found_inf
     a = bucket.constraint.frame_gradient(x, g, ws)
-    finite = point_norm(a, bucket.layout.point_ndim, keepdim=True).le_(MAX_GRAD_NORM[x.dtype])  # 1, or 0 for NaN
+    finite = point_norm(a, bucket.layout.point_ndim, keepdim=True) <= MAX_GRAD_NORM[x.dtype]  # False for NaN
     # Never overwrite a gradient.
-    a = a.masked_fill_(finite == 0, 0) if bucket.stiefel and a is not g else a.masked_fill(finite == 0, 0)
+    out = a if bucket.stiefel and a is not g else None
+    a = torch.where(finite, a, ws.zero, out=out)
     active = None if overflow is None else overflow.to(x.device) == 0
-    options.finite = finite if active is None else finite * active
-    step.options.finite = finite if bucket.stiefel else options.finite
+    taken = finite if active is None else finite & active
+    step.options.finite = finite if bucket.stiefel else taken
+    options.finite = taken.to(bucket.real_dtype)  # a factor
     if not bucket.stiefel:
-        step.context.counters.count("skipped_blocks", finite == 0)
+        step.context.counters.count(skipped=~finite)
     v = direction(x, a, moments, ws, options)
     if active is not None:
         v = v.mul_(active)
