@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import DTYPES, check_whole, float64, in_double, is_tall, skew, sym, wide
+from ..linalg.precision import working_dtype
+from ..linalg.products import gram_minus_identity, norm
 
 Metric = Literal["euclidean", "canonical"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -97,22 +99,32 @@ def random(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return points ``(..., p, n)`` from the uniform (Haar) distribution; for a complex dtype they are unitary."""
+    r"""Return points ``(..., p, n)`` from the uniform (Haar) distribution; for a complex dtype they are unitary.
+
+    The QR factorization of a Gaussian matrix reflects what remains of each column, below the rows of the earlier ones,
+    to a multiple of the first unit vector. What remains is Gaussian and independent of the earlier reflections. So the
+    reflections are drawn, and no matrix is factorized. Entries are drawn in float32 for float32 and below.
+
+    Reference: Stewart (1980), *The efficient generation of random orthogonal matrices*.
+    """
     *batch, p, n = shape
     dtype = dtype or torch.get_default_dtype()
-    gaussian = torch.randn(*batch, max(p, n), min(p, n), dtype=in_double(dtype), device=device, generator=generator)
-    q, r = torch.linalg.qr(gaussian)
-    # QR alone is not uniform: the phases of its diagonal depend on the algorithm (Mezzadri 2007).
-    q = q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)
+    drawn = torch.randn(*batch, max(p, n), min(p, n), dtype=working_dtype(dtype), device=device, generator=generator)
+    x = drawn.to(in_double(dtype)).tril()
+    pivot = x.diagonal(dim1=-2, dim2=-1)
+    size = torch.linalg.vector_norm(x, dim=-2)
+    phase = torch.where(pivot == 0, 1, pivot.sgn())
+    # The reflection of x is I - tau v v^H, v = x / (pivot + phase |x|); it moves x to -phase |x| times a unit vector.
+    q = torch.linalg.householder_product(x / (pivot + phase * size).unsqueeze(-2), 1 + (pivot.abs() / size).to(x.dtype))
+    q = q * -phase.unsqueeze(-2)
     return (q if p >= n else q.mT).to(dtype)
 
 
+@torch.no_grad()
 def error(x: Tensor) -> Tensor:
     r"""Return the distance from orthogonality, :math:`\|I - W W^\mathsf{H}\|_F` per matrix, in float64: ``(...)``."""
     x = float64(x)
-    gram = x.mH @ x if is_tall(x) else x @ x.mH
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.matrix_norm(identity - gram)
+    return norm(gram_minus_identity(x.mH if is_tall(x) else x))
 
 
 def check_metric(name: str, metric: str) -> None:

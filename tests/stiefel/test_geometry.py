@@ -154,7 +154,9 @@ def test_the_nearest_of_a_determinant(n, det, dtype):
     assert torch.equal(torch.linalg.det(q).round(), torch.full((40,), float(det), dtype=dtype))
     free = nearest_orthogonal(x)
     kept = torch.linalg.det(free).sign() == det
-    assert torch.equal(q[kept], free[kept])
+    # Two algorithms, each as exact as the condition of the smallest singular value allows.
+    allowed = 8 * (torch.finfo(dtype).eps + torch.finfo(torch.float64).eps * torch.linalg.cond(x.double()))
+    assert ((q - free).abs().amax((-2, -1)) <= allowed)[kept].all()
     others = [torch.linalg.matrix_norm(x - retract(q, tangent(q, t, seed=s))) for t in (0.1, 1.0, 3.0) for s in (2, 3)]
     for other in others:
         assert (other >= torch.linalg.matrix_norm(x - q) * (1 - 1e-6)).all()
