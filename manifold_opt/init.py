@@ -90,7 +90,7 @@ def orthogonal_(
         drawn = _SCHEMES[scheme](count, p, n, working_dtype(view.dtype), generator)
         if det is not None:
             drawn[:, -1] *= det * determinant(drawn)[:, None]
-        set_points_(layout, tensor.detach(), ..., constraint.gain * drawn.to(view))
+        set_points_(layout, tensor.detach(), ..., drawn.mul_(constraint.gain).to(view))
     return tensor
 
 

@@ -19,9 +19,10 @@ _REMEDY = "Initialize it first, for example with manifold_opt.init.orthogonal_."
 def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     r"""Return the nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
 
-    This is the polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`, by SVD in float64. Marking
-    uses it; a step of an optimizer does not. The nearest matrix of a given determinant is :math:`U D V^\top`. Here D is
-    the identity or, if that gives the other determinant, has -1 in the direction of the smallest singular value.
+    This is the polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`. It is computed in float64
+    from the eigenvalues of the Gram matrix or, for a condition above about :math:`10^5`, by SVD. Marking uses it; a
+    step of an optimizer does not. The nearest matrix of a given determinant is :math:`U D V^\top`. Here D is the
+    identity or, if that gives the other determinant, has -1 in the direction of the smallest singular value.
 
     A matrix has full rank if its smallest singular value is above ``max(p, n) * eps`` times its largest, with the eps
     of float64 for every dtype of ``x``. A square weight of 2048 rows has a condition of :math:`10^4` and more, so
@@ -81,17 +82,17 @@ def _polar_factor_of_gram(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     r"""Return the polar factors of wide ``x`` from its Gram matrix, and a mask of those that are as exact as by SVD.
 
     Let :math:`X X^\top + E = V \Sigma^2 V^\top`, where E is rounding. The rows of :math:`Y = \Sigma^{-1} V^\top X` are
-    orthonormal except for :math:`F = Y Y^\top - I`, which grows with the square of the condition. The rows of
-    :math:`V^\top X` are computed before their norms are known, so F is known to small relative errors even where it is
-    large, and the polar factor is, to first order in F,
+    orthonormal except for :math:`F = Y Y^\top - I`, which grows with the square of the condition. The rounding of Y
+    grows with the condition only, as that of an SVD does, and F is computed from Y. To first order in F, the polar
+    factor is
 
     .. math:: V (I - C) Y, \qquad C_{ij} = \frac{\sigma_j}{\sigma_i + \sigma_j} F_{ij}.
 
     This is a Newton-Schulz step with weights, which also separates the directions that E has mixed. An error of order
     :math:`\|F\|^2` remains. A factor is accepted if that is below ``eps``, or below the rounding of float64 times the
-    condition, the error of an SVD. If the condition shows that F is below ``eps``, F is not computed.
+    condition. If the condition shows that F is below ``eps``, F is not computed.
 
-    Reference: Higham (2008), *Functions of Matrices*, theorem 3.1 and section 6.1: the derivative of a square root.
+    Reference: Higham (2008), *Functions of Matrices*, section 6.1, for the derivative of the square root.
     """
     squares, v = torch.linalg.eigh(gram(x).nan_to_num(0, 0, 0))  # overflow: a zero on the diagonal, so no full rank
     rounding = max(x.shape[-2:]) * torch.finfo(x.dtype).eps

@@ -101,22 +101,23 @@ def random(
 ) -> Tensor:
     r"""Return points ``(..., p, n)`` from the uniform (Haar) distribution; for a complex dtype they are unitary.
 
-    The QR factorization of a Gaussian matrix reflects what remains of each column, below the rows of the earlier ones,
-    to a multiple of the first unit vector. What remains is Gaussian and independent of the earlier reflections. So the
-    reflections are drawn, and no matrix is factorized. Entries are drawn in float32 for float32 and below.
+    A QR factorization by reflections maps the k-th column, from row k on, to a multiple of the first unit vector. If
+    the matrix is Gaussian, then these parts of the columns are Gaussian too, and independent. So they are drawn, and no
+    matrix is factorized. For float32 and below they are drawn in float32.
 
     Reference: Stewart (1980), *The efficient generation of random orthogonal matrices*.
     """
     *batch, p, n = shape
     dtype = dtype or torch.get_default_dtype()
-    drawn = torch.randn(*batch, max(p, n), min(p, n), dtype=working_dtype(dtype), device=device, generator=generator)
-    x = drawn.to(in_double(dtype)).tril()
-    pivot = x.diagonal(dim1=-2, dim2=-1)
-    size = torch.linalg.vector_norm(x, dim=-2)
-    phase = torch.where(pivot == 0, 1, pivot.sgn())
-    # The reflection of x is I - tau v v^H, v = x / (pivot + phase |x|); it moves x to -phase |x| times a unit vector.
-    q = torch.linalg.householder_product(x / (pivot + phase * size).unsqueeze(-2), 1 + (pivot.abs() / size).to(x.dtype))
-    q = q * -phase.unsqueeze(-2)
+    drawn = torch.randn(*batch, min(p, n), max(p, n), dtype=working_dtype(dtype), device=device, generator=generator)
+    x = drawn.to(in_double(dtype)).triu_()  # the columns as rows, which LAPACK wants to be contiguous
+    first = x.diagonal(dim1=-2, dim2=-1)
+    first.masked_fill_(first == 0, 1e-30)  # one of some 2^24 draws in float32 is zero, which has no direction
+    size, phase = torch.linalg.vecdot(x, x).real.sqrt(), first.sgn()
+    # I - tau v v^H with v = x / (x_1 + phase |x|) maps x to -phase |x| times the unit vector.
+    tau = (1 + first.abs() / size).to(x.dtype)
+    x /= (first + phase * size).unsqueeze(-1)
+    q = torch.linalg.householder_product(x.mT, tau).mul_(-phase.unsqueeze(-2))
     return (q if p >= n else q.mT).to(dtype)
 
 
