@@ -17,7 +17,7 @@ from .constraints.modules import mark_attention, mark_orthogonal, mark_recurrent
 from .constraints.orthogonalize import orthogonalize_
 from .constraints.tag import constraint_of
 from .constraints.validation import unmark
-from .linalg.newton_schulz import nearest_orthogonal
+from .linalg.nearest import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .optim import SGD, Adam, AdamW
 from .optim.check import check

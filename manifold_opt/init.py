@@ -20,8 +20,9 @@ import torch
 from torch import Generator, Tensor
 
 from .constraints.tag import constraint_of
-from .linalg.matrices import check_whole, in_double
-from .linalg.newton_schulz import check_determinant, determinant
+from .linalg.matrices import check_whole
+from .linalg.nearest import check_determinant, determinant
+from .linalg.precision import working_dtype
 from .manifolds import Orthogonal
 from .manifolds.layout import get_points, overlap_problem, set_points_
 from .stiefel.geometry import random
@@ -86,10 +87,10 @@ def orthogonal_(
             check_determinant("init.orthogonal_", det, view)
     for layout, view in zip(layouts, views, strict=True):
         count, p, n = view.shape
-        drawn = _SCHEMES[scheme](count, p, n, in_double(view.dtype), generator)
+        drawn = _SCHEMES[scheme](count, p, n, working_dtype(view.dtype), generator)
         if det is not None:
             drawn[:, -1] *= det * determinant(drawn)[:, None]
-        set_points_(layout, tensor.detach(), ..., constraint.gain * drawn.to(view))
+        set_points_(layout, tensor.detach(), ..., drawn.mul_(constraint.gain).to(view))
     return tensor
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import error_at_rounding
-from ..linalg.newton_schulz import nearest_orthogonal
+from ..linalg.nearest import nearest_orthogonal
+from ..linalg.precision import working_dtype
+from ..linalg.products import norm
 from ..linalg.workspace import Workspace
 from ..stiefel.geometry import error, from_frame, riemannian_gradient, to_frame
 from ..stiefel.polar import polar
@@ -22,6 +24,7 @@ from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable
 
 Interval = tuple[int, int]
+_FAR = 0.1  # error per row, over sqrt(p), far above rounding in every dtype
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,7 +140,12 @@ class Orthogonal(Manifold):
 
     def find_off_manifold(self, x: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return a mask and the nearest points, as for any manifold; ``slack`` is an error per row."""
-        return super().find_off_manifold(x, slack * x.shape[-2] ** 0.5)
+        values, p = x.to(working_dtype(x.dtype)), x.shape[-2]
+        # The error is at least sqrt(p) times this; most values that are marked are so far off, without a Gram matrix.
+        excess = norm(values / self.gain).square() / p - 1
+        if bool((excess.abs() > slack + _FAR).all()):
+            return torch.ones_like(excess, dtype=torch.bool), self.project_point(values).to(x)
+        return super().find_off_manifold(x, slack * p**0.5)
 
     def index_of(self, point: int) -> int:
         """Return the index of a block among all blocks, marked or not."""

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import DTYPES, check_whole, float64, in_double, is_tall, skew, sym, wide
+from ..linalg.precision import working_dtype
+from ..linalg.products import gram_minus_identity, norm
 
 Metric = Literal["euclidean", "canonical"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -97,22 +99,33 @@ def random(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return points ``(..., p, n)`` from the uniform (Haar) distribution; for a complex dtype they are unitary."""
+    r"""Return points ``(..., p, n)`` from the uniform (Haar) distribution; for a complex dtype they are unitary.
+
+    A QR factorization by reflections maps the k-th column, from row k on, to a multiple of the first unit vector. If
+    the matrix is Gaussian, then these parts of the columns are Gaussian too, and independent. So they are drawn, and no
+    matrix is factorized. For float32 and below they are drawn in float32.
+
+    Reference: Stewart (1980), *The efficient generation of random orthogonal matrices*.
+    """
     *batch, p, n = shape
     dtype = dtype or torch.get_default_dtype()
-    gaussian = torch.randn(*batch, max(p, n), min(p, n), dtype=in_double(dtype), device=device, generator=generator)
-    q, r = torch.linalg.qr(gaussian)
-    # QR alone is not uniform: the phases of its diagonal depend on the algorithm (Mezzadri 2007).
-    q = q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)
+    drawn = torch.randn(*batch, min(p, n), max(p, n), dtype=working_dtype(dtype), device=device, generator=generator)
+    x = drawn.to(in_double(dtype)).triu_()  # the columns as rows, which LAPACK wants to be contiguous
+    first = x.diagonal(dim1=-2, dim2=-1)
+    first.masked_fill_(first == 0, 1e-30)  # one of some 2^24 draws in float32 is zero, which has no direction
+    size, phase = torch.linalg.vecdot(x, x).real.sqrt(), first.sgn()
+    # I - tau v v^H with v = x / (x_1 + phase |x|) maps x to -phase |x| times the unit vector.
+    tau = (1 + first.abs() / size).to(x.dtype)
+    x /= (first + phase * size).unsqueeze(-1)
+    q = torch.linalg.householder_product(x.mT, tau).mul_(-phase.unsqueeze(-2))
     return (q if p >= n else q.mT).to(dtype)
 
 
+@torch.no_grad()
 def error(x: Tensor) -> Tensor:
     r"""Return the distance from orthogonality, :math:`\|I - W W^\mathsf{H}\|_F` per matrix, in float64: ``(...)``."""
     x = float64(x)
-    gram = x.mH @ x if is_tall(x) else x @ x.mH
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.matrix_norm(identity - gram)
+    return norm(gram_minus_identity(x.mH if is_tall(x) else x))
 
 
 def check_metric(name: str, metric: str) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from manifold_opt import (
     Adam,
+    Orthogonal,
     check,
     mark_orthogonal,
     mark_recurrent,
@@ -19,7 +20,7 @@ from manifold_opt import (
 from manifold_opt.linalg.matrices import error_at_rounding
 from manifold_opt.stiefel.geometry import error, random
 
-from ..helpers import each, gaussian
+from ..helpers import each, gaussian, point
 
 INITIALIZERS = {
     "uniform_": nn.init.uniform_,
@@ -202,3 +203,15 @@ def test_rounding_does_not_choose_the_direction_that_turns(n, dtype):
     with pytest.raises(ValueError, match="not unique"):
         nearest_orthogonal(w, det=det)
     nearest_orthogonal(w, det=-det)
+
+
+def test_values_far_off_are_found_as_by_their_error():
+    """Their norm tells without a Gram matrix, but no more than the error: a slack, a gain and the dtype count."""
+    x = 3 * (1.2 * point(2, 4, 6)).bfloat16()
+    manifold = Orthogonal(gain=3.0)
+    off, nearest = manifold.find_off_manifold(x)
+    assert off.all()
+    assert torch.equal(nearest, (3 * nearest_orthogonal(x.float() / 3)).bfloat16())
+    off, nearest = manifold.find_off_manifold(x, slack=0.5)  # 1.2^2 - 1 is less
+    assert not off.any()
+    assert nearest.shape == (0, 4, 6)
