@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linalg.precision import working_dtype
 from ..linalg.workspace import Workspace
-from .layout import Layout, Shape, SliceLayout, point_any, point_norm
+from .layout import Layout, Shape, SliceLayout, point_any, point_norm, point_sum
 
 Scalar = float | Tensor
 
@@ -173,14 +173,14 @@ class Manifold:
             moving = moving | point_any(start != x, dims)
             v = self.transport(x, start, v)
         y = self.retract(start, v)
-        size = point_norm(y, dims, order=torch.inf, keepdim=True)
+        total = point_sum(y, dims)
         transported = {}
         for key in filter(moments.__contains__, options.transported):
             new = self.transport(x, y, moments[key])
             if new is not moments[key]:
                 transported[key] = new
-                size = size + point_norm(new, dims, order=torch.inf, keepdim=True)
-        possible = size < torch.inf
+                total = total + point_sum(new, dims)
+        possible = total * 0 == 0  # False for NaN and Inf
         updated = moving & possible if options.finite is None else moving & possible & options.finite
         if not (ws.readable and bool(updated.all())):
             options.count(skipped=~possible)

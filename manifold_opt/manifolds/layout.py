@@ -201,14 +201,16 @@ def set_points_(layout: Layout, tensor: Tensor, mask: Any, values: Tensor) -> No
         tensor.copy_(viewable)
 
 
-def point_norm(points: Tensor, point_ndim: int, *, order: float = 2, keepdim: bool = False) -> Tensor:
-    """Return the Euclidean norm of every point ``(B, ..., *point)`` over its last ``point_ndim`` dimensions.
-
-    With ``order=torch.inf`` it is the largest absolute value, which does not overflow.
-    """
+def point_norm(points: Tensor, point_ndim: int, *, keepdim: bool = False) -> Tensor:
+    """Return the Euclidean norm of every point ``(B, ..., *point)`` over its last ``point_ndim`` dimensions."""
     if not point_ndim:
         return points.abs()
-    return torch.linalg.vector_norm(points, order, dim=tuple(range(-point_ndim, 0)), keepdim=keepdim)
+    return torch.linalg.vector_norm(points, dim=tuple(range(-point_ndim, 0)), keepdim=keepdim)
+
+
+def point_sum(points: Tensor, point_ndim: int) -> Tensor:
+    """Return the sum of the entries of every point, ``(B, ..., 1, ..)``, which is finite only if they are."""
+    return points.sum(tuple(range(-point_ndim, 0)), keepdim=True) if point_ndim else points
 
 
 def point_any(mask: Tensor, point_ndim: int) -> Tensor:
