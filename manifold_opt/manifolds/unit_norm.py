@@ -74,20 +74,19 @@ class UnitNorm(Manifold):
         """Move points along tangents in place. A point with a zero step keeps its bits."""
         y = torch.add(x, v, out=ws.y)
         size = _norm(y, contiguous=True)
-        if not (ws.readable and float(size.max()) < _MAX_STEP_NORM):
-            length = point_norm(v, v.ndim - 1, keepdim=True)
-            possible = length < torch.inf
-            options.count(skipped=~possible)
-            possible = possible if options.finite is None else possible & options.finite
-            v = torch.where(possible, v * (_MAX_STEP_NORM / length).clamp_max_(1), 0)
-            y = torch.add(x, v, out=ws.y)
-            size = _norm(y, contiguous=True)
+        if torch.compiler.is_compiling():
+            # A sum over one number, which Inductor does not fuse with what is around it: that of torch 2.13 fails with
+            # a KeyError where it fuses several sums over a row with a write to the row.
+            size = size.cumsum(-1)
         # A norm that is one to rounding is not changed, so neither is a point with a zero step.
-        size = torch.nn.functional.hardshrink(size.sub_(1), 2.5 * torch.finfo(x.dtype).eps).add_(1)
-        if torch.compiler.is_compiling():  # Dynamo takes no out= that is not contiguous
-            x.copy_(y / size)
-        else:
-            torch.div(y, size, out=x)
+        divisor = torch.nn.functional.hardshrink(size - 1, 2.5 * torch.finfo(x.dtype).eps).add_(1)
+        if ws.readable and float(size.max()) < torch.inf:
+            torch.div(y, divisor, out=x)
+            return
+        possible = size < torch.inf
+        options.count(skipped=~possible)
+        updated = possible if options.finite is None else possible & options.finite
+        x.copy_(torch.where(updated, y / divisor, x))
 
     def project_point(self, x: Tensor) -> Tensor:
         """Divide the slices by their norms, in float64; raise a ValueError if a slice is zero or not finite."""

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from manifold_opt.manifolds.layout import get_points
 
 from ..helpers import gaussian
 from ..integration.test_lifecycle import REPLACES, saved, sent
-from .test_manifold_steps import OTHERS, OWN, RULES, build, parameter, run
+from .test_manifold_steps import OTHERS, OWN, RULES, build, give, parameter, run
 
 CONSTRAINTS = {"conv": UnitNorm(1), "head": Spectral(0.9), "scale": Positive()}
 
@@ -331,3 +332,20 @@ def test_moments_of_positive_entries_are_those_of_the_logarithm_and_come_back():
     opt.step()
     for key, moment in before.items():
         torch.testing.assert_close(opt.state[x][key], moment)
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler for C++")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_inductor_compiles_a_step(rule):
+    torch._dynamo.reset()
+    eager, traced = ([mark_unit_norm(nn.Parameter(gaussian(8, 64, dtype=torch.float32)))] for _ in range(2))
+    expected, opt = build(rule, eager, lr=1e-2), build(rule, traced, lr=torch.tensor(1e-2))
+    step = torch.compile(opt.step)
+    for k in range(3):
+        give(eager, k)
+        give(traced, k)
+        expected.step()
+        step()
+    torch.testing.assert_close(traced[0].detach(), eager[0].detach(), rtol=1e-5, atol=1e-5)
