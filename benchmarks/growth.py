@@ -1,4 +1,4 @@
-"""How the cost of a step grows: with the size of one matrix, and with the number of small ones."""
+"""How the cost of a step grows: with the size of one matrix, with the number of parameters, and of tiny blocks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from timing import DEFAULT, FLOOR, Plan, Problem, Work, side_by_side
 
 NAMES = (DEFAULT, FLOOR, "pogo", "geoopt, euclidean")
 SIZES, COUNTS, SMALL = (32, 64, 128, 256, 512, 1024, 2048), (1, 10, 100, 1000, 10_000), 16
+BLOCKS, TINY = (10, 100, 1000, 10_000, 100_000, 1_000_000), 3
+TOY_BLOCKS = (2, 4, 8)
 TOY_SIZES, TOY_COUNTS, TOY_SMALL = (2, 4, 8), (1, 2, 4), 3
 MARKS = ("o", "s", "^", "D")
 
 
 def measure(plan: Plan, *, toy: bool = False) -> dict[str, Any]:
-    """Print both panels as they come, and return ``{panel: {"x": ..., "rows": {name: {"ms", "exponent"}}}}``."""
+    """Print the panels as they come, and return ``{panel: {"x": ..., "rows": {name: {"ms", "exponent"}}}}``."""
     small = TOY_SMALL if toy else SMALL
     by_size = {n: Work(1, 1, n, n) for n in (TOY_SIZES if toy else SIZES)}
     by_count = {count: Work(count, 1, small, small) for count in (TOY_COUNTS if toy else COUNTS)}
-    panels = {"one matrix n x n": by_size, f"parameters {small} x {small}": by_count}
+    by_block = {count: Work(1, count, TINY, TINY) for count in (TOY_BLOCKS if toy else BLOCKS)}
+    panels = {
+        "one matrix n x n": by_size,
+        f"parameters {small} x {small}": by_count,
+        f"blocks {TINY} x {TINY} of one parameter": by_block,
+    }
     return {title: panel(title, works, plan) for title, works in panels.items()}
 
 
@@ -57,13 +64,13 @@ def exponent(x: list[int], y: list[float | None]) -> float | None:
 
 
 def plot(panels: dict[str, Any], path: str, caption: str) -> None:
-    """Both panels as a PNG, log-log."""
+    """All panels as a PNG, log-log."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.8), layout="constrained")
     for ax, (title, data) in zip(axes, panels.items(), strict=True):
         for mark, (name, row) in zip(MARKS, data["rows"].items(), strict=True):
             slope = "" if row["exponent"] is None else f"  (grows ^{row['exponent']:.2f})"
@@ -72,7 +79,7 @@ def plot(panels: dict[str, Any], path: str, caption: str) -> None:
             ax.loglog(data["x"], y, marker=mark, markersize=5, label=name + slope, **style)
         matrix = title.startswith("one")
         ax.set_title("one square matrix" if matrix else f"many {title}")
-        ax.set_xlabel("n" if matrix else "number of parameters")
+        ax.set_xlabel("n" if matrix else f"number of {title.split()[0]}")
         ax.set_xticks(data["x"], [f"{x:,}" for x in data["x"]])
         ax.minorticks_off()
         ax.set_ylabel("ms a step")

@@ -1,0 +1,156 @@
+"""The largest models of one machine: time to mark, time and memory of a step, beside torch.optim.Adam.
+
+    python benchmarks/scale.py --threads 2
+
+Medians over rounds in which both optimizers take turns, with new gradients in every step. Memory is given in units of
+the weights. State is what the optimizer keeps for every parameter, workspaces are kept from step to step, and the peak
+is what a step allocates and frees again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import manifold_opt
+from manifold_opt import Adam, mark_attention, mark_orthogonal, orthogonality_error
+
+Model = Callable[[], tuple[list[nn.Parameter], Callable[[], object]]]  # its parameters, and what marks them
+
+
+def blocks(parameters: int, count: int, p: int, n: int) -> Model:
+    """Parameters of equal blocks."""
+
+    def make() -> tuple[list[nn.Parameter], Callable[[], object]]:
+        start = torch.linalg.qr(torch.randn(n, p))[0].mT.contiguous()
+        weights = [nn.Parameter(start.repeat(count, 1)) for _ in range(parameters)]
+        return weights, lambda: [mark_orthogonal(w, blocks=count) for w in weights]
+
+    return make
+
+
+def heads(layers: int, size: int, count: int) -> Model:
+    """Attention layers whose query and key heads are orthogonal."""
+
+    def make() -> tuple[list[nn.Parameter], Callable[[], object]]:
+        model = nn.ModuleList(nn.MultiheadAttention(size, count) for _ in range(layers))
+        return list(model.parameters()), lambda: mark_attention(model, which="qk")
+
+    return make
+
+
+WORKS: dict[str, Model] = {
+    "100,000 blocks of 3 x 3, one parameter": blocks(1, 100_000, 3, 3),
+    "100,000 blocks of 3 x 3, 1000 parameters": blocks(1000, 100, 3, 3),
+    "1,000,000 blocks of 3 x 3, one parameter": blocks(1, 1_000_000, 3, 3),
+    "24 layers of attention, d = 1024, 16 heads": heads(24, 1024, 16),
+    "4096 x 4096": blocks(1, 1, 4096, 4096),
+}
+TOYS: dict[str, Model] = {"20 blocks": blocks(2, 10, 3, 3), "2 layers of attention": heads(2, 16, 2)}
+
+
+class Peak(TorchDispatchMode):
+    """Bytes that are allocated at a time, of what is allocated while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._known |= {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            storage = made.untyped_storage() if isinstance(made, Tensor) else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+
+def measure(make: Model, rounds: int) -> dict[str, float]:
+    """Return the figures of one model."""
+    torch.manual_seed(0)
+    ours, mark = make()
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    began = time.perf_counter()
+    mark()
+    figures = {"mark, s": time.perf_counter() - began}
+    optimizers = {"ours": Adam(ours, lr=1e-3), "torch": torch.optim.Adam(theirs, lr=1e-3)}
+    spent: dict[str, list[float]] = {name: [] for name in optimizers}
+    for k in range(rounds + 2):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine) / mine.shape[-1] ** 0.5
+            other.grad = mine.grad.clone()
+        for name, opt in optimizers.items():
+            if k == rounds + 1:
+                with Peak() as peak:
+                    opt.step()
+                figures[f"peak, {name}"] = peak.peak
+            else:
+                began = time.perf_counter()
+                opt.step()
+                spent[name].append(1000 * (time.perf_counter() - began))
+    weights = sum(p.nbytes for p in ours)
+    for name, opt in optimizers.items():
+        figures[f"step, {name}, ms"] = statistics.median(spent[name][1:])  # without the first, which makes the plan
+        figures[f"state, {name}"] = _state_bytes(opt) / weights
+        figures[f"peak, {name}"] /= weights
+    figures["workspaces"] = optimizers["ours"]._engine.plan.pool.nbytes() / weights  # type: ignore[attr-defined]
+    figures["error"] = max(orthogonality_error(p) for p in ours if manifold_opt.constraint_of(p) is not None)
+    return figures
+
+
+def _state_bytes(opt: torch.optim.Optimizer) -> int:
+    tensors = [x for state in opt.state.values() for x in state.values() if isinstance(x, Tensor)]
+    return sum(x.nbytes for x in tensors)
+
+
+COLUMNS = {
+    "mark, s": "{:.2f}",
+    "step, ours, ms": "{:.2f}",
+    "step, torch, ms": "{:.2f}",
+    "state, ours": "{:.2f}",
+    "workspaces": "{:.2f}",
+    "peak, ours": "{:.2f}",
+    "state, torch": "{:.2f}",
+    "peak, torch": "{:.2f}",
+    "error": "{:.1e}",
+}
+
+
+def main() -> None:
+    """Print one row per model, as a table of Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--toy", action="store_true", help="small models, 2 rounds: does it run?")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"manifold_opt {manifold_opt.__version__}, torch {torch.__version__}, {args.threads} threads\n")
+    print("| | " + " | ".join(COLUMNS) + " |")
+    print("|---|" + "---:|" * len(COLUMNS))
+    for name, make in (TOYS if args.toy else WORKS).items():
+        figures = measure(make, 2 if args.toy else args.rounds)
+        print(
+            f"| {name} | " + " | ".join(form.format(figures[key]) for key, form in COLUMNS.items()) + " |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
