@@ -20,9 +20,10 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
     r"""Return the nearest matrix with orthonormal rows or columns in Frobenius norm, for each matrix of a batch.
 
     This is the polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`. It is computed in float64
-    from the eigenvalues of the Gram matrix or, for a condition above about :math:`10^5`, by SVD. Marking uses it; a
-    step of an optimizer does not. The nearest matrix of a given determinant is :math:`U D V^\top`. Here D is the
-    identity or, if that gives the other determinant, has -1 in the direction of the smallest singular value.
+    from the eigenvalues of the Gram matrix or, for a condition above about :math:`10^5` (float32: :math:`10^6`), by
+    SVD. Marking uses it; a step of an optimizer does not. The nearest matrix of a given determinant is :math:`U D
+    V^\top`. Here D is the identity or, if that gives the other determinant, has -1 in the direction of the smallest
+    singular value.
 
     A matrix has full rank if its smallest singular value is above ``max(p, n) * eps`` times its largest, with the eps
     of float64 for every dtype of ``x``. A square weight of 2048 rows has a condition of :math:`10^4` and more, so

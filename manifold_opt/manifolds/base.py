@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linalg.precision import working_dtype
 from ..linalg.workspace import Workspace
-from .layout import Layout, Shape, SliceLayout, point_any, point_norm, point_sum
+from .layout import Layout, Shape, SliceLayout, point_any, point_max, point_sum
 
 Scalar = float | Tensor
 
@@ -23,7 +23,7 @@ class StepOptions:
     Attributes:
         count: called with ``skipped=`` or ``clamped=``, masks of points.
         point_ndim: number of trailing dimensions that form a point.
-        transported: keys of the moments that are means of gradients, which :meth:`Manifold.step_` transports.
+        transported: keys of the moments that are means of gradients; the default ``step_`` transports them.
         decay: learning rate times decoupled weight decay.
         finite: mask of the points with a finite gradient, ``(B, 1, ..)``; the others stay. None if all are finite.
     """
@@ -34,14 +34,19 @@ class StepOptions:
     decay: Scalar = 0.0
     finite: Tensor | None = None
 
+    def impossible(self, possible: Tensor) -> Tensor:
+        """Return a mask of the points with a finite gradient for which a step is not possible."""
+        return ~possible if self.finite is None else ~possible & self.finite
+
 
 class Manifold:
     r"""Constraint of a parameter to a manifold, kept by a retraction.
 
     Every method takes a batch of points ``x``, ``(B, ..., *point)``, treats each point independently and has no side
-    effects. A subclass is a frozen dataclass whose fields are numbers, strings or tuples of them, so that a checkpoint
-    can record it. It implements at least :meth:`riemannian_gradient`, :meth:`retract`, :meth:`project_point`
-    and :meth:`error`. An entry in :data:`~manifold_opt.MANIFOLDS` registers it by name.
+    effects, except for those whose names end in an underscore. A subclass is a frozen dataclass whose fields are
+    numbers, strings or tuples of them, so that a checkpoint can record it. It implements at least
+    :meth:`riemannian_gradient`, :meth:`retract`, :meth:`project_point` and :meth:`error`. An entry in
+    :data:`~manifold_opt.MANIFOLDS` registers it by name.
 
     Attributes:
         point_ndim: number of trailing dimensions of a parameter that form one point; the others are batch dimensions.
@@ -50,6 +55,7 @@ class Manifold:
             :math:`(1 - t) x` is a point too.
         allows_l2_penalty: True if an L2 penalty applies, through its gradient.
         allows_complex: True if complex parameters are supported.
+        frame_is_bounded: True if :meth:`frame_gradient` is never longer than the gradient.
         point_name: name of a point in error messages.
 
     >>> from dataclasses import dataclass
@@ -78,7 +84,17 @@ class Manifold:
     allows_decoupled_decay = False
     allows_l2_penalty = False
     allows_complex = False
+    frame_is_bounded = False
     point_name = "point"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take the defaults of the in-place functions where a subclass has changed the functions they stand for."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if any(name in own for name in _GEOMETRY) and cls.__base__ is not Manifold:
+            for name in _IN_PLACE:
+                if name not in own:
+                    setattr(cls, name, getattr(Manifold, name))
 
     def layouts(self, shape: Shape) -> tuple[Layout, ...]:  # noqa: ARG002
         """Return the layouts of the points in a parameter of this shape; by default its last dimensions are a point.
@@ -147,6 +163,10 @@ class Manifold:
         """Return :meth:`project_tangent` of a direction in these coordinates. ``d`` may be overwritten."""
         return self.project_tangent(x, d)
 
+    def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
+        """Return True if :meth:`change_frame` converts moments of points of this shape."""
+        return False
+
     def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:  # noqa: ARG002
         """Convert a moment of the Euclidean gradient to these coordinates, or ``back``."""
         return moment
@@ -164,10 +184,11 @@ class Manifold:
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Any) -> None:
         """Move points along tangents ``v`` in place, and transport their moments.
 
-        A point with a zero step keeps its bits. So does a point whose result is not finite, which is counted.
+        A point with a zero step keeps its bits. So does a point whose result is not finite, which is counted; its
+        moments have been updated already, and are not transported.
         """
         dims, start = options.point_ndim, x
-        moving = point_norm(v, dims, keepdim=True) > 0
+        moving = point_max(v, dims) > 0
         if isinstance(options.decay, Tensor) or options.decay:
             start = x * decay_factor(options.decay)
             moving = moving | point_any(start != x, dims)
@@ -183,7 +204,7 @@ class Manifold:
         possible = total * 0 == 0  # False for NaN and Inf
         updated = moving & possible if options.finite is None else moving & possible & options.finite
         if not (ws.readable and bool(updated.all())):
-            options.count(skipped=~possible)
+            options.count(skipped=options.impossible(possible))
             y = torch.where(updated, y, x)
             transported = {key: torch.where(updated, new, moments[key]) for key, new in transported.items()}
         x.copy_(y)
@@ -218,6 +239,10 @@ class Manifold:
     def config(self) -> tuple[Any, ...]:
         """Return the values of the fields, as a checkpoint records them."""
         return tuple(getattr(self, field) for field in getattr(self, "__dataclass_fields__", ()))
+
+
+_GEOMETRY = ("riemannian_gradient", "retract", "project_tangent", "transport", "component_squares")
+_IN_PLACE = ("frame_gradient", "frame_squares", "project_direction_", "step_", "has_frame", "change_frame")
 
 
 def decay_factor(t: Scalar) -> Scalar:

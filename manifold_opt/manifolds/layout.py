@@ -202,7 +202,10 @@ def set_points_(layout: Layout, tensor: Tensor, mask: Any, values: Tensor) -> No
 
 
 def point_norm(points: Tensor, point_ndim: int, *, keepdim: bool = False) -> Tensor:
-    """Return the Euclidean norm of every point ``(B, ..., *point)`` over its last ``point_ndim`` dimensions."""
+    """Return the Euclidean norm of every point ``(B, ..., *point)`` over its last ``point_ndim`` dimensions.
+
+    For points that are numbers these are their absolute values, with or without ``keepdim``.
+    """
     if not point_ndim:
         return points.abs()
     return torch.linalg.vector_norm(points, dim=tuple(range(-point_ndim, 0)), keepdim=keepdim)
@@ -211,6 +214,12 @@ def point_norm(points: Tensor, point_ndim: int, *, keepdim: bool = False) -> Ten
 def point_sum(points: Tensor, point_ndim: int) -> Tensor:
     """Return the sum of the entries of every point, ``(B, ..., 1, ..)``, which is finite only if they are."""
     return points.sum(tuple(range(-point_ndim, 0)), keepdim=True) if point_ndim else points
+
+
+def point_max(points: Tensor, point_ndim: int) -> Tensor:
+    """Return the largest absolute value of the entries of every point, ``(B, ..., 1, ..)``."""
+    size = points.abs()
+    return size.amax(tuple(range(-point_ndim, 0)), keepdim=True) if point_ndim else size
 
 
 def point_any(mask: Tensor, point_ndim: int) -> Tensor:

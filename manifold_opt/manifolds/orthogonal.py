@@ -106,10 +106,12 @@ class Orthogonal(Manifold):
         r"""Return :math:`G W^\top` in ``ws.a`` for square blocks, the gradient itself for others."""
         return torch.bmm(g, ws.adjoint("w", x), out=ws.a) if x.shape[-2] == x.shape[-1] else g
 
+    def has_frame(self, shape: Shape) -> bool:
+        """Return True for square blocks."""
+        return shape[-2] == shape[-1]
+
     def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
         """Convert a moment to that of the gradient in the frame of square blocks, or ``back``."""
-        if x.shape[-2] != x.shape[-1]:
-            return moment
         return (from_frame if back else to_frame)(x / self.gain, moment, mean_square)
 
     def step_options(

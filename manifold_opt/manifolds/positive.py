@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..linalg.matrices import float64
 from ..linalg.workspace import Workspace
 from .base import Manifold, StepOptions, decay_factor
+from .layout import Shape
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Positive(Manifold):
         """Return ``d``."""
         return d
 
+    def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
+        """Return True."""
+        return True
+
     def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
         r"""Multiply a moment by the derivative of x by :math:`\log x`, which is x, or divide it by that."""
         scale = x * x if mean_square else x
@@ -61,11 +67,17 @@ class Positive(Manifold):
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: StepOptions) -> None:  # noqa: ARG002
         """Add ``v`` to the logarithms in place. A point with a zero step keeps its bits."""
+        if not (ws.readable and math.isfinite(float(v.sum()))):
+            possible = v * 0 == 0
+            options.count(skipped=options.impossible(possible))
+            updated = possible if options.finite is None else possible & options.finite
+        else:
+            updated = None
         factor = torch.exp(v, out=ws.y)
         if isinstance(options.decay, Tensor) or options.decay:
             factor.mul_(decay_factor(options.decay))
-        if options.finite is not None:
-            factor.masked_fill_(~options.finite, 1)
+        if updated is not None:
+            factor.masked_fill_(~updated, 1)
         x.mul_(factor).clamp_(*_limits(x.dtype))
 
     def project_point(self, x: Tensor) -> Tensor:

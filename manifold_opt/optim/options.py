@@ -185,7 +185,7 @@ def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
         )
 
 
-# Largest Frobenius norm of the gradient of a block for which no square in a step overflows.
+# Largest norm of the gradient of a point, also in the coordinates of its moments, for which no square overflows.
 MAX_GRAD_NORM = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYPES}
 
 

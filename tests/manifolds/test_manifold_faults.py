@@ -4,6 +4,7 @@ import copy
 import itertools
 from dataclasses import dataclass
 
+import geoopt
 import pytest
 import torch
 from torch import nn
@@ -15,9 +16,11 @@ from manifold_opt import (
     check,
     constraint_of,
     mark_manifold,
+    mark_orthogonal,
     mark_positive,
     mark_spectral,
     mark_unit_norm,
+    unmark,
 )
 from manifold_opt import project_to_manifold_ as project_model
 from manifold_opt.manifolds import Positive, Spectral, UnitNorm
@@ -320,3 +323,155 @@ def test_the_cases_are_of_every_kind():
     kinds = {type(case.manifold) for case in CASES.values()}
     assert {UnitNorm, Spectral, Positive} <= kinds
     assert copy.deepcopy(CASES["unit rows"].manifold) == CASES["unit rows"].manifold
+
+
+# What a review of the common step path found.
+
+
+def test_a_step_that_is_not_a_number_is_skipped_and_counted():
+    """Adam with eps=0 and a zero gradient: zero over zero. The other entry moves as it would alone."""
+    p, alone = (mark_positive(nn.Parameter(torch.tensor(x))) for x in ([1.0, 2.0], [2.0]))
+    opt, other = Adam([p], lr=0.1, eps=0.0), Adam([alone], lr=0.1, eps=0.0)
+    p.grad, alone.grad = torch.tensor([0.0, 1.0]), torch.tensor([1.0])
+    opt.step()
+    other.step()
+    assert torch.equal(p, torch.stack([torch.tensor(1.0), alone.detach()[0]]))
+    assert opt.metrics()["skipped_blocks"] == 1
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_point_that_float16_cannot_hold_is_left(reads, monkeypatch):
+    if not reads:
+        never_read(monkeypatch)
+    start = torch.tensor([[6e4, 0.0], [0.0, 6e4]], dtype=torch.float16)
+    p = mark_spectral(nn.Parameter(start.clone()), bound=1e5)
+    opt = SGD([p], lr=3e4)
+    p.grad = -torch.ones(2, 2, dtype=torch.float16)
+    opt.step()
+    assert torch.equal(p, start)
+    assert torch.equal(opt.state[p]["master"], start.float())
+    assert opt.metrics()["skipped_blocks"] == 1
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_normal_gradient_beyond_the_limit_is_a_fault(reads, monkeypatch):
+    """Its tangent part is the rounding of a projection, and passes the limit."""
+    if not reads:
+        never_read(monkeypatch)
+    p = mark_unit_norm(nn.Parameter(gaussian(2, 50, dtype=torch.float32)))
+    start, opt = p.detach().clone(), Adam([p], lr=0.1)
+    p.grad = start * torch.tensor([[1e20], [1.0]])
+    opt.step()
+    assert torch.equal(p[0], start[0])
+    assert not opt.state[p]["exp_avg"][0].any()
+    assert opt.metrics()["skipped_blocks"] == 1
+
+
+def test_rows_with_one_large_entry_stay_on_the_manifold():
+    """torch's norm sums them with an error that grows with their length."""
+    for n in (512, 513, 4090):
+        x = torch.rand(60, n, generator=torch.Generator().manual_seed(0))
+        x[:, 0] = 50 * (1 + x[:, 0])
+        p = mark_unit_norm(nn.Parameter(x))
+        opt = SGD([p], lr=1.0)
+        for step in range(4):
+            p.grad = 1e-3 * gaussian(60, n, dtype=torch.float32, seed=step)
+            opt.step()
+        assert float(UnitNorm().error(p.detach()).max()) <= UnitNorm().tolerance(p.detach())
+        before, p.grad = p.detach().clone(), torch.zeros_like(p)
+        opt.step()
+        assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("make", [mark_unit_norm, mark_spectral], ids=["unit norm", "spectral"])
+def test_a_step_that_a_scaler_skips_counts_nothing(make, monkeypatch):
+    """In the first one Adam's bias correction is zero."""
+    never_read(monkeypatch)
+    p = make(nn.Parameter(gaussian(4, 5, dtype=torch.float32)))
+    start, opt = p.detach().clone(), Adam([p], lr=0.1)
+    opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert torch.equal(p, start)
+    assert opt.metrics()["skipped_blocks"] == 0
+
+
+def test_a_step_below_the_root_of_the_smallest_number_is_taken():
+    p = mark_spectral(nn.Parameter(torch.zeros(3, 4)))
+    p.grad = torch.full((3, 4), 1e-30)
+    SGD([p], lr=1.0).step()
+    assert torch.equal(p, -p.grad)
+
+
+@dataclass(frozen=True)
+class Level(Manifold):
+    """Vectors of equal entries, whose tangents are views with stride zero."""
+
+    point_ndim = 1
+
+    def riemannian_gradient(self, x, g):  # noqa: ARG002
+        return g.mean(-1, keepdim=True).expand_as(g)
+
+    def retract(self, x, v):
+        return x + v
+
+    def project_point(self, x):
+        return x.mean(-1, keepdim=True).expand_as(x).clone()
+
+    def error(self, x):
+        return (x.double() - x.double().mean(-1, keepdim=True)).abs().amax(-1)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_tangents_may_be_expanded(rule, monkeypatch):
+    never_read(monkeypatch)
+    p = mark_manifold(nn.Parameter(torch.ones(2, 3)), Level())
+    opt = build(rule, [p], lr=0.1)
+    opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(0.0)
+    p.grad = gaussian(2, 3, dtype=torch.float32)
+    opt.step()
+    assert float(Level().error(p.detach()).max()) < 1e-6
+    assert not torch.equal(p, torch.ones(2, 3))
+
+
+def test_a_subclass_that_changes_the_geometry_is_followed():
+    @dataclass(frozen=True)
+    class Below(Positive):
+        def retract(self, x, v):
+            return super().retract(x, v).clamp_max(2.0)
+
+    @dataclass(frozen=True)
+    class Still(UnitNorm):
+        def riemannian_gradient(self, x, g):  # noqa: ARG002
+            return 0 * g
+
+    below, still = (
+        mark_manifold(nn.Parameter(x), manifold) for x, manifold in ((torch.ones(3), Below()), (torch.eye(3), Still()))
+    )
+    opt = SGD([below, still], lr=5.0)
+    below.grad, still.grad = -torch.ones(3), torch.ones(3, 3)
+    opt.step()
+    assert torch.equal(below, torch.full((3,), 2.0))
+    assert torch.equal(still, torch.eye(3))
+
+
+def test_moments_that_need_no_conversion_survive_a_value_without_a_nearest_point():
+    p = mark_orthogonal(nn.Parameter(gaussian(2, 4, dtype=torch.float32)))
+    opt = Adam([p], lr=0.01)
+    p.grad = gaussian(2, 4, dtype=torch.float32, seed=1)
+    opt.step()
+    unmark(p)
+    p.data.zero_()
+    opt.step()
+    assert float(opt.state[p]["step"]) == 2
+
+
+def test_a_number_per_point_is_known_with_several_batch_dimensions():
+    p = mark_manifold(nn.Parameter(nn.functional.normalize(gaussian(2, 3, 5), dim=-1)), geoopt.Sphere())
+    opt = Adam([p], lr=0.1, second_moment="block")
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert float(opt.state[p]["step"]) == 2

@@ -108,6 +108,8 @@ class Bucket:
         self.blocks = self.points_per_param * len(self.parameters)
         self.point_shape = points.shape[1:]
         self.stiefel = isinstance(self.constraint, Orthogonal)
+        # The gradient in the frame may overflow though the gradient does not. That of orthogonal blocks has its norm.
+        self.tests_frame = not self.stiefel and not self.constraint.frame_is_bounded
         self.p, self.n = self.point_shape if self.stiefel else (1, self.point_shape.numel())
         self.gain = self.constraint.gain if isinstance(self.constraint, Orthogonal) else 1.0
         # Values and gradients need no conversion before an update.
@@ -270,7 +272,8 @@ class Bucket:
         """Add ``steps`` to the step counts: 1, or 0 if a GradScaler skips the step."""
         self.steps.add_(steps)  # type: ignore[union-attr]
         if self.shared_step is not None:
-            self.shared_step += 1
+            # A step that a GradScaler skips adds a tensor, zero, to a count on the host.
+            self.shared_step = int(self.steps[0]) if isinstance(steps, Tensor) else self.shared_step + 1  # type: ignore[index]
         if self.counted_version is not None:
             self.counted_version = self.steps._version  # type: ignore[union-attr]
 

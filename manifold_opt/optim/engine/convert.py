@@ -114,7 +114,7 @@ def check_shapes(
     """Raise a RuntimeError unless every moment has one entry per entry of the parameter, or one per point."""
     if constraint is None:
         return
-    points = sum(len(get_points(layout, parameter.detach())) for layout in constraint.layouts(parameter.shape))
+    points = sum(_point_count(layout, parameter.detach()) for layout in constraint.layouts(parameter.shape))
     for key in optimizer._algorithm.state_keys:
         moment = state.get(key)
         if isinstance(moment, Tensor) and moment.shape != parameter.shape and moment.numel() not in (1, points):
@@ -130,6 +130,11 @@ def check_shapes(
             f"{describe_param(group, parameter)} has shape {tuple(count.shape)}; it must be one number. "
             "del opt.state[param] resets it."
         )
+
+
+def _point_count(layout: Layout, parameter: Tensor) -> int:
+    points = get_points(layout, parameter)
+    return points.shape[: points.ndim - layout.point_ndim].numel()
 
 
 def _change_frame(
@@ -151,10 +156,10 @@ def _change_frame(
             state[key] = reshaped if reshaped is not moment else moment.clone(memory_format=torch.preserve_format)
             if moment.shape == parameter.shape:
                 framed[key] = state[key]
-    if type(constraint).change_frame is Manifold.change_frame:
-        return
     for layout in constraint.layouts(parameter.shape):
         value = state.get(MASTER, parameter.detach()) if parameter.dtype in LOW_PRECISION else parameter.detach()
+        if not constraint.has_frame(get_points(layout, value).shape):
+            continue
         x = get_points(layout, value).to(working_dtype(value.dtype), copy=True)
         off, values = constraint.find_off_manifold(x)
         x[off] = values

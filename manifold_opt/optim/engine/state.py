@@ -1,8 +1,9 @@
 """State of marked parameters: moments, float32 master copies and step counts, under the keys of torch.optim.
 
-The moments of square blocks are stored in the frame of W (directions/sgd.py), all others as in torch.optim. One
-more entry, ``constrained``, is a tensor with the bytes of the constraint's record. It distinguishes the state from one
-of torch.optim, also in a checkpoint, and convert.py converts between the two. Other entries are left alone.
+The moments are those of the gradient in the coordinates of the manifold (:meth:`Manifold.frame_gradient`): for square
+blocks in the frame of W, for rectangular ones those of torch.optim. One more entry, ``constrained``, is a tensor with
+the bytes of the constraint's record. It distinguishes the state from one of torch.optim, also in a checkpoint, and
+convert.py converts between the two. Other entries are left alone.
 """
 
 from __future__ import annotations

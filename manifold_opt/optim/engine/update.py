@@ -21,7 +21,7 @@ from torch import Tensor
 from ...linalg.products import host_can_branch, largest_norm
 from ...linalg.workspace import Pool, Workspace
 from ...manifolds import Manifold
-from ...manifolds.layout import point_any, point_norm
+from ...manifolds.layout import point_any, point_max, point_norm
 from ..options import MAX_GRAD_NORM
 from .bucket import Batch, Bucket
 from .counters import Counters
@@ -105,10 +105,13 @@ def update(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
         return _update_sync_free(x, g, moments, ws, step)
     manifold, (direction, options) = step.bucket.constraint, step.rule
     a = manifold.frame_gradient(x, g, ws)
-    if largest_norm(a) <= MAX_GRAD_NORM[x.dtype]:
+    size = largest_norm(a if step.bucket.stiefel else g)
+    if step.bucket.tests_frame and a is not g:
+        size += largest_norm(a)
+    if size <= MAX_GRAD_NORM[x.dtype]:
         manifold.step_(x, direction(x, a, moments, ws, options), moments, ws, step.options)
         return None
-    finite = point_norm(a, step.bucket.layout.point_ndim) <= MAX_GRAD_NORM[x.dtype]  # False for NaN
+    finite = _finite(g, a, step.bucket, keepdim=False)
     step.context.counters.count(skipped=~finite)
     if not bool(finite.any()):
         return None
@@ -121,11 +124,19 @@ def update(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
     return None
 
 
+def _finite(g: Tensor, a: Tensor, bucket: Bucket, *, keepdim: bool) -> Tensor:
+    """Return a mask of the points with a finite gradient ``g``, also as ``a`` in the frame, whose square is finite."""
+    size = point_norm(a if bucket.stiefel else g, bucket.layout.point_ndim, keepdim=keepdim)
+    if bucket.tests_frame and a is not g:
+        size = torch.maximum(size, point_norm(a, bucket.layout.point_ndim, keepdim=keepdim))
+    return size <= MAX_GRAD_NORM[bucket.working_dtype]  # False for NaN
+
+
 def _update_sync_free(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
     """Update points without reading a value: points that must not change get a zero gradient, and a zero step."""
     bucket, (direction, options), overflow = step.bucket, step.rule, step.context.found_inf
     a = bucket.constraint.frame_gradient(x, g, ws)
-    finite = point_norm(a, bucket.layout.point_ndim, keepdim=True) <= MAX_GRAD_NORM[x.dtype]  # False for NaN
+    finite = _finite(g, a, bucket, keepdim=True)
     # Never overwrite a gradient.
     out = a if bucket.stiefel and a is not g else None
     a = torch.where(finite, a, ws.zero, out=out)
@@ -137,7 +148,7 @@ def _update_sync_free(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Work
         step.context.counters.count(skipped=~finite)
     v = direction(x, a, moments, ws, options)
     if active is not None:
-        v = v.mul_(active)
+        v = torch.where(active, v, 0)
     bucket.constraint.step_(x, v, moments, ws, step.options)
 
 
@@ -153,8 +164,9 @@ def _gradient(g: Tensor, points: Tensor, step: Step) -> Tensor:
 def _update_scaled(batch: Batch, g: Tensor, step: Step) -> None:
     """Update points with a gain, in low precision or from scaled gradients. Unchanged points keep their bits."""
     points, values, gain, dims = batch.points, batch.values, step.bucket.gain, step.bucket.layout.point_ndim
+    in_range = step.bucket.stiefel or step.bucket.dtype != torch.float16  # else a point may be too large to be stored
     is_rounding = values is None or (host_can_branch(points) and torch.equal(points.to(values.dtype), values))
-    if gain == 1 and is_rounding:
+    if gain == 1 and in_range and is_rounding:
         update(points, _gradient(g, points, step), batch.moments, batch.ws, step)
         if values is not None:
             values.copy_(points)
@@ -163,6 +175,12 @@ def _update_scaled(batch: Batch, g: Tensor, step: Step) -> None:
     old = w.clone()
     update(w, _gradient(g, points, step), batch.moments, batch.ws, step)
     changed = point_any(w != old, dims)
+    if not in_range:
+        assert values is not None
+        lost = point_max(points.to(values.dtype), dims) == torch.inf
+        step.context.counters.count(skipped=lost)
+        points.copy_(torch.where(lost, old, points))
+        changed = changed & ~lost
     if gain != 1:
         points.copy_(torch.where(changed, w * gain, points))
     if values is not None:
