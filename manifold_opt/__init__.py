@@ -19,8 +19,9 @@ from .constraints.tag import constraint_of
 from .constraints.validation import unmark
 from .linalg.nearest import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
-from .optim import SGD, Adam, AdamW
+from .optim.adam import Adam, AdamW
 from .optim.check import check
+from .optim.sgd import SGD
 from .stiefel.geometry import riemannian_gradient
 from .stiefel.retractions import RETRACTIONS, retract
 from .stiefel.step import Retraction
