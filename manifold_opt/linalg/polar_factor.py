@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .matrices import wide
 from .polynomials import INVERSE_SQRT, polynomial
-from .products import gram, gram_minus_identity, largest_norm, matmul, matmul_add, norm
-from .workspace import Workspace
+from .products import Workspace, gram, gram_minus_identity, largest_norm, matmul, matmul_add, norm
 
 
 @wide

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .products import matmul_add
-from .workspace import Workspace
+from .products import Workspace, matmul_add
 
 
 class Fit(NamedTuple):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .products import global_precision
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # dtypes of parameters that have a float32 master copy
 MASTER = "master"  # state key of the master copy
 _BACKENDS: tuple[Any, ...] = tuple(
@@ -43,9 +45,9 @@ class FullPrecision:
 
     def __enter__(self) -> None:
         self._autocast.__enter__()
-        if _global_precision() != "highest":
+        if global_precision() != "highest":
             self._per_backend = [backend.fp32_precision for backend in _BACKENDS]
-            self._global = _global_precision()
+            self._global = global_precision()
             if self._global is not None:
                 torch.set_float32_matmul_precision("highest")
             for backend in _BACKENDS:
@@ -58,14 +60,6 @@ class FullPrecision:
             inherited = value == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else value
         self._autocast.__exit__(*error)
-
-
-def is_full_precision(device_types: set[str]) -> bool:
-    """Return True if the current settings run float32 matmuls in full float32 on all these device types."""
-    for device_type in device_types:
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            return False
-    return _global_precision() == "highest"
 
 
 def full_precision(device_types: set[str]) -> AbstractContextManager[Any]:
@@ -86,17 +80,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-def _global_precision() -> str | None:
-    """Return the global matmul precision; None if torch raises because backends have different settings."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
 def warn_if_reduced_precision() -> None:
     """Warn if the matmul precision is reduced in a compiled step, which cannot change the setting."""
-    if _global_precision() != "highest":
+    if global_precision() != "highest":
         warnings.warn(
             "A compiled step of manifold_opt multiplies in the precision of "
             "torch.set_float32_matmul_precision, which is not 'highest': the weights are orthogonal to that precision "

@@ -1,10 +1,12 @@
-"""Matrix products of batches ``(B, p, n)``, real or complex, and a test whether Python may read values.
+"""Matrix products of batches ``(B, p, n)``, real or complex, and the buffers that they are written to.
 
-Gram matrices use the conjugate transpose.
+Gram matrices use the conjugate transpose. Two functions tell how the products of a step may be computed: whether Python
+may read values, and whether float32 is multiplied in full float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +18,7 @@ READ_ON_CPU = True  # tests set it to False to run steps on the CPU as on an acc
 _SPLIT_MIN_ROWS = 384  # above, computing half of a Gram matrix and copying the rest takes 0.62 to 0.80 of the time
 _LONG_MIN_COLUMNS, _LONG_MAX_ROWS = 8192, 128  # Gram matrices of such sizes are summed in float64 to limit rounding
 _CHUNK_COLUMNS = 1024  # columns that are summed in the dtype of the matrix
+SQUARE, WIDE = "abcdef", "uwxyz"  # names of buffers (B, p, p) and (B, p, n)
 _SLABS = 4  # row slabs of a Gram matrix: (1 + 1/4) / 2 of the work remains
 
 
@@ -25,6 +28,22 @@ def host_can_branch(x: Tensor) -> bool:
     Reading is free on the CPU. It synchronizes with an accelerator, and breaks a graph that is being traced.
     """
     return READ_ON_CPU and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def is_full_precision(device_types: set[str]) -> bool:
+    """Return True if the current settings run float32 matmuls in full float32 on all these device types."""
+    for device_type in device_types:
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            return False
+    return global_precision() == "highest"
+
+
+def global_precision() -> str | None:
+    """Return the global matmul precision; None if torch raises because backends have different settings."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def real_view(x: Tensor) -> Tensor:
@@ -101,3 +120,90 @@ def _slabs(p: int) -> Iterator[tuple[slice, slice, slice]]:
     for i in range(_SLABS):
         start, stop = p * i // _SLABS, p * (i + 1) // _SLABS
         yield slice(start, stop), slice(0, start), slice(0, stop)
+
+
+class Pool:
+    """Memory of the workspaces of one optimizer: one flat buffer per name, dtype and device, shared by all of them.
+
+    >>> import torch
+    >>> from manifold_opt.linalg.products import Pool, Workspace
+    >>> pool = Pool()
+    >>> first, second = (Workspace(pool, torch.zeros(count, 2, 3)) for count in (4, 2))
+    >>> first.x.shape, second.x.shape, second.a.shape
+    (torch.Size([4, 2, 3]), torch.Size([2, 2, 3]), torch.Size([2, 2, 2]))
+    >>> first.x.data_ptr() == second.x.data_ptr()  # the same memory
+    True
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._size: dict[tuple[bool, torch.dtype, torch.device], int] = {}
+
+    def reserve(self, like: Tensor, square: int, wide: int) -> None:
+        """Set a minimum size, in entries, for buffers that are allocated later: square ones and wide ones."""
+        for is_square, size in ((True, square), (False, wide)):
+            key = (is_square, like.dtype, like.device)
+            self._size[key] = max(size, self._size.get(key, 0))
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return the buffer ``name`` as a tensor of this shape, with the dtype and device of ``like``."""
+        size, key = 1, (name, like.dtype, like.device)
+        for length in shape:
+            size *= length
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < size:
+            reserved = self._size.get((name in SQUARE, like.dtype, like.device), 0)
+            flat = self._flat[key] = torch.empty(max(size, reserved), dtype=like.dtype, device=like.device)
+        return flat[:size].view(shape)
+
+    def nbytes(self) -> int:
+        """Return the number of allocated bytes."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
+class Workspace:
+    """Buffers for a batch of wide matrices ``(B, p, n)`` or of other points, each allocated on first use.
+
+    Attributes:
+        a, b, c, d, e, f: ``(B, p, p)``, for matrices.
+        u, w, x, y, z: ``(B, p, n)``, or the shape of the batch.
+        readable: whether Python may read values of the batch.
+    """
+
+    def __init__(self, pool: Pool | None, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
+        shape = tuple(like.shape) if shape is None else shape
+        self.readable = host_can_branch(like)
+        self._pool, self._like = pool, like.new_empty(0)
+        self._adjoints: dict[str, Tensor] = {}
+        self._zero: Tensor | None = None
+        self._square, self._wide = (*shape[:2], shape[1]) if len(shape) == 3 else (), shape
+        if pool is not None:
+            pool.reserve(like, math.prod(self._square), math.prod(shape))
+
+    def __getattr__(self, name: str) -> Tensor:
+        if len(name) != 1 or name not in SQUARE + WIDE:
+            raise AttributeError(name)
+        shape = self._square if name in SQUARE else self._wide
+        pool = self._pool
+        buffer = self._like.new_empty(shape) if pool is None else pool.take(name, shape, self._like)
+        setattr(self, name, buffer)
+        return buffer
+
+    @property
+    def zero(self) -> Tensor:
+        """The number zero, with the dtype and device of the batch."""
+        if self._zero is None:
+            self._zero = self._like.new_zeros(())
+        return self._zero
+
+    def adjoint(self, name: str, x: Tensor) -> Tensor:
+        """Return the view ``x.mH``, cached under ``name``. A name must always be used for the same tensor."""
+        try:
+            return self._adjoints[name]
+        except KeyError:
+            return self._adjoints.setdefault(name, x.mH)
+
+    def make(self, names: str) -> None:
+        """Allocate these buffers now, so that an out-of-memory error is raised before a step writes anything."""
+        for name in names:
+            getattr(self, name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.precision import working_dtype
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace
 from .layout import Layout, Shape, SliceLayout, point_any, point_max, point_sum
 
 Scalar = float | Tensor

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..linalg.matrices import error_at_rounding
 from ..linalg.nearest import nearest_orthogonal
 from ..linalg.precision import working_dtype
-from ..linalg.products import norm
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace, norm
 from ..stiefel.geometry import error, from_frame, riemannian_gradient, to_frame
 from ..stiefel.polar import polar
 from ..stiefel.retractions import RETRACTIONS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import float64
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace
 from .base import Manifold, StepOptions, decay_factor
 from .layout import Shape
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
+from ..linalg.products import Workspace
 from ..linalg.singular_values import MAX_BOUND, MIN_BOUND, clip_singular_values_, is_inside_ball, tolerance
-from ..linalg.workspace import Workspace
 from .base import Manifold
 from .layout import BlockLayout, Shape
 

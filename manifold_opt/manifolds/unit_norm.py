@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace
 from .base import Manifold, StepOptions
 from .layout import Shape, SliceLayout, point_norm
 

@@ -18,9 +18,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..constraints import tag
-from ..linalg.precision import full_precision, is_full_precision, warn_if_reduced_precision, without_autocast
-from ..linalg.products import host_can_branch
-from ..linalg.workspace import Pool
+from ..linalg.precision import full_precision, warn_if_reduced_precision, without_autocast
+from ..linalg.products import Pool, host_can_branch, is_full_precision
 from .engine.checkpoint import check_checkpoint, load_state_dict, state_dict, upgrade
 from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists, ManifoldOptimizer
 from .engine.plan import (

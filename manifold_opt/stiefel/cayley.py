@@ -13,9 +13,7 @@ from torch import Tensor
 
 from ..linalg.matrices import skew
 from ..linalg.newton_schulz import newton_schulz
-from ..linalg.polynomials import fits_by_dtype, interpolate, polynomial
-from ..linalg.products import matmul_add
-from ..linalg.workspace import Workspace
+from ..linalg.polynomials import fits_by_dtype, interpolate
 from .geometry import coordinates
 from .long_steps import in_double_if_long
 from .polar import polar
@@ -86,9 +84,4 @@ def _solve_shifted_skew(s: Tensor, k: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.mH, y, upper=True)
 
 
-def _rotation_minus_identity(omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace) -> Tensor:
-    s = polynomial(INVERSE[b.dtype][k].coefficients, b, c, ws, out=ws.d)
-    return matmul_add(omega, s, omega, out=b).add_(s, alpha=2)
-
-
-ROTATION = Rotation(_rotation_minus_identity, INVERSE)
+ROTATION = Rotation(INVERSE, c_over_s=2.0)

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.newton_schulz import spectral_bound
-from ..linalg.polynomials import Fit, fits_by_dtype, polynomial
-from ..linalg.products import matmul_add
-from ..linalg.workspace import Workspace
+from ..linalg.polynomials import Fit, fits_by_dtype
 from .geometry import Metric, coordinates
 from .long_steps import in_double_if_long
 from .rotation import Rotation
@@ -78,10 +76,4 @@ COS = fits_by_dtype(_taylor(0), *_REACHES)  # cos(x^(1/2)) - 1
 SINC = fits_by_dtype(_taylor(1), *_REACHES)  # sin(x^(1/2)) / x^(1/2) - 1
 
 
-def _rotation_minus_identity(omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace) -> Tensor:
-    s = polynomial(SINC[b.dtype][k].coefficients, b, c, ws, out=ws.d, spare=ws.x)
-    rotation = matmul_add(omega, s, omega, out=ws.x)
-    return polynomial(COS[b.dtype][k].coefficients, b, c, ws, out=rotation, onto=rotation)
-
-
-ROTATION = Rotation(_rotation_minus_identity, COS)
+ROTATION = Rotation(COS, sine_fits=SINC)

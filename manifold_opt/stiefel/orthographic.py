@@ -9,10 +9,7 @@ Reference: Absil & Malick (2012), *Projection-like retractions on matrix manifol
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..linalg.polynomials import fits_by_dtype, interpolate, polynomial
-from ..linalg.workspace import Workspace
+from ..linalg.polynomials import fits_by_dtype, interpolate
 from . import polar
 from .rotation import Rotation
 
@@ -34,8 +31,4 @@ SQRT = fits_by_dtype(  # (1 - x)^(1/2) - 1, up to 0.7^2
 )
 
 
-def _rotation_minus_identity(omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace) -> Tensor:
-    return polynomial(SQRT[b.dtype][k].coefficients, b, c, ws, out=omega, onto=omega)
-
-
-ROTATION = Rotation(_rotation_minus_identity, SQRT, fallback=polar.ROTATION)
+ROTATION = Rotation(SQRT, fallback=polar.ROTATION)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.polar_factor import polar_factor, polar_factor_, polar_sync_free
-from ..linalg.polynomials import INVERSE_SQRT, polynomial
-from ..linalg.products import host_can_branch, largest_norm, matmul_add, norm
-from ..linalg.workspace import Workspace
+from ..linalg.polynomials import INVERSE_SQRT
+from ..linalg.products import Workspace, host_can_branch, largest_norm, norm
 from .long_steps import LONG_STEP_NORM, in_double_if_long
 from .rotation import OFF_MANIFOLD, Rotation
 
@@ -45,9 +44,4 @@ def polar_(w: Tensor, v: Tensor, ws: Workspace) -> bool:
     return polar_factor_(torch.add(w, v, out=ws.x), out=w, ws=ws, expected=expected)
 
 
-def _rotation_minus_identity(omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace) -> Tensor:
-    s = polynomial(INVERSE_SQRT[b.dtype][k].coefficients, b, c, ws, out=ws.d)
-    return matmul_add(omega, s, omega, out=b).add_(s)
-
-
-ROTATION = Rotation(_rotation_minus_identity, INVERSE_SQRT)
+ROTATION = Rotation(INVERSE_SQRT, c_over_s=1.0)

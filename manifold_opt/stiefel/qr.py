@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.polynomials import Fit, Fits
-from ..linalg.products import gram
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace, gram
 from .long_steps import in_double_if_long
 from .rotation import CORRECTION_INTERVAL, Rotation
 
@@ -35,7 +34,7 @@ def qr(w: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, x, upper=False)
 
 
-def _rotation_minus_identity(omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace) -> Tensor:  # noqa: ARG001
+def _rotation_minus_identity(omega: Tensor, b: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG001
     b.diagonal(dim1=-2, dim2=-1).add_(1)
     omega.diagonal(dim1=-2, dim2=-1).add_(1)
     rotation = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(b)[0], omega, upper=False)
@@ -44,4 +43,4 @@ def _rotation_minus_identity(omega: Tensor, b: Tensor, c: Tensor | None, k: int,
 
 
 _UP_TO_ONE: Fits = {dtype: (Fit(reach=1.0, coefficients=()),) for dtype in CORRECTION_INTERVAL}
-ROTATION = Rotation(_rotation_minus_identity, _UP_TO_ONE)
+ROTATION = Rotation(_UP_TO_ONE, function=_rotation_minus_identity)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..linalg.matrices import is_tall, skew
 from ..linalg.polar_factor import polar_sync_free
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace
 from . import cayley, exponential, orthogonalizer, orthographic, polar, qr
 from .geometry import Metric, check_metric, check_pair
 from .step import Retraction, Settings, retract_, retract_wide

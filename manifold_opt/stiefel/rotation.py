@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.matrices import float64
-from ..linalg.polynomials import Fits
-from ..linalg.products import gram, gram_minus_identity, largest_norm, matmul_add, norm
-from ..linalg.workspace import Workspace
+from ..linalg.polynomials import Fits, polynomial
+from ..linalg.products import Workspace, gram, gram_minus_identity, largest_norm, matmul_add, norm
 
 # Number of steps from one measurement of the error of W to the next.
 CORRECTION_INTERVAL = {torch.float32: 4, torch.complex64: 4, torch.float64: 2, torch.complex128: 2}
@@ -36,14 +35,18 @@ class Rotation(NamedTuple):
     """How a retraction moves square blocks if their steps are short.
 
     Attributes:
-        rotation_minus_identity: ``(omega, b, c, k, ws) -> Q - I``, computed with the k-th polynomials. ``b`` is B and
-            ``c`` is B^2, or None for polynomials of degree 1. It may overwrite ``omega`` and ``b``.
-        fits: the polynomials by dtype, each with the largest eigenvalue of B for which it is accurate.
+        fits: polynomials of c by dtype, each with the largest eigenvalue of B for which it is accurate. With
+            ``c_over_s`` they are polynomials of s.
+        c_over_s: the constant ratio c / s, if there is one.
+        sine_fits: polynomials of s. None if s is zero, or given by ``c_over_s``.
+        function: ``(omega, b, ws) -> Q - I``, in place of polynomials. ``b`` is B. It may overwrite both.
         fallback: the Rotation that moves blocks with a longer step; None if the function of the retraction does.
     """
 
-    rotation_minus_identity: Callable[[Tensor, Tensor, Tensor | None, int, Workspace], Tensor]
     fits: Fits
+    c_over_s: float | None = None
+    sine_fits: Fits | None = None
+    function: Callable[[Tensor, Tensor, Workspace], Tensor] | None = None
     fallback: Rotation | None = None
 
 
@@ -75,7 +78,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
     while size > fits[k].reach:
         k += 1
     moving = norm(b, keepdim=True) != 0 if correct and len(b) > 1 else None
-    change = rotation.rotation_minus_identity(omega, b, c, k, ws)
+    change = rotation_minus_identity(rotation, omega, b, c, k, ws)
     unused = ws.b if change is omega else omega
     if correct and size > 0:
         error = _error_of(w, moving, out=unused)
@@ -87,6 +90,26 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
         change.add_(error, alpha=-0.5)
     w.add_(torch.bmm(change, w, out=unused))
     return True
+
+
+def rotation_minus_identity(
+    rotation: Rotation, omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace
+) -> Tensor:
+    r"""Return :math:`Q - I = c(B) + (I + s(B))\,\Omega`, computed with the k-th polynomials.
+
+    ``c`` is B^2, or None for polynomials of degree 1. ``omega`` and ``b`` are overwritten.
+    """
+    if rotation.function is not None:
+        return rotation.function(omega, b, ws)
+    coefficients = rotation.fits[b.dtype][k].coefficients
+    if rotation.c_over_s is not None:
+        s = polynomial(coefficients, b, c, ws, out=ws.d)
+        return matmul_add(omega, s, omega, out=b).add_(s, alpha=rotation.c_over_s)
+    if rotation.sine_fits is None:
+        return polynomial(coefficients, b, c, ws, out=omega, onto=omega)
+    s = polynomial(rotation.sine_fits[b.dtype][k].coefficients, b, c, ws, out=ws.d, spare=ws.x)
+    turned = matmul_add(omega, s, omega, out=ws.x)
+    return polynomial(coefficients, b, c, ws, out=turned, onto=turned)
 
 
 def _error_of(w: Tensor, moving: Tensor | None, *, out: Tensor) -> Tensor:
@@ -110,7 +133,8 @@ def rotate_sync_free(
     excess = norm(c, keepdim=True).mul_(eigenvalue_share / reach**2)  # (bound on the eigenvalues of B / reach)^2
     square = excess.clamp_min(1)
     factor = square.sqrt()
-    change = rotation.rotation_minus_identity(omega.div_(factor.sqrt()), b.div_(factor), c.div_(square), -1, ws)
+    omega, b, c = omega.div_(factor.sqrt()), b.div_(factor), c.div_(square)
+    change = rotation_minus_identity(rotation, omega, b, c, -1, ws)
     unused = ws.b if change is omega else omega
     if not correct:
         return matmul_add(w, change, w, out=unused), excess > 1, None

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.newton_schulz import newton_schulz
-from ..linalg.products import gram_minus_identity, host_can_branch, matmul, norm
-from ..linalg.workspace import Workspace
+from ..linalg.products import Workspace, gram_minus_identity, host_can_branch, matmul, norm
 from .geometry import transport
 from .long_steps import LONG_STEP_NORM, RetractionFn, clip_step
 from .rotation import CORRECTION_INTERVAL, Rotation, bounds, restore_, rotate_, rotate_sync_free

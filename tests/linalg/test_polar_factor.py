@@ -11,7 +11,7 @@ from manifold_opt.linalg import matrices
 from manifold_opt.linalg.newton_schulz import spectral_bound
 from manifold_opt.linalg.polar_factor import polar_factor, polar_factor_, polar_sync_free
 from manifold_opt.linalg.polynomials import INVERSE_SQRT
-from manifold_opt.linalg.workspace import Workspace
+from manifold_opt.linalg.products import Workspace
 from manifold_opt.optim.engine.counters import Counters
 from manifold_opt.stiefel import geometry
 from manifold_opt.stiefel.retractions import RETRACTIONS

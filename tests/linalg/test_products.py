@@ -8,6 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from manifold_opt import SGD, Adam, mark_orthogonal
 from manifold_opt.linalg import matrices
 from manifold_opt.linalg.products import (
+    SQUARE,
+    WIDE,
+    Pool,
+    Workspace,
     gram,
     gram_minus_identity,
     host_can_branch,
@@ -17,7 +21,6 @@ from manifold_opt.linalg.products import (
     norm,
     real_view,
 )
-from manifold_opt.linalg.workspace import SQUARE, WIDE, Pool, Workspace
 from manifold_opt.stiefel import geometry
 
 from ..helpers import DTYPES, FIELDS, UNITARY, UNMOVED, each, gaussian, never_read, pairs, point, rounding

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import retract
 from manifold_opt.linalg import matrices
-from manifold_opt.linalg.workspace import Workspace
+from manifold_opt.linalg.products import Workspace
 from manifold_opt.manifolds import Orthogonal
 from manifold_opt.optim.directions import adam as adam_directions
 from manifold_opt.optim.directions import sgd as sgd_directions

@@ -117,6 +117,37 @@ def test_a_common_step_takes_few_operations_and_calls(case):
     assert calls(opt) <= most_calls + more_calls_of_torch()
 
 
+LAYERS = ["linalg", "stiefel", "manifolds", "constraints", "optim"]
+
+
+def test_a_step_enters_ten_modules_and_calls_downwards():
+    """docs/contributing.md lists them in order."""
+    gru = nn.GRU(16, 16)
+    mark_orthogonal(gru.weight_hh_l0, blocks=3)
+    opt = Adam([gru.weight_hh_l0], lr=1e-3)
+    entered, upwards = set(), []
+
+    def layer(frame):
+        name = frame.f_globals.get("__name__", "").split(".")
+        return LAYERS.index(name[1]) if name[0] == "manifold_opt" and name[1] in LAYERS else None
+
+    def profile(frame, event, argument):  # noqa: ARG001
+        if event == "call" and layer(frame) is not None:
+            entered.add(frame.f_globals["__name__"])
+            if layer(frame.f_back) is not None and layer(frame) > layer(frame.f_back):
+                upwards.append((frame.f_back.f_code.co_name, frame.f_code.co_name))
+
+    for step in range(6):
+        gru.weight_hh_l0.grad = gaussian(48, 16, dtype=torch.float32, seed=step)
+        sys.setprofile(profile if step == 5 else None)
+        try:
+            opt.step()
+        finally:
+            sys.setprofile(None)
+    assert len(entered) <= 10
+    assert upwards == []
+
+
 OTHERS = {  # operations, at most; views of geoopt's functions included
     "unit norm": (lambda x: mark_unit_norm(nn.Parameter(x)), 26),
     "unit norm of filters": (lambda x: mark_unit_norm(nn.Parameter(x.view(8, 4, 4))), 29),

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, retract
 from manifold_opt.linalg import matrices
 from manifold_opt.linalg.polynomials import polynomial
-from manifold_opt.linalg.workspace import Workspace
+from manifold_opt.linalg.products import Workspace
 from manifold_opt.optim.engine.counters import Counters
 from manifold_opt.stiefel import geometry
 from manifold_opt.stiefel.retractions import RETRACTIONS
@@ -23,6 +23,7 @@ from manifold_opt.stiefel.rotation import (
     restore_,
     rotate_,
     rotate_sync_free,
+    rotation_minus_identity,
 )
 from manifold_opt.stiefel.step import Settings, retract_
 
@@ -163,7 +164,7 @@ def test_what_is_added_is_rounded_relative_to_the_step(length, dtype, name):
     omega = skew(2, 8, 8, dtype=dtype, bound=length**2)
     k = next(k for k, reach in enumerate(reaches(name, dtype)) if length**2 <= reach)
     ws, b = Workspace(None, omega), omega @ omega.mH
-    turn = ROTATIONS[name].rotation_minus_identity(ws.a.copy_(omega), ws.b.copy_(b), ws.c.copy_(b @ b), k, ws)
+    turn = rotation_minus_identity(ROTATIONS[name], ws.a.copy_(omega), ws.b.copy_(b), ws.c.copy_(b @ b), k, ws)
     off = 0.5 if k else length**2 / reaches(name, dtype)[0]
     allowed = torch.finfo(dtype).eps * (4 * length + off)
     torch.testing.assert_close(turn.to(torch.complex128), turn_of(omega, name), rtol=0, atol=allowed)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ...linalg.products import host_can_branch, matmul_add, norm, real_view
-from ...linalg.workspace import Workspace
+from ...linalg.products import Workspace, host_can_branch, matmul_add, norm, real_view
 from ...manifolds import Manifold
 from ...manifolds.layout import point_norm
 from ...stiefel.geometry import Metric

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...linalg.products import host_can_branch, matmul, matmul_add
-from ...linalg.workspace import Workspace
+from ...linalg.products import Workspace, host_can_branch, matmul, matmul_add
 from ...stiefel.geometry import Metric
 
 Scalar = float | Tensor

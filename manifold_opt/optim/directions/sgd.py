@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...linalg.products import norm
-from ...linalg.workspace import Workspace
+from ...linalg.products import Workspace, norm
 from ...manifolds import Manifold
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ...linalg.precision import LOW_PRECISION, MASTER, working_dtype
-from ...linalg.products import host_can_branch
-from ...linalg.workspace import Pool, Workspace
+from ...linalg.products import Pool, Workspace, host_can_branch
 from ...manifolds import Manifold, Orthogonal
 from ...manifolds.layout import BlockLayout, Layout, get_points, is_viewable, point_norm
 from .optimizer import Group

@@ -14,7 +14,7 @@ from ...constraints import tag as constraint
 from ...constraints.persistence import register_table
 from ...constraints.tag import CONSTRAINED, TAG, constraint_of
 from ...linalg import products
-from ...linalg.workspace import Pool
+from ...linalg.products import Pool
 from ...stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ...stiefel.retractions import RETRACTIONS
 from ..options import (

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...linalg.products import host_can_branch, largest_norm
-from ...linalg.workspace import Pool, Workspace
+from ...linalg.products import Pool, Workspace, host_can_branch, largest_norm
 from ...manifolds import Manifold
 from ...manifolds.layout import point_any, point_max, point_norm
 from ..options import MAX_GRAD_NORM
