@@ -174,7 +174,7 @@ class Workspace:
         shape = tuple(like.shape) if shape is None else shape
         self.readable = host_can_branch(like)
         self._pool, self._like = pool, like.new_empty(0)
-        self._adjoints: dict[str, Tensor] = {}
+        self._adjoints: dict[str, tuple[Tensor, Tensor]] = {}
         self._zero: Tensor | None = None
         self._square, self._wide = (*shape[:2], shape[1]) if len(shape) == 3 else (), shape
         if pool is not None:
@@ -197,11 +197,10 @@ class Workspace:
         return self._zero
 
     def adjoint(self, name: str, x: Tensor) -> Tensor:
-        """Return the view ``x.mH``, cached under ``name``. A name must always be used for the same tensor."""
-        try:
-            return self._adjoints[name]
-        except KeyError:
-            return self._adjoints.setdefault(name, x.mH)
+        """Return the view ``x.mH``, cached under ``name`` for as long as it is asked for the same tensor."""
+        if name not in self._adjoints or self._adjoints[name][0] is not x:
+            self._adjoints[name] = (x, x.mH)
+        return self._adjoints[name][1]
 
     def make(self, names: str) -> None:
         """Allocate these buffers now, so that an out-of-memory error is raised before a step writes anything."""

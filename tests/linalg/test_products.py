@@ -252,3 +252,12 @@ def test_many_tiny_blocks_move_as_few(optimizer, options, retraction, p, n, gain
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
     assert float(geometry.error(together / gain).max()) < 2 * rounding(together)
     assert all(moment.is_contiguous() and bool(moment.isfinite().all()) for moment in moments)
+
+
+def test_an_adjoint_is_kept_for_its_tensor_only():
+    """A direction may return another tensor than the buffer that was given to it."""
+    ws = Workspace(Pool(), torch.empty(2, 3, 3, dtype=torch.complex64))
+    first, second = (gaussian(2, 3, 3, dtype=torch.complex64, seed=k) for k in (1, 2))
+    assert ws.adjoint("x", first) is ws.adjoint("x", first)
+    assert torch.equal(ws.adjoint("x", second), second.mH)
+    assert torch.equal(ws.adjoint("x", first), first.mH)
