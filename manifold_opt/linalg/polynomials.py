@@ -99,8 +99,9 @@ def polynomial(
 ) -> Tensor:
     r"""Write ``onto`` :math:`+ c_1 B + c_2 B^2 + \dots` to ``out`` and return it.
 
-    Horner's rule in C = B^2 needs one product for every two degrees above the second: every level is
-    :math:`c_k (B + (c_{k+1} / c_k)\, C)` plus C times the level above it. ``spare`` is overwritten, or B if it is None.
+    Horner's rule in C = B^2 needs one product for every two degrees above the second: every level is :math:`c_k (B +
+    (c_{k+1} / c_k)\, C)` plus C times the level above it. The factor of the uppermost level is applied in the product
+    that follows. ``coefficients[k]`` is :math:`c_{k+1}`. ``spare`` is overwritten, or B if it is None.
     """
     degree = len(coefficients)
     if onto is None:

@@ -18,7 +18,7 @@ READ_ON_CPU = True  # tests set it to False to run steps on the CPU as on an acc
 _SPLIT_MIN_ROWS = 384  # above, computing half of a Gram matrix and copying the rest takes 0.62 to 0.80 of the time
 _LONG_MIN_COLUMNS, _LONG_MAX_ROWS = 8192, 128  # Gram matrices of such sizes are summed in float64 to limit rounding
 _CHUNK_COLUMNS = 1024  # columns that are summed in the dtype of the matrix
-SQUARE, WIDE = "abcdef", "uwxyz"  # names of buffers (B, p, p) and (B, p, n)
+SQUARE, WIDE = "abcdef", "uxyz"  # names of buffers (B, p, p) and (B, p, n)
 _SLABS = 4  # row slabs of a Gram matrix: (1 + 1/4) / 2 of the work remains
 
 
@@ -166,7 +166,7 @@ class Workspace:
 
     Attributes:
         a, b, c, d, e, f: ``(B, p, p)``, for matrices.
-        u, w, x, y, z: ``(B, p, n)``, or the shape of the batch.
+        u, x, y, z: ``(B, p, n)``, or the shape of the batch.
         readable: whether Python may read values of the batch.
     """
 
@@ -191,7 +191,7 @@ class Workspace:
 
     @property
     def zero(self) -> Tensor:
-        """The number zero, with the dtype and device of the batch."""
+        """Return the number zero, with the dtype and device of the batch."""
         if self._zero is None:
             self._zero = self._like.new_zeros(())
         return self._zero

@@ -80,32 +80,6 @@ class BlockLayout:
         return rows.view(moved).movedim(0, self.row_dim)
 
 
-def block_view(tensor: Tensor, blocks: int, dim: int = 0) -> Tensor:
-    """Return the blocks of a tensor as wide matrices ``(blocks, p, n)``, a view: writing to it writes to the tensor.
-
-    ``dim`` 0 cuts the rows, 1 the columns. More than two dimensions are flattened to (first, rest) as
-    ``torch.nn.init.orthogonal_`` does. Tall blocks are transposed, so that ``p <= n``.
-
-    Args:
-        tensor: ``(rows, columns)`` or ``(rows, ...)``.
-        blocks: number of blocks, a divisor of ``tensor.shape[dim]``.
-        dim: dimension along which the blocks are stacked, 0 or 1.
-
-    Raises:
-        RuntimeError: more than two dimensions, in a memory format that cannot be flattened in place.
-
-    >>> import torch
-    >>> from manifold_opt.manifolds.layout import block_view
-    >>> block_view(torch.arange(6.0).view(6, 1), 3)
-    tensor([[[0., 1.]],
-    <BLANKLINE>
-            [[2., 3.]],
-    <BLANKLINE>
-            [[4., 5.]]])
-    """
-    return BlockLayout(tensor.shape[dim] // blocks, dim).view(tensor)
-
-
 @dataclass(frozen=True)
 class SliceLayout:
     """Layout of slices along one dimension, or of trailing dimensions, as points ``(B, ..., *point)``.

@@ -120,11 +120,11 @@ class Orthogonal(Manifold):
         steps: int | None,
         **shared: Any,  # noqa: ARG002
     ) -> Settings:
-        """Return the retraction of the group and its settings. The error of W is removed every few steps."""
+        """Return the retraction of the group and its settings."""
         return Settings(RETRACTIONS[group["retraction"]], group, count, steps)
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:  # noqa: ARG002
-        """Move wide blocks, divided by their gain, in place."""
+        """Move wide blocks in place. They are points divided by their gain."""
         retract_(x, v, ws, options)
 
     def project_point(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Orthogonal(Manifold):
         return point if self.which is None else self.which[point]
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """Reject blocks that do not fit the shape, a gain out of range, and strides that do not allow a matrix view."""
+        """Return a reason if blocks do not fit the shape, the gain is out of range, or strides allow no matrix view."""
         return _invalid_reason(self, tensor)
 
 

@@ -61,7 +61,7 @@ class Positive(Manifold):
         return True
 
     def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
-        r"""Multiply a moment by the derivative of x by :math:`\log x`, which is x, or divide it by that."""
+        r"""Multiply a mean by x, the derivative of x by :math:`\log x`, and a mean square by its square, or divide."""
         scale = x * x if mean_square else x
         return moment / scale if back else moment * scale
 
@@ -103,7 +103,7 @@ class Positive(Manifold):
         return torch.where(exact.isfinite(), below, torch.nan)
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """Reject float16, in which small numbers underflow to zero."""
+        """Return a reason for float16, in which small numbers underflow to zero."""
         if tensor.dtype is torch.float16:
             return "has dtype torch.float16, where all below 3e-8 is zero; keep it in bfloat16 or float32."
         return None

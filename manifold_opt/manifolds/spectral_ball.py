@@ -72,7 +72,7 @@ class Spectral(Manifold):
         return tolerance(x.to(working_dtype(x.dtype))) + stored
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """Reject a bound out of range and a dimension that the tensor does not have."""
+        """Return a reason if the bound is out of range, or the tensor does not have the dimension."""
         shape = tuple(tensor.shape)
         if tensor.ndim < 2:
             return f"must have at least 2 dimensions, got shape {shape}; a vector has no singular values."

@@ -106,7 +106,7 @@ class UnitNorm(Manifold):
         return (4 if working_dtype(x.dtype) == x.dtype else 0.6) * torch.finfo(x.dtype).eps
 
     def invalid_reason(self, tensor: Tensor) -> str | None:
-        """Reject a dimension that the tensor does not have, and slices of one entry."""
+        """Return a reason if the tensor does not have the dimension, or slices have one entry."""
         shape = tuple(tensor.shape)
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 0 <= self.dim < len(shape):
             return f"has shape {shape}, and no slices along dim={self.dim!r}; give one of 0 to {len(shape) - 1}."

@@ -95,7 +95,7 @@ def _warn_if_captured(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
-    """Call the closure, update the unmarked parameters of every group, then the marked ones; return the loss."""
+    """Call the closure, check the plan, update unmarked parameters, then the marked ones; return the loss."""
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -164,9 +164,10 @@ def _step_constrained(optimizer: ManifoldOptimizer, plan: Plan, pool: Pool | Non
 
 
 def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
-    """Return the inputs of torch's step of the unmarked parameters, if the plan is current.
+    """Prepare a step under a current plan, and return the inputs of torch's step of the unmarked parameters.
 
-    Everything that can fail is done here or in :func:`_replan`, before anything is updated; the state is rolled back.
+    Overwritten parameters are put back on their manifold. Everything that can fail is done here or in :func:`_replan`,
+    before anything is updated; if it fails, the state is rolled back.
     """
     overwritten = plan.is_overwritten()
     if not (overwritten or plan.needs_checks or plan.unmarked):
@@ -181,7 +182,7 @@ def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
             probe_memory(optimizer, plan)
         return _init_groups(optimizer, plan)
     except BaseException:
-        backup.restore()
+        backup.roll_back()
         raise
 
 
@@ -194,7 +195,7 @@ def _replan(optimizer: ManifoldOptimizer) -> GroupInputs:
         inputs = _init_groups(optimizer, plan)
         restore_overwritten(optimizer, plan, optimizer._engine.values)
     except BaseException:
-        backup.restore()
+        backup.roll_back()
         raise
     return inputs
 

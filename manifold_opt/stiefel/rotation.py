@@ -35,10 +35,10 @@ class Rotation(NamedTuple):
     """How a retraction moves square blocks if their steps are short.
 
     Attributes:
-        fits: polynomials of c by dtype, each with the largest eigenvalue of B for which it is accurate. With
-            ``c_over_s`` they are polynomials of s.
+        fits: polynomials that approximate c by dtype, each with the largest eigenvalue of B for which it is accurate.
+            With ``c_over_s`` they approximate s.
         c_over_s: the constant ratio c / s, if there is one.
-        sine_fits: polynomials of s. None if s is zero, or given by ``c_over_s``.
+        sine_fits: polynomials that approximate s. None if s is zero, or given by ``c_over_s``.
         function: ``(omega, b, ws) -> Q - I``, in place of polynomials. ``b`` is B. It may overwrite both.
         fallback: the Rotation that moves blocks with a longer step; None if the function of the retraction does.
     """
@@ -60,7 +60,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
         w: points. If one is not on the manifold, apart from rounding, it is restored first.
         omega: skew steps in ``ws.a``, overwritten.
         rotation: the rotation of a retraction.
-        ws: buffers. Afterwards ``ws.b`` is B if False is returned.
+        ws: buffers.
         correct: whether to remove half of the error of W. A block with a zero step keeps its bits.
     """
     # The eigenvalues of a real skew matrix are pairs +-i t, so the eigenvalues t^2 of B, and those of B^2, are double.

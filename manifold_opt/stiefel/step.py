@@ -2,8 +2,8 @@ r"""A retraction as an optimizer applies it: to a batch of wide blocks, in place
 
 A step takes one of two paths. On the common path every block moves, is on the manifold, and its step is short: then
 square blocks are rotated (rotation.py), and others are moved by the ``in_place`` function of the retraction. On the
-careful path the remaining blocks are picked by index, moved by the function of the retraction, which takes a step of
-any length, and written back.
+careful path the blocks with a long step are picked by index and written back. They are moved by the fallback Rotation,
+or by ``in_place`` or, if neither takes them, by the function of the retraction, which takes a step of any length.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def retract_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None
         w: points, ``(B, p, n)``.
         step: tangents V; for square blocks the skew :math:`\Omega` of :math:`V = \Omega W`. Overwritten.
         ws: buffers; ``step`` may be ``ws.a`` if square, ``ws.y`` if not.
-        settings: how.
+        settings: the retraction, its options and counters.
     """
     rotation, is_square = settings.retraction.rotation, w.shape[-2] == w.shape[-1]
     correct = settings.steps is None or settings.steps % CORRECTION_INTERVAL[w.dtype] == 0

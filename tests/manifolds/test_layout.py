@@ -1,9 +1,14 @@
 import pytest
 import torch
 
-from manifold_opt.manifolds.layout import BlockLayout, SliceLayout, block_view
+from manifold_opt.manifolds.layout import BlockLayout, SliceLayout
 
 from ..helpers import pairs
+
+
+def block_view(tensor, blocks, dim=0):
+    """The blocks of a tensor as wide matrices."""
+    return BlockLayout(tensor.shape[dim] // blocks, dim).view(tensor)
 
 
 def test_gates_by_hand():

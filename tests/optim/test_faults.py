@@ -9,7 +9,7 @@ from torch import nn
 
 import manifold_opt
 from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error
-from manifold_opt.linalg import matrices, workspace
+from manifold_opt.linalg import matrices, products
 from manifold_opt.stiefel import geometry
 
 from ..helpers import DTYPES, EXACT, Memory, each, gaussian, never_read, pairs, point
@@ -213,7 +213,7 @@ def test_running_out_of_memory_changes_nothing(rule, where, monkeypatch):
         if where == "moments":
             patch.setattr(manifold_opt.optim.engine.state.torch, "zeros_like", no_memory)
         else:
-            patch.setattr(workspace.torch, "empty", no_memory)
+            patch.setattr(products.torch, "empty", no_memory)
         if where == "moments" and rule == "SGD":
             pytest.skip("has none")
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -17,7 +17,7 @@ from ...manifolds import Manifold
 from ...manifolds.layout import point_norm
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule
-from .projection import Scalar, absolute, copy_where_, project, reproject_, to_metric
+from .projection import Scalar, absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket
@@ -71,7 +71,7 @@ class AdamOptions:
     Attributes:
         manifold: manifold of the points.
         point_ndim: number of trailing dimensions that form a point.
-        scale: minus the learning rate.
+        scale: minus the learning rate (:meth:`Bucket.scale`).
         metric: metric that defines the gradient of orthogonal blocks.
         beta1, beta2: decay rates of the two moments.
         correction1, correction2: bias corrections :math:`1 - \beta^t`, numbers or ``(B, 1, ..)``.
@@ -170,11 +170,11 @@ def adam_block_wide(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options
 
     Reference: Becigneul & Ganea (ICLR 2019), with one block as one manifold.
     """
-    copy_where_(state["exp_avg"], project(w, state["exp_avg"], ws, out=ws.x), options.finite)
-    v = _update_block_moments_(project(w, g, ws, out=ws.x), state, options)
+    copy_where_(state["exp_avg"], project_tangent(w, state["exp_avg"], ws, out=ws.x), options.finite)
+    v = _update_block_moments_(project_tangent(w, g, ws, out=ws.x), state, options)
     d, divisor = _block_direction(state, v, options, out=ws.y)
     size = norm(g, keepdim=True) * absolute(options.scale) / (divisor * (w.shape[-2] * w.shape[-1]) ** 0.5)
-    return to_metric(w, reproject_(w, d.mul_(options.scale), size, ws), options.metric, ws)
+    return to_metric(w, reproject_tangent_(w, d.mul_(options.scale), size, ws), options.metric, ws)
 
 
 def adam_tangent(x: Tensor, a: Tensor, state: Moments, ws: Workspace, options: AdamOptions) -> Tensor:
@@ -183,7 +183,7 @@ def adam_tangent(x: Tensor, a: Tensor, state: Moments, ws: Workspace, options: A
     .. math:: M \leftarrow \beta_1 M + (1-\beta_1) A, \qquad V \leftarrow \beta_2 V + (1-\beta_2) A^2, \qquad
         D = \frac{\hat M}{\sqrt{\hat V} + \epsilon}, \text{ projected.}
 
-    The squares are those of :meth:`Manifold.component_squares`, averaged over a point if V has one number per point.
+    The squares are those of :meth:`Manifold.frame_squares`, averaged over a point if V has one number per point.
 
     Reference: Becigneul & Ganea (ICLR 2019).
     """

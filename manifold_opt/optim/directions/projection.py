@@ -14,14 +14,14 @@ from ...stiefel.geometry import Metric
 Scalar = float | Tensor
 
 
-def project(w: Tensor, g: Tensor, ws: Workspace, *, out: Tensor) -> Tensor:
+def project_tangent(w: Tensor, g: Tensor, ws: Workspace, *, out: Tensor) -> Tensor:
     """Write G - sym(G W^T) W for rectangular blocks to ``out`` and return it. Cost: 2 T."""
     along = matmul(g, w.mH, out=ws.a)
     symmetric = torch.add(along, along.mH, out=ws.b)
     return matmul_add(g, symmetric, w, out=out, alpha=-0.5)
 
 
-def reproject_(w: Tensor, v: Tensor, size: Tensor, ws: Workspace) -> Tensor:
+def reproject_tangent_(w: Tensor, v: Tensor, size: Tensor, ws: Workspace) -> Tensor:
     """Re-project ``v``, ``(B, p, n)`` in ``ws.y``, if rounding may have left a normal part. Cost: 2 T, rare.
 
     The projection of a gradient with norm ``size`` leaves a normal part of eps * ``size``. It matters if the gradient
@@ -29,11 +29,11 @@ def reproject_(w: Tensor, v: Tensor, size: Tensor, ws: Workspace) -> Tensor:
     """
     eps = torch.finfo(w.dtype).eps
     if not host_can_branch(w):
-        return project(w, v, ws, out=ws.z)
+        return project_tangent(w, v, ws, out=ws.z)
     far = (~(size * eps <= eps**0.5 / 4))[:, 0, 0]  # the square of a smaller normal part is within rounding
     if bool(far.any()):  # only these, so that a result does not depend on other blocks of the batch
         point, tangent = w[far], v[far]
-        v[far] = project(point, tangent, Workspace(None, point), out=torch.empty_like(tangent))
+        v[far] = project_tangent(point, tangent, Workspace(None, point), out=torch.empty_like(tangent))
     return v
 
 

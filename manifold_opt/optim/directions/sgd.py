@@ -32,7 +32,7 @@ from ...linalg.products import Workspace, norm
 from ...manifolds import Manifold
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule
-from .projection import Scalar, absolute, copy_where_, project, reproject_, to_metric
+from .projection import Scalar, absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket
@@ -63,7 +63,7 @@ class SgdOptions:
 
     Attributes:
         manifold: manifold of the points.
-        scale: minus the learning rate.
+        scale: minus the learning rate (:meth:`Bucket.scale`).
         metric: metric that defines the gradient of orthogonal blocks.
         momentum, dampening, nesterov: as in torch.optim.SGD.
         finite: 1 for blocks with a finite gradient, 0 for others, ``(B, 1, 1)``; None if all are finite.
@@ -105,13 +105,15 @@ def sgd_wide(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: SgdOp
         buffer = state["momentum_buffer"]
         both = torch.mul(g, 1 - options.dampening, out=ws.x).add_(buffer, alpha=options.momentum)
         size = size + norm(both, keepdim=True)
-        v = project(w, both, ws, out=ws.y)
+        v = project_tangent(w, both, ws, out=ws.y)
         copy_where_(buffer, v, options.finite)
         if options.nesterov:
-            v = project(w, g, ws, out=ws.y).add_(buffer, alpha=options.momentum)
+            v = project_tangent(w, g, ws, out=ws.y).add_(buffer, alpha=options.momentum)
     else:
-        v = project(w, g, ws, out=ws.y)
-    return to_metric(w, reproject_(w, v.mul_(options.scale), size * absolute(options.scale), ws), options.metric, ws)
+        v = project_tangent(w, g, ws, out=ws.y)
+    return to_metric(
+        w, reproject_tangent_(w, v.mul_(options.scale), size * absolute(options.scale), ws), options.metric, ws
+    )
 
 
 def sgd_tangent(x: Tensor, a: Tensor, state: Moments, ws: Workspace, options: SgdOptions) -> Tensor:

@@ -316,7 +316,7 @@ class Bucket:
         return max(BATCH_BYTES, first.nbytes * len(self.parameters) // _MAX_CHUNKS)
 
     def scale(self, group: Group) -> Scalar:
-        """Return minus the learning rate; for orthogonal blocks, that of blocks divided by their gain."""
+        """Return minus the learning rate; for orthogonal blocks times its scale, and divided by their gain."""
         lr = group["lr"]
         if type(lr) is not float and isinstance(lr, Tensor):
             lr = lr.reshape(())

@@ -46,7 +46,7 @@ class Algorithm(NamedTuple):
 
     @property
     def state_keys(self) -> tuple[str, ...]:
-        """The keys of all moments in the state."""
+        """Return the keys of all moments in the state."""
         return self.means + self.mean_squares
 
 

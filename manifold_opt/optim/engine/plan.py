@@ -202,7 +202,7 @@ class StateBackup:
         pairs = optimizer.state.items()
         self._state = [(p, dict(state)) for p, state in pairs] if entries else list(pairs)
 
-    def restore(self) -> None:
+    def roll_back(self) -> None:
         """Restore the state, and discard the plan."""
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)

@@ -55,7 +55,7 @@ class Step:
         options: options of :meth:`Manifold.step_`.
         maximize: whether the objective is maximized.
         penalty: factor of the L2 penalty.
-        context: counters, and the attributes that a GradScaler sets.
+        context: what all buckets of the step share.
     """
 
     bucket: Bucket
@@ -124,7 +124,10 @@ def update(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
 
 
 def _finite(g: Tensor, a: Tensor, bucket: Bucket, *, keepdim: bool) -> Tensor:
-    """Return a mask of the points with a finite gradient ``g``, also as ``a`` in the frame, whose square is finite."""
+    """Return a mask of the points whose gradient is short enough to be squared.
+
+    It is tested in the frame for orthogonal blocks, and also there for manifolds whose frame may make it longer.
+    """
     size = point_norm(a if bucket.stiefel else g, bucket.layout.point_ndim, keepdim=keepdim)
     if bucket.tests_frame and a is not g:
         size = torch.maximum(size, point_norm(a, bucket.layout.point_ndim, keepdim=keepdim))
