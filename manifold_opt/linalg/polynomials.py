@@ -90,7 +90,7 @@ INVERSE_SQRT = fits_by_dtype(  # (1 + x)^(-1/2) - 1
 def polynomial(
     coefficients: Sequence[float],
     b: Tensor,
-    c: Tensor | None,
+    b_squared: Tensor | None,
     ws: Workspace,
     *,
     out: Tensor,
@@ -108,14 +108,14 @@ def polynomial(
         torch.mul(b, coefficients[0], out=out)
     else:
         torch.add(onto, b, alpha=coefficients[0], out=out)
-    if degree == 1 or c is None:
+    if degree == 1 or b_squared is None:
         return out
-    out.add_(c, alpha=coefficients[1])
+    out.add_(b_squared, alpha=coefficients[1])
     above, scale = None, 1.0
     for k in range(degree - 2, 1, -2):
         level = (b if spare is None else spare) if k == 2 else ws.e if k % 4 == 0 else ws.f
-        torch.add(b, c, alpha=coefficients[k + 1] / coefficients[k], out=level)
+        torch.add(b, b_squared, alpha=coefficients[k + 1] / coefficients[k], out=level)
         if above is not None:
-            matmul_add(level, above, c, out=level, beta=coefficients[k], alpha=scale)
+            matmul_add(level, above, b_squared, out=level, beta=coefficients[k], alpha=scale)
         scale, above = (coefficients[k] if above is None else 1.0), level
-    return out if above is None else matmul_add(out, above, c, out=out, alpha=scale)
+    return out if above is None else matmul_add(out, above, b_squared, out=out, alpha=scale)

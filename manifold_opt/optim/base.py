@@ -177,7 +177,7 @@ def _collect(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
         if plan.raises:
             check_gradients_are_finite(optimizer)
         if overwritten or plan.low_precision:
-            restore_overwritten(optimizer, plan, plan.values())
+            restore_overwritten(optimizer, plan, plan.stamps())
         if plan.on_accelerator:
             probe_memory(optimizer, plan)
         return _init_groups(optimizer, plan)
@@ -193,7 +193,7 @@ def _replan(optimizer: ManifoldOptimizer) -> GroupInputs:
         plan = make_plan(optimizer)
         probe_memory(optimizer, plan)
         inputs = _init_groups(optimizer, plan)
-        restore_overwritten(optimizer, plan, optimizer._engine.values)
+        restore_overwritten(optimizer, plan, optimizer._engine.stamps)
     except BaseException:
         backup.roll_back()
         raise

@@ -66,11 +66,11 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
     # The eigenvalues of a real skew matrix are pairs +-i t, so the eigenvalues t^2 of B, and those of B^2, are double.
     eigenvalue_share = 1.0 if w.dtype.is_complex else 0.5**0.5  # of the Frobenius norm
     fits = rotation.fits[w.dtype]
-    b, c = gram(omega, out=ws.b, adjoint=ws.adjoint("omega", omega)), None
+    b, b_squared = gram(omega, out=ws.b, adjoint=ws.adjoint("omega", omega)), None
     size = eigenvalue_share * largest_norm(b)
     if size > fits[0].reach:
-        c = gram(b, out=ws.c)
-        refined = (eigenvalue_share * largest_norm(c)) ** 0.5
+        b_squared = gram(b, out=ws.c)
+        refined = (eigenvalue_share * largest_norm(b_squared)) ** 0.5
         size = refined if refined < size else size
     if not size <= fits[-1].reach:  # also if it is NaN
         return False
@@ -78,7 +78,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
     while size > fits[k].reach:
         k += 1
     moving = norm(b, keepdim=True) != 0 if correct and len(b) > 1 else None
-    change = rotation_minus_identity(rotation, omega, b, c, k, ws)
+    change = rotation_minus_identity(rotation, omega, b, b_squared, k, ws)
     unused = ws.b if change is omega else omega
     if correct and size > 0:
         error = _error_of(w, moving, out=unused)
@@ -93,23 +93,23 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
 
 
 def rotation_minus_identity(
-    rotation: Rotation, omega: Tensor, b: Tensor, c: Tensor | None, k: int, ws: Workspace
+    rotation: Rotation, omega: Tensor, b: Tensor, b_squared: Tensor | None, k: int, ws: Workspace
 ) -> Tensor:
     r"""Return :math:`Q - I = c(B) + (I + s(B))\,\Omega`, computed with the k-th polynomials.
 
-    ``c`` is B^2, or None for polynomials of degree 1. ``omega`` and ``b`` are overwritten.
+    ``b_squared`` is None for polynomials of degree 1. ``omega`` and ``b`` are overwritten.
     """
     if rotation.function is not None:
         return rotation.function(omega, b, ws)
     coefficients = rotation.fits[b.dtype][k].coefficients
     if rotation.c_over_s is not None:
-        s = polynomial(coefficients, b, c, ws, out=ws.d)
+        s = polynomial(coefficients, b, b_squared, ws, out=ws.d)
         return matmul_add(omega, s, omega, out=b).add_(s, alpha=rotation.c_over_s)
     if rotation.sine_fits is None:
-        return polynomial(coefficients, b, c, ws, out=omega, onto=omega)
-    s = polynomial(rotation.sine_fits[b.dtype][k].coefficients, b, c, ws, out=ws.d, spare=ws.x)
+        return polynomial(coefficients, b, b_squared, ws, out=omega, onto=omega)
+    s = polynomial(rotation.sine_fits[b.dtype][k].coefficients, b, b_squared, ws, out=ws.d, spare=ws.x)
     turned = matmul_add(omega, s, omega, out=ws.x)
-    return polynomial(coefficients, b, c, ws, out=turned, onto=turned)
+    return polynomial(coefficients, b, b_squared, ws, out=turned, onto=turned)
 
 
 def _error_of(w: Tensor, moving: Tensor | None, *, out: Tensor) -> Tensor:
@@ -129,12 +129,13 @@ def rotate_sync_free(
     eigenvalue_share = 1.0 if w.dtype.is_complex else 0.5**0.5
     reach = rotation.fits[w.dtype][-1].reach
     b = gram(omega, out=ws.b)
-    c = gram(b, out=ws.c)
-    excess = norm(c, keepdim=True).mul_(eigenvalue_share / reach**2)  # (bound on the eigenvalues of B / reach)^2
+    b_squared = gram(b, out=ws.c)
+    # The square of the bound on the eigenvalues of B, over that of the reach.
+    excess = norm(b_squared, keepdim=True).mul_(eigenvalue_share / reach**2)
     square = excess.clamp_min(1)
     factor = square.sqrt()
-    omega, b, c = omega.div_(factor.sqrt()), b.div_(factor), c.div_(square)
-    change = rotation_minus_identity(rotation, omega, b, c, -1, ws)
+    omega, b, b_squared = omega.div_(factor.sqrt()), b.div_(factor), b_squared.div_(square)
+    change = rotation_minus_identity(rotation, omega, b, b_squared, -1, ws)
     unused = ws.b if change is omega else omega
     if not correct:
         return matmul_add(w, change, w, out=unused), excess > 1, None

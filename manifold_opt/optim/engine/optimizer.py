@@ -56,13 +56,13 @@ class Engine:
 
     Attributes:
         plan: the buckets (plan.py); None before the first step, and if they must be rebuilt.
-        values: version, address and dtype of parameters after their last step, by id.
+        stamps: version, address and dtype of parameters after their last step, by id.
         constraints: constraint of every marked parameter, None for an unmarked one that was marked before.
         counters: counts of skipped blocks and shortened steps.
     """
 
     plan: Any = None
-    values: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    stamps: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     constraints: dict[Tensor, Manifold | None] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 

@@ -33,7 +33,7 @@ from .grouping import FreeRows, active_params, build_buckets, first_equal_groups
 from .optimizer import GRAD_SCALER_ATTRIBUTES, Engine, Group, ManifoldOptimizer
 from .state import detach_state, init_state
 
-Values = dict[int, tuple[Any, ...]]  # by id of the parameter: version, address and dtype
+Stamps = dict[int, tuple[Any, ...]]  # by id of the parameter: version, address and dtype
 
 _members, _version, _attributes = itemgetter("params"), attrgetter("_version"), attrgetter("__dict__")
 _flat = itertools.chain.from_iterable
@@ -145,10 +145,10 @@ class Plan:
         """Store the versions of the active parameters after a step."""
         self._versions = list(map(_version, self.active))
 
-    def values(self) -> Values:
+    def stamps(self) -> Stamps:
         """Return the :func:`value_stamp` of every active parameter after its last step."""
-        values = zip(self._versions, self._cache_key[-1], self._dtypes, strict=True)
-        return dict(zip(map(id, self.active), values, strict=True))
+        stamps = zip(self._versions, self._cache_key[-1], self._dtypes, strict=True)
+        return dict(zip(map(id, self.active), stamps, strict=True))
 
     def _compute_cache_key(self, optimizer: ManifoldOptimizer) -> tuple[Any, ...]:
         """Return everything that the plan depends on.
@@ -214,7 +214,7 @@ def reset_engine(optimizer: ManifoldOptimizer) -> None:
     if not hasattr(optimizer, "_engine"):
         optimizer._engine = Engine()
         register_table(optimizer._engine)
-    optimizer._engine.plan, optimizer._engine.values = None, {}
+    optimizer._engine.plan, optimizer._engine.stamps = None, {}
     restored = set(track_constraints(optimizer, [p for group in optimizer.param_groups for p in group["params"]]))
     for group in optimizer.param_groups if restored else ():
         for p in restored.intersection(group["params"]):
@@ -230,13 +230,13 @@ def make_plan(optimizer: ManifoldOptimizer, *, merge: bool = True) -> Plan:
     """
     old = optimizer._engine.plan
     if old is not None:
-        optimizer._engine.values.update(old.values())
+        optimizer._engine.stamps.update(old.stamps())
     check_before_step(optimizer)
     for group in optimizer.param_groups:
         convert_state(optimizer, group)
     plan = optimizer._engine.plan = Plan(optimizer, old, merge=merge)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    optimizer._engine.values = {key: value for key, value in optimizer._engine.values.items() if key in known}
+    optimizer._engine.stamps = {key: stamp for key, stamp in optimizer._engine.stamps.items() if key in known}
     return plan
 
 

@@ -15,14 +15,14 @@ from ...stiefel.retractions import RETRACTIONS
 from ..options import describe_param
 from .bucket import Bucket
 from .optimizer import ManifoldOptimizer
-from .plan import Plan, Values, value_stamp
+from .plan import Plan, Stamps, value_stamp
 
 PendingWrite = tuple[Bucket, list[Tensor], Tensor, Tensor]  # bucket, tensors, mask of their points, new values
 _WARN_DISTANCE = 0.1  # larger distances from the manifold are no rounding errors and give a warning
 
 
 @torch.no_grad()
-def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Values) -> None:
+def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Stamps) -> None:
     """Project parameters that were modified since the last step, by load_state_dict for example, to their manifold.
 
     Errors that an inexact retraction leaves are not corrected.
