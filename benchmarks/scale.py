@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-import weakref
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import manifold_opt
 from manifold_opt import Adam, mark_attention, mark_orthogonal, orthogonality_error
+from tests.helpers import Memory
 
 Model = Callable[[], tuple[list[nn.Parameter], Callable[[], object]]]  # its parameters, and what marks them
 
@@ -58,31 +59,6 @@ WORKS: dict[str, Model] = {
 TOYS: dict[str, Model] = {"20 blocks": blocks(2, 10, 3, 3), "2 layers of attention": heads(2, 16, 2)}
 
 
-class Peak(TorchDispatchMode):
-    """Bytes that are allocated at a time, of what is allocated while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._known |= {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            storage = made.untyped_storage() if isinstance(made, Tensor) else None
-            if storage is not None and storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
-
-
 def measure(make: Model, rounds: int) -> dict[str, float]:
     """Return the figures of one model."""
     torch.manual_seed(0)
@@ -99,9 +75,9 @@ def measure(make: Model, rounds: int) -> dict[str, float]:
             other.grad = mine.grad.clone()
         for name, opt in optimizers.items():
             if k == rounds + 1:
-                with Peak() as peak:
+                with Memory() as memory:
                     opt.step()
-                figures[f"peak, {name}"] = peak.peak
+                figures[f"peak, {name}"] = memory.peak
             else:
                 began = time.perf_counter()
                 opt.step()

@@ -34,9 +34,13 @@ class StepOptions:
     decay: Scalar = 0.0
     finite: Tensor | None = None
 
-    def impossible(self, possible: Tensor) -> Tensor:
-        """Return a mask of the points with a finite gradient for which a step is not possible."""
-        return ~possible if self.finite is None else ~possible & self.finite
+    def accept(self, possible: Tensor) -> Tensor:
+        """Return a mask of the points to update: ``possible`` with a finite gradient. Count the others of these."""
+        if self.finite is None:
+            self.count(skipped=~possible)
+            return possible
+        self.count(skipped=~possible & self.finite)
+        return possible & self.finite
 
 
 class Manifold:
@@ -202,9 +206,8 @@ class Manifold:
                 transported[key] = new
                 total = total + point_sum(new, dims)
         possible = total * 0 == 0  # False for NaN and Inf
-        updated = moving & possible if options.finite is None else moving & possible & options.finite
-        if not (ws.readable and bool(updated.all())):
-            options.count(skipped=options.impossible(possible))
+        if not (ws.readable and bool((moving & possible).all())):
+            updated = moving & options.accept(possible)
             y = torch.where(updated, y, x)
             transported = {key: torch.where(updated, new, moments[key]) for key, new in transported.items()}
         x.copy_(y)

@@ -52,10 +52,6 @@ class Positive(Manifold):
     def frame_squares(self, x: Tensor, a: Tensor) -> None:
         """Return None: in this coordinate the metric is the Euclidean one."""
 
-    def project_direction_(self, x: Tensor, d: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG002
-        """Return ``d``."""
-        return d
-
     def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
         """Return True."""
         return True
@@ -67,17 +63,11 @@ class Positive(Manifold):
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: StepOptions) -> None:  # noqa: ARG002
         """Add ``v`` to the logarithms in place. A point with a zero step keeps its bits."""
-        if not (ws.readable and math.isfinite(float(v.sum()))):
-            possible = v * 0 == 0
-            options.count(skipped=options.impossible(possible))
-            updated = possible if options.finite is None else possible & options.finite
-        else:
-            updated = None
         factor = torch.exp(v, out=ws.y)
         if isinstance(options.decay, Tensor) or options.decay:
             factor.mul_(decay_factor(options.decay))
-        if updated is not None:
-            factor.masked_fill_(~updated, 1)
+        if not (ws.readable and math.isfinite(float(v.sum()))):
+            factor.masked_fill_(~options.accept(v * 0 == 0), 1)  # v * 0 is NaN for NaN and Inf
         x.mul_(factor).clamp_(*_limits(x.dtype))
 
     def project_point(self, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
-from ..linalg.products import Workspace
 from ..linalg.singular_values import MAX_BOUND, MIN_BOUND, clip_singular_values_, is_inside_ball, tolerance
 from .base import Manifold
 from .layout import BlockLayout, Shape
@@ -42,10 +41,6 @@ class Spectral(Manifold):
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the point nearest to x + v."""
         return clip_singular_values_(x + v, self.bound)
-
-    def project_direction_(self, x: Tensor, d: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG002
-        """Return ``d``."""
-        return d
 
     def project_point(self, x: Tensor) -> Tensor:
         """Clip the singular values to the bound."""

@@ -82,10 +82,7 @@ class UnitNorm(Manifold):
         if ws.readable and float(size.max()) < torch.inf:
             torch.div(y, divisor, out=x)
             return
-        possible = size < torch.inf
-        options.count(skipped=options.impossible(possible))
-        updated = possible if options.finite is None else possible & options.finite
-        x.copy_(torch.where(updated, y / divisor, x))
+        x.copy_(torch.where(options.accept(size < torch.inf), y / divisor, x))
 
     def project_point(self, x: Tensor) -> Tensor:
         """Divide the slices by their norms, in float64; raise a ValueError if a slice is zero or not finite."""
