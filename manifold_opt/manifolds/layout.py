@@ -1,7 +1,10 @@
-"""Layouts: map a tensor to a batch of points and back, as a view if possible.
+"""Layouts: map tensors to a batch of points and back, as a view if possible.
 
 A layout describes a region of a parameter whose points have the same shape. The map has two steps: ``to_rows`` returns
 a tensor that can be concatenated with the rows of other parameters, and ``to_points`` the points of such a tensor.
+
+Only this module knows how points lie in a tensor. Other modules read and write them by :func:`get_points` and
+:func:`set_points_`, and a step, which moves the points of several parameters as one batch, by :class:`PointMap`.
 """
 
 from __future__ import annotations
@@ -149,6 +152,11 @@ def is_viewable(layout: Layout, tensor: Tensor) -> bool:
     return True
 
 
+def with_view(layout: Layout, tensor: Tensor, like: Tensor) -> Tensor:
+    """Return ``tensor`` if its points can be viewed, else a copy with the strides of ``like``."""
+    return tensor if is_viewable(layout, tensor) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
 def is_writable(layouts: tuple[Layout, ...], tensor: Tensor) -> bool:
     """Return True if the points of a tensor can be written to: through a view, or by a copy of the whole tensor."""
     if all(is_viewable(layout, tensor) for layout in layouts):
@@ -173,6 +181,59 @@ def set_points_(layout: Layout, tensor: Tensor, mask: Any, values: Tensor) -> No
         viewable = layout.from_rows(rows, tensor.shape)
     if viewable is not tensor:
         tensor.copy_(viewable)
+
+
+class PointMap:
+    """Map from equal tensors to one batch of their points ``(B, *point)``, and back.
+
+    Attributes:
+        layout: position of the points in each tensor.
+        count: number of tensors.
+        is_view: True if the points are views: those of a single tensor whose strides allow it.
+        covers: True if every entry of a tensor belongs to a point.
+        points_per_tensor: number of points in each tensor.
+        point_shape: shape of a point.
+        buffer_shape: shape of a buffer for copies of the points of all tensors.
+        strides: strides of a tensor, with shape and strides of the view of its points; None if it has none.
+    """
+
+    def __init__(self, layout: Layout, tensor: Tensor, count: int) -> None:
+        self.layout, self.count = layout, count
+        self.is_view = count == 1 and is_viewable(layout, tensor)
+        self.covers = layout.length is None
+        rows = layout.to_rows(tensor, copy=True)
+        points = layout.to_points(rows)
+        self.points_per_tensor, self.point_shape = len(points), points.shape[1:]
+        self._shape, self._row_dim = tensor.shape, layout.dim if isinstance(layout, BlockLayout) else 0
+        self._rows = rows.shape[self._row_dim]
+        self._is_tall = isinstance(layout, BlockLayout) and layout.is_tall(rows)
+        self._is_identity = rows.shape == tensor.shape and rows.stride() == tensor.stride()
+        self.buffer_shape = tuple(n * (count if dim == self._row_dim else 1) for dim, n in enumerate(rows.shape))
+        has_view = self.is_view and points.storage_offset() == tensor.storage_offset()
+        self.strides = (tensor.stride(), tuple(points.shape), points.stride()) if has_view else None
+
+    def points(self, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
+        """Return the points of ``tensors``: a view of a single one if possible, else a copy, in ``out`` if given."""
+        return get_points(self.layout, tensors[0]) if self.is_view else self.copy(tensors, out)
+
+    def copy(self, tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
+        """Return a copy of the points of ``tensors``, in ``out`` if given."""
+        rows = tensors if self._is_identity else [self.layout.to_rows(tensor, copy=True) for tensor in tensors]
+        return self.layout.to_points(torch.cat(rows, self._row_dim, out=out))
+
+    def split(self, points: Tensor) -> list[Tensor]:
+        """Return views of copied points, one per tensor, in its shape. The points must cover the tensors."""
+        return [self.layout.from_rows(rows, self._shape) for rows in self._split_rows(points)]
+
+    def write_(self, tensors: list[Tensor], points: Tensor) -> None:
+        """Write points to ``tensors``, whose strides must allow a view."""
+        torch._foreach_copy_([self.layout.to_rows(tensor) for tensor in tensors], self._split_rows(points))
+
+    def _split_rows(self, points: Tensor) -> list[Tensor]:
+        """Return the rows of every tensor, the inverse of ``layout.to_points``."""
+        blocks = points.mT if self._is_tall else points
+        rows = (blocks.movedim(0, self._row_dim) if self._row_dim else blocks).reshape(self.buffer_shape)
+        return list(rows.split(self._rows, self._row_dim))  # type: ignore[no-untyped-call]
 
 
 def point_norm(points: Tensor, point_ndim: int, *, keepdim: bool = False) -> Tensor:

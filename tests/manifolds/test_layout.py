@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manifold_opt.manifolds.layout import BlockLayout, SliceLayout
+from manifold_opt.manifolds.layout import BlockLayout, PointMap, SliceLayout, get_points, is_viewable, set_points_
 
 from ..helpers import pairs
 
@@ -67,3 +67,34 @@ def test_writing_through_the_view_writes_the_tensor(shape, dim, layout):
 def test_rows_and_back(part):
     x = torch.arange(120.0).view(2, 3, 4, 5)
     assert torch.equal(part.from_rows(part.to_rows(x, copy=True), x.shape), x)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "part",
+    [SliceLayout(1), SliceLayout(1, 2), SliceLayout(2, 1, 0, 2), BlockLayout(2), BlockLayout(3, row_dim=1),
+     BlockLayout(20, dim=1), BlockLayout(1, start=1, length=1), BlockLayout(2, flatten=False)],
+)  # fmt: skip
+def test_the_points_of_several_tensors_are_those_of_each(part, count):
+    tensors = [torch.arange(120.0).view(2, 3, 4, 5) + 1000 * k for k in range(count)]
+    points = PointMap(part, tensors[0], count).points(tensors)
+    assert torch.equal(points, torch.cat([get_points(part, tensor) for tensor in tensors]))
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in expected:
+        set_points_(part, tensor, ..., -get_points(part, tensor))
+    many = PointMap(part, tensors[0], count)
+    if many.covers:
+        assert all(map(torch.equal, many.split(-many.copy(tensors)), expected))
+    if is_viewable(part, tensors[0]):
+        many.write_(tensors, -many.points(tensors))
+        assert all(map(torch.equal, tensors, expected))
+
+
+def test_the_points_of_one_tensor_are_a_view_and_those_of_several_are_written_to_a_buffer():
+    tensors = [torch.zeros(6, 3) for _ in range(2)]
+    PointMap(BlockLayout(3), tensors[0], 1).points(tensors[:1]).fill_(1)
+    assert bool((tensors[0] == 1).all())
+    many = PointMap(BlockLayout(3), tensors[0], 2)
+    buffer = torch.empty(many.buffer_shape)
+    assert many.points(tensors, buffer).data_ptr() == buffer.data_ptr()
+    assert not PointMap(BlockLayout(2), torch.zeros(4, 6, 3).mT, 1).is_view  # flattening its strides needs a copy

@@ -154,7 +154,7 @@ def test_a_bucket_of_one_views_and_a_bucket_of_many_shares_its_state():
     run([large, *small], opt, 2)
     lone, shared = sorted(buckets_of(opt), key=lambda bucket: bucket.gathered)
     assert lone.moments["exp_avg"].data_ptr() == opt.state[large]["exp_avg"].data_ptr()
-    assert lone.view([large], "point", opt._engine.plan.pool).data_ptr() == large.data_ptr()
+    assert lone.gather(opt._engine.plan.pool).values.data_ptr() == large.data_ptr()
     storages = {opt.state[p]["exp_avg"].untyped_storage().data_ptr() for p in small}
     assert storages == {shared.moments["exp_avg"].untyped_storage().data_ptr()}
     assert opt.state[small[2]]["exp_avg"].shape == (6, 6)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...linalg.precision import LOW_PRECISION, MASTER, working_dtype
 from ...linalg.products import Pool, Workspace, host_can_branch
 from ...manifolds import Manifold, Orthogonal
-from ...manifolds.layout import BlockLayout, Layout, get_points, is_viewable, point_norm
+from ...manifolds.layout import Layout, PointMap, point_norm
 from .optimizer import Group
 
 Scalar = float | Tensor
@@ -99,13 +99,12 @@ class Bucket:
         self.dtype = first.dtype
         self.working_dtype = working_dtype(first.dtype)
         self.real_dtype = self.working_dtype.to_real()  # here, because torch.compile cannot trace to_real
-        self.gathered = len(self.parameters) > 1 or not is_viewable(self.layout, first.detach())
         self.low_precision = first.dtype in LOW_PRECISION
-        rows = self.layout.to_rows(first.detach(), copy=True)
-        points = self.layout.to_points(rows)
-        self.points_per_param = len(points)
+        self.map = PointMap(self.layout, first.detach(), len(self.parameters))
+        self.gathered = not self.map.is_view
+        self.gathers_state = self.gathered and not self.map.covers
+        self.points_per_param, self.point_shape = self.map.points_per_tensor, self.map.point_shape
         self.blocks = self.points_per_param * len(self.parameters)
-        self.point_shape = points.shape[1:]
         self.stiefel = isinstance(self.constraint, Orthogonal)
         # The gradient in the frame may overflow though the gradient does not. That of orthogonal blocks has its norm.
         self.tests_frame = not self.stiefel and not self.constraint.frame_is_bounded
@@ -113,27 +112,15 @@ class Bucket:
         self.gain = self.constraint.gain if isinstance(self.constraint, Orthogonal) else 1.0
         # Values and gradients need no conversion before an update.
         self.plain = self.gain == 1 and not self.low_precision and not first.is_complex()
-        self._row_dim = self.layout.dim if isinstance(self.layout, BlockLayout) else 0
-        self.gathers_state = self.gathered and self.layout.length is not None
-        self._rows_per_param = rows.shape[self._row_dim]
-        self.stacked_shape = tuple(
-            length * (len(self.parameters) if dim == self._row_dim else 1) for dim, length in enumerate(rows.shape)
-        )
-        self.is_tall = isinstance(self.layout, BlockLayout) and self.layout.is_tall(rows)
         self._views: Views | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._strides = _strides(self.layout, first.detach()) if not self.gathered else None
-        self._has_row_layout = rows.shape == first.shape and rows.stride() == first.stride()
 
-    def view(self, tensors: list[Tensor], name: str, pool: Pool | None) -> Tensor:
-        """Return the members' ``tensors`` as points ``(B, *point)``: a view of a single one, a copy of several."""
+    def _points(self, tensors: list[Tensor], name: str, pool: Pool | None) -> Tensor:
+        """Return the points of the members' ``tensors``: a view of a single one, a copy of several in a buffer."""
+        # Detached, because torch.utils.swap_tensors refuses parameters that a view refers to.
         if not self.gathered:
-            # A gradient may have a memory format without such a view, and is then copied. Detached, because
-            # torch.utils.swap_tensors refuses parameters that a view refers to.
-            return get_points(self.layout, tensors[0].detach())
-        rows = tensors if self._has_row_layout else [self.layout.to_rows(t, copy=True) for t in tensors]
-        buffer = self._buffer(name, self.stacked_shape, tensors[0], pool)
-        return self.layout.to_points(torch.cat(rows, self._row_dim, out=buffer))
+            return self.map.points([tensors[0].detach()])
+        return self.map.points(tensors, self._buffer(name, self.map.buffer_shape, tensors[0], pool))
 
     def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor, pool: Pool | None) -> Tensor:
         """Return a buffer, the same one in every step."""
@@ -143,16 +130,12 @@ class Bucket:
             self._buffers[name] = pool.take(name, shape, like)
         return self._buffers[name]
 
-    def storage(self, tensors: list[Tensor]) -> Tensor:
-        """Return the rows of the members' ``tensors`` in one new tensor."""
-        return torch.cat([self.layout.to_rows(tensor, copy=True) for tensor in tensors], self._row_dim)
-
     def _gather_state(self, pool: Pool | None) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the moments and the master copy of all points, gathered from the members if necessary."""
         if not self.gathers_state:
             return self.moments, self.master
         gathered = {
-            key: self.view(entries, f"held {key}", pool)
+            key: self._points(entries, f"held {key}", pool)
             if self._has_param_shape(entries)
             else self._gather_block_scalars(key, pool)
             for key, entries in self.state_views.items()
@@ -204,19 +187,7 @@ class Bucket:
             numbers = list(values.split(self.points_per_param))  # type: ignore[no-untyped-call]
             torch._foreach_copy_(self._block_scalars(tensors), numbers)
             return
-        rows = [self.layout.to_rows(tensor.detach()) for tensor in tensors]
-        new = list(self._to_stacked(values).split(self._rows_per_param, self._row_dim))  # type: ignore[no-untyped-call]
-        torch._foreach_copy_(rows, new)
-
-    def _to_stacked(self, values: Tensor) -> Tensor:
-        """Return points as stacked rows: the inverse of ``layout.to_points``."""
-        blocks = values.mT if self.is_tall else values
-        return (blocks.movedim(0, self._row_dim) if self._row_dim else blocks).reshape(self.stacked_shape)
-
-    def split(self, stacked: Tensor) -> list[Tensor]:
-        """Split stacked rows into one tensor per member, in its shape."""
-        pieces = stacked.split(self._rows_per_param, self._row_dim)  # type: ignore[no-untyped-call]
-        return [self.layout.from_rows(piece, p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+        self.map.write_([tensor.detach() for tensor in tensors], values)
 
     def gather(self, pool: Pool | None) -> Views:
         """Return the points and their state, gathered if necessary.
@@ -228,7 +199,7 @@ class Bucket:
         if self._views is None:
             self._views = self._make_views(pool)
         elif self.gathered:
-            self.view(self.parameters, "point", pool)
+            self._points(self.parameters, "point", pool)
             if self.gathers_state:
                 self._gather_state(pool)
         if self.low_precision:
@@ -236,7 +207,7 @@ class Bucket:
         return self._views
 
     def _make_views(self, pool: Pool | None) -> Views:
-        values = self.view(self.parameters, "point", pool)
+        values = self._points(self.parameters, "point", pool)
         moments, master = self._gather_state(pool)
         if self.low_precision and pool is None:
             self.sync_master_(values, master)
@@ -251,15 +222,15 @@ class Bucket:
             )
             for index in self.chunks()
         ]
-        member_values = self.split(self._to_stacked(values)) if self.gathered and not self.gathers_state else []
+        member_values = self.map.split(values) if self.gathered and not self.gathers_state else []
         return Views(values, moments, master, batches, member_values)
 
     def gradients(self, pool: Pool | None) -> Tensor:
         """Return the gradients of all points: a view of a single gradient, a copy of several."""
-        gradient = self.parameters[0].grad
-        if self._strides is not None and gradient is not None and gradient.stride() == self._strides[0]:
-            return gradient.as_strided(self._strides[1], self._strides[2])
-        return self.view([p.grad for p in self.parameters], "gradient", pool)  # type: ignore[misc]
+        gradient, strides = self.parameters[0].grad, self.map.strides
+        if strides is not None and gradient is not None and gradient.stride() == strides[0]:
+            return gradient.as_strided(strides[1], strides[2])  # quicker than the layout's views
+        return self._points([p.grad for p in self.parameters], "gradient", pool)  # type: ignore[misc]
 
     def set_steps(self, steps: Tensor) -> None:
         """Set the step counts of the members. If they can be read, all are equal."""
@@ -280,10 +251,10 @@ class Bucket:
         """Allocate the buffers of a step, so that an out-of-memory error is raised before anything is written."""
         first = self.parameters[0]
         for name in ("point", "gradient") if self.gathered else ():
-            pool.take(name, self.stacked_shape, first)
+            pool.take(name, self.map.buffer_shape, first)
         for key, entries in self.state_views.items() if self.gathers_state else ():
             if key != "step" and self._has_param_shape(entries):
-                pool.take(f"held {key}", self.stacked_shape, entries[0])
+                pool.take(f"held {key}", self.map.buffer_shape, entries[0])
         count = next(self.chunks()).stop  # the first chunk is the largest
         like = first.new_empty(0, dtype=working_dtype(self.dtype))
         names = "xy" if not self.stiefel else "ab" if self.p == self.n else "abxy"
@@ -328,11 +299,3 @@ class Bucket:
         steps = self.steps.to(self.parameters[0].device, self.real_dtype, non_blocking=True)
         per_block = steps.repeat_interleave(self.points_per_param) if self.gathered else steps
         return per_block.view(-1, *[1] * len(self.point_shape))
-
-
-def _strides(layout: Layout, tensor: Tensor) -> tuple[tuple[int, ...], ...] | None:
-    """Return the strides of a tensor, and shape and strides of its points; None if the points have an offset."""
-    points = get_points(layout, tensor)
-    if points.storage_offset() != tensor.storage_offset():
-        return None
-    return tensor.stride(), tuple(points.shape), points.stride()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...constraints.tag import CONSTRAINED, find_off_manifold, write_points_
 from ...linalg.precision import MASTER
-from ...manifolds.layout import Layout, is_viewable
+from ...manifolds.layout import with_view
 from ...manifolds.records import record_to_tensor, serialize
 from .bucket import Bucket
 from .convert import reshape_moment
@@ -75,29 +75,18 @@ def _init_master(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
 def _allocate_moment(bucket: Bucket, present: list[Tensor], per_block: bool) -> tuple[list[Tensor], Tensor | None]:
     """Return the state entries of a moment, one per member, and the bucket's tensor (None if gathered every step)."""
     if bucket.gathered and not bucket.gathers_state:
-        storage = torch.cat(present) if per_block else bucket.storage(present)
+        moment = torch.cat(present) if per_block else bucket.map.copy(present)
         if per_block:
-            return list(storage.split(bucket.points_per_param)), storage  # type: ignore[no-untyped-call]
-        return bucket.split(storage), bucket.layout.to_points(storage)
+            return list(moment.split(bucket.points_per_param)), moment  # type: ignore[no-untyped-call]
+        return bucket.map.split(moment), moment
     if not per_block:
-        present = [
-            _with_layout_of(bucket.layout, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)
-        ]
+        # A loaded moment has the strides of the saved one.
+        present = [with_view(bucket.layout, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)]
     if bucket.gathers_state:
         return present, None
     if per_block:
         return present, present[0].narrow(0, bucket.point_offset, bucket.points_per_param)
-    return present, bucket.layout.view(present[0])
-
-
-def _with_layout_of(layout: Layout, moment: Tensor, parameter: Tensor) -> Tensor:
-    """Return a moment that can be viewed as points, copied to the strides of its parameter if necessary.
-
-    A loaded moment has the strides of the saved one.
-    """
-    if is_viewable(layout, moment):
-        return moment
-    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+    return present, bucket.map.points(present)
 
 
 def _init_steps(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket) -> None:
