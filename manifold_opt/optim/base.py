@@ -149,17 +149,17 @@ def _step_unconstrained(optimizer: ManifoldOptimizer, inputs: GroupInputs) -> No
 
 def _step_constrained(optimizer: ManifoldOptimizer, plan: Plan, pool: Pool | None) -> None:
     algorithm = optimizer._algorithm
-    scale = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None)
-    overflow = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
-    if overflow is not None and host_can_branch(overflow) and float(overflow) != 0:
+    grad_scale = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None)
+    found_inf = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
+    if found_inf is not None and host_can_branch(found_inf) and float(found_inf) != 0:
         return
-    context = StepContext(pool, optimizer._engine.counters, algorithm, scale, overflow)
+    context = StepContext(pool, optimizer._engine.counters, algorithm, grad_scale, found_inf)
     groups = optimizer.param_groups
     for position, rows in plan.free_rows:
         algorithm.step_free_rows(optimizer, groups[position], rows)
     for position, bucket in plan.work:
         group = groups[position]
-        bucket.increment_step(1 if overflow is None else 1 - overflow.to(bucket.steps))
+        bucket.increment_step(1 if found_inf is None else 1 - found_inf.to(bucket.steps))
         update_bucket(bucket, group, algorithm.rule(group, bucket), context)
 
 

@@ -51,7 +51,7 @@ def step_free_rows_sgd(optimizer: Any, group: Group, free: list[FreeRows]) -> No
 
 
 def _sgd(
-    group: Group, lists: Lists, has_sparse_grad: bool, scale: Tensor | None = None, overflow: Tensor | None = None
+    group: Group, lists: Lists, has_sparse_grad: bool, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
 ) -> None:
     params, grads, buffers = lists
     if group["nesterov"] and group["foreach"] is not False:
@@ -62,18 +62,18 @@ def _sgd(
         grads,
         buffers,
         has_sparse_grad=has_sparse_grad,
-        grad_scale=scale,
-        found_inf=overflow,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         **{key: group[key] for key in keys},
     )
 
 
 def rows_and_gradients(optimizer: Any, free: list[FreeRows]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the rows and their gradients, unscaled if a GradScaler left that to the step."""
-    scale, _ = _grad_scaler_state(optimizer)
+    grad_scale, _ = _grad_scaler_state(optimizer)
     gradients = [rows.view(rows.parameter.grad) for rows in free]  # type: ignore[arg-type]
     gradients = [gradient.to(working_dtype(gradient.dtype)) for gradient in gradients]
-    gradients = gradients if scale is None else [gradient / scale.to(gradient) for gradient in gradients]
+    gradients = gradients if grad_scale is None else [gradient / grad_scale.to(gradient) for gradient in gradients]
     return [_rows_of(optimizer, rows) for rows in free], gradients
 
 
@@ -100,16 +100,16 @@ def _grad_scaler_state(optimizer: Any) -> tuple[Tensor | None, ...]:
 
 def _backups(optimizer: Any, *written: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the tensors that a step modifies, with copies, if it must be undone after an overflow."""
-    _, overflow = _grad_scaler_state(optimizer)
-    return [] if overflow is None else [(tensor, tensor.clone()) for tensors in written for tensor in tensors]
+    _, found_inf = _grad_scaler_state(optimizer)
+    return [] if found_inf is None else [(tensor, tensor.clone()) for tensors in written for tensor in tensors]
 
 
 def _undo_on_overflow(optimizer: Any, backups: list[tuple[Tensor, Tensor]]) -> None:
     """Restore the copies if a gradient has overflowed, without synchronization."""
-    _, overflow = _grad_scaler_state(optimizer)
+    _, found_inf = _grad_scaler_state(optimizer)
     for tensor, value in backups:
-        assert overflow is not None
-        tensor.copy_(torch.where(overflow.to(tensor.device) == 0, tensor, value))
+        assert found_inf is not None
+        tensor.copy_(torch.where(found_inf.to(tensor.device) == 0, tensor, value))
 
 
 def empty_lists_adam(optimizer: Any, group: Group) -> Lists:
@@ -129,8 +129,8 @@ def _adam(
     group: Group,
     lists: Lists,
     has_complex: bool,
-    scale: Tensor | None = None,
-    overflow: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     keys = ["amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"]
     functional: Callable[..., None] = adam
@@ -144,8 +144,8 @@ def _adam(
         has_complex=has_complex,
         beta1=beta1,
         beta2=beta2,
-        grad_scale=scale,
-        found_inf=overflow,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         **{key: group[key] for key in keys},
     )
 

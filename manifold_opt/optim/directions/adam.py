@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ...linalg.products import Workspace, host_can_branch, matmul_add, norm, real_view
 from ...manifolds import Manifold
+from ...manifolds.base import Scalar
 from ...manifolds.layout import point_norm
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule
-from .projection import Scalar, absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
+from .projection import absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ...linalg.products import Workspace, host_can_branch, matmul, matmul_add
+from ...manifolds.base import Scalar
 from ...stiefel.geometry import Metric
-
-Scalar = float | Tensor
 
 
 def project_tangent(w: Tensor, g: Tensor, ws: Workspace, *, out: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from ...linalg.products import Workspace, norm
 from ...manifolds import Manifold
+from ...manifolds.base import Scalar
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule
-from .projection import Scalar, absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
+from .projection import absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket

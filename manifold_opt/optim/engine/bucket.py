@@ -19,10 +19,10 @@ from torch import Tensor
 from ...linalg.precision import LOW_PRECISION, MASTER, working_dtype
 from ...linalg.products import Pool, Workspace, host_can_branch
 from ...manifolds import Manifold, Orthogonal
+from ...manifolds.base import Scalar
 from ...manifolds.layout import Layout, PointMap, point_norm
 from .optimizer import Group
 
-Scalar = float | Tensor
 _MAX_CHUNKS = 16  # per bucket, if each chunk has at least BATCH_BYTES
 BATCH_BYTES = 2**21  # size of the blocks that are processed at a time; at least one block
 

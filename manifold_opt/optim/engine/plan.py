@@ -260,14 +260,14 @@ def check_before_step(optimizer: ManifoldOptimizer) -> None:
 
 def check_gradients_are_finite(optimizer: ManifoldOptimizer) -> None:
     """Raise a FloatingPointError for a non-finite gradient in a group with ``nonfinite="raise"``."""
-    scale, overflow = (getattr(optimizer, key, None) for key in GRAD_SCALER_ATTRIBUTES)
-    if overflow is not None and float(overflow) != 0:
+    grad_scale, found_inf = (getattr(optimizer, key, None) for key in GRAD_SCALER_ATTRIBUTES)
+    if found_inf is not None and float(found_inf) != 0:
         return  # the GradScaler skips this step
     for group in optimizer.param_groups:
         if group["nonfinite"] == "raise":
             active = active_params(group)
             gradients: list[Tensor] = [p.grad for p in active]  # type: ignore[misc]
-            validate_finite_gradients(type(optimizer).__name__, group, active, gradients, scale)
+            validate_finite_gradients(type(optimizer).__name__, group, active, gradients, grad_scale)
 
 
 def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:

@@ -136,13 +136,13 @@ def _finite(g: Tensor, a: Tensor, bucket: Bucket, *, keepdim: bool) -> Tensor:
 
 def _update_sync_free(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step: Step) -> None:
     """Update points without reading a value: points that must not change get a zero gradient, and a zero step."""
-    bucket, (direction, options), overflow = step.bucket, step.rule, step.context.found_inf
+    bucket, (direction, options), found_inf = step.bucket, step.rule, step.context.found_inf
     a = bucket.constraint.frame_gradient(x, g, ws)
     finite = _finite(g, a, bucket, keepdim=True)
     # Never overwrite a gradient.
     out = a if bucket.stiefel and a is not g else None
     a = torch.where(finite, a, ws.zero, out=out)
-    active = None if overflow is None else overflow.to(x.device) == 0
+    active = None if found_inf is None else found_inf.to(x.device) == 0
     taken = finite if active is None else finite & active
     step.options.finite = finite if bucket.stiefel else taken
     options.finite = taken.to(bucket.real_dtype)  # a factor
