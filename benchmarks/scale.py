@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,42 @@ def _state_bytes(opt: torch.optim.Optimizer) -> int:
     return sum(x.nbytes for x in tensors)
 
 
+def _overwrite(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.mul_(1.01)
+
+
+def _spoil(weight: nn.Parameter) -> None:
+    weight.grad[0, 0] = torch.nan  # type: ignore[index]
+
+
+CAREFUL: dict[str, tuple[float, Callable[[nn.Parameter], None]]] = {  # learning rate, and what happens before a step
+    "every step is short": (1e-3, lambda _: None),
+    "one gradient is not finite": (1e-3, _spoil),
+    "every step is long": (1.0, lambda _: None),
+    "the value was overwritten": (1e-3, _overwrite),
+}
+
+
+def careful_peaks(count: int, p: int, n: int) -> list[float]:
+    """Return the peak of a step in each of these cases, in units of the weight."""
+    peaks = []
+    for lr, happen in CAREFUL.values():
+        (weight,), mark = blocks(1, count, p, n)()
+        mark()
+        opt = Adam([weight], lr=lr)
+        for _ in range(3):
+            weight.grad = torch.randn_like(weight) / n**0.5
+            opt.step()
+        weight.grad = torch.randn_like(weight) / n**0.5
+        happen(weight)
+        with Memory() as memory, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a value far from the manifold
+            opt.step()
+        peaks.append(memory.peak / weight.nbytes)
+    return peaks
+
+
 COLUMNS = {
     "mark, s": "{:.2f}",
     "step, ours, ms": "{:.2f}",
@@ -126,6 +163,11 @@ def main() -> None:
         print(
             f"| {name} | " + " | ".join(form.format(figures[key]) for key, form in COLUMNS.items()) + " |", flush=True
         )
+    print("\n| peak of a step | " + " | ".join(CAREFUL) + " |")
+    print("|---|" + "---:|" * len(CAREFUL))
+    for count, p, n in ((2, 8, 8),) if args.toy else ((4, 1024, 1024), (1, 1024, 4096), (1000, 32, 64)):
+        peaks = " | ".join(f"{peak:.2f}" for peak in careful_peaks(count, p, n))
+        print(f"| {count} of {p} x {n} | {peaks} |", flush=True)
 
 
 if __name__ == "__main__":
