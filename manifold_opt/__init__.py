@@ -12,7 +12,7 @@ from . import init
 from .constraints.average import orthogonal_average, project_to_manifold_
 from .constraints.diagnostics import orthogonality_error
 from .constraints.from_parametrized import from_parametrized
-from .constraints.mark import mark_manifold, mark_positive, mark_spectral, mark_unit_norm
+from .constraints.mark import mark_fixed_spectrum, mark_manifold, mark_positive, mark_spectral, mark_unit_norm
 from .constraints.modules import mark_attention, mark_orthogonal, mark_recurrent
 from .constraints.orthogonalize import orthogonalize_
 from .constraints.tag import constraint_of
@@ -42,6 +42,7 @@ __all__ = [
     "from_parametrized",
     "init",
     "mark_attention",
+    "mark_fixed_spectrum",
     "mark_manifold",
     "mark_orthogonal",
     "mark_positive",

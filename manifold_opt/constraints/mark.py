@@ -7,8 +7,9 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
-from ..manifolds import Positive, Spectral, UnitNorm
+from ..manifolds import FixedSpectrum, Positive, Spectral, UnitNorm
 from ..manifolds.geoopt import wrap
+from ..manifolds.layout import get_points
 from .validation import get_parameter, validate_and_constrain
 
 T = TypeVar("T", bound=Tensor)
@@ -152,6 +153,77 @@ def mark_positive(target: Any, name: Any = None) -> Any:
     tensor([0.3679, 2.7183])
     """
     return validate_and_constrain("mark_positive", target, name, Positive())
+
+
+@overload
+def mark_fixed_spectrum(
+    target: nn.Module, name: str, blocks: int = 1, *, side: str | None = None, dim: int = 0, flatten: bool = True
+) -> nn.Parameter: ...
+@overload
+def mark_fixed_spectrum(
+    target: T, name: None = None, blocks: int = 1, *, side: str | None = None, dim: int = 0, flatten: bool = True
+) -> T: ...
+@overload
+def mark_fixed_spectrum(
+    target: Tensor | nn.Module,
+    name: str | None = None,
+    blocks: int = 1,
+    *,
+    side: str | None = None,
+    dim: int = 0,
+    flatten: bool = True,
+) -> Tensor: ...
+def mark_fixed_spectrum(
+    target: Any, name: Any = None, blocks: int = 1, *, side: str | None = None, dim: int = 0, flatten: bool = True
+) -> Any:
+    r"""Mark the blocks of a parameter so that their singular values stay what they are.
+
+    Nothing changes when it is marked. The optimizers then move every block W on
+    :math:`\{Q W_0 : Q \text{ orthogonal}\}`: they rotate its rows. This is orthogonal fine-tuning of a pretrained
+    weight, without an adapter and with nothing to merge afterwards. The learning rate, ``retraction`` and
+    ``orthogonal_lr_scale`` are those of orthogonal blocks; weight decay has no effect.
+
+    The optimizer state keeps the rotation of every block and the marked values, one more copy of the weight.
+
+    Args:
+        target: a leaf tensor with at least two dimensions, or a module that has one.
+        name: name of the module's parameter, dots allowed. Left out for a tensor.
+        blocks: number of equal blocks stacked along ``dim``.
+        side: ``"left"`` rotates the rows, :math:`Q W_0`; ``"right"`` the columns, :math:`W_0 Q`; ``"both"``
+            :math:`Q W_0 R`. Defaults to the shorter side of a block, which is the cheaper one.
+        dim: dimension along which the blocks are stacked, 0, or 1 for a matrix.
+        flatten: True flattens dimensions beyond the second to (first, rest), False treats the parameter as a batch of
+            matrices.
+
+    Returns:
+        The parameter, the same object.
+
+    Raises:
+        ValueError: the parameter cannot be marked with these arguments; the message names the remedy.
+
+    Reference: Qiu et al. (2023), *Controlling text-to-image diffusion by orthogonal finetuning*, for the constraint.
+
+    >>> import torch
+    >>> from manifold_opt import AdamW, mark_fixed_spectrum
+    >>> layer = torch.nn.Linear(6, 4)
+    >>> before = torch.linalg.svdvals(layer.weight.detach())
+    >>> _ = mark_fixed_spectrum(layer, "weight")
+    >>> opt = AdamW(layer.parameters(), lr=0.1)
+    >>> for _ in range(10):
+    ...     opt.zero_grad()
+    ...     layer(torch.ones(1, 6)).square().sum().backward()
+    ...     opt.step()
+    >>> torch.allclose(torch.linalg.svdvals(layer.weight), before)
+    True
+    """
+    parameter = get_parameter("mark_fixed_spectrum", target, name) if isinstance(target, nn.Module) else target
+    if side is None:
+        side = "left"
+        probe = FixedSpectrum(blocks, dim, side, flatten)
+        if isinstance(parameter, Tensor) and probe.invalid_reason(parameter) is None:
+            p, n = get_points(probe.layouts(parameter.shape)[0], parameter.detach()).shape[-2:]
+            side = "left" if p <= n else "right"
+    return validate_and_constrain("mark_fixed_spectrum", target, name, FixedSpectrum(blocks, dim, side, flatten))
 
 
 @overload

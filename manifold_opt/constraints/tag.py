@@ -47,7 +47,7 @@ def find_off_manifold(
         try:
             off, values = constraint.find_off_manifold(points, slack)
         except ValueError as error:
-            if isinstance(layout, BlockLayout) and layout.is_tall(layout.to_rows(parameter.detach(), copy=True)):
+            if isinstance(layout, BlockLayout) and layout.is_transposed(layout.to_rows(parameter.detach(), copy=True)):
                 points = points.mT  # so that the message has the shape of the blocks in the parameter
             index, reason = _first_invalid(constraint, points, slack) or (0, error)
             single = sum(map(len, batches)) == 1

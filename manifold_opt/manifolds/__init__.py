@@ -1,6 +1,7 @@
 """Manifolds that parameters can be constrained to, one file each."""
 
 from .base import Manifold
+from .fixed_spectrum import FixedSpectrum
 from .geoopt import Geoopt
 from .orthogonal import Orthogonal
 from .positive import Positive
@@ -12,7 +13,8 @@ MANIFOLDS: dict[str, type[Manifold]] = {
     "unit_norm": UnitNorm,
     "spectral": Spectral,
     "positive": Positive,
+    "fixed_spectrum": FixedSpectrum,
     "geoopt": Geoopt,
 }
 
-__all__ = ["MANIFOLDS", "Geoopt", "Manifold", "Orthogonal", "Positive", "Spectral", "UnitNorm"]
+__all__ = ["MANIFOLDS", "FixedSpectrum", "Geoopt", "Manifold", "Orthogonal", "Positive", "Spectral", "UnitNorm"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Manifold:
             :math:`(1 - t) x` is a point too.
         allows_l2_penalty: True if an L2 penalty applies, through its gradient.
         allows_complex: True if complex parameters are supported.
+        uses_retraction: True if the options ``retraction`` and ``orthogonal_lr_scale`` of the optimizers apply.
+        state_keys: keys of tensors beside the moments that the optimizer keeps for it, see :meth:`start_state`.
         frame_is_bounded: True if :meth:`frame_gradient` is never longer than the gradient.
         point_name: name of a point in error messages.
 
@@ -88,6 +90,8 @@ class Manifold:
     allows_decoupled_decay = False
     allows_l2_penalty = False
     allows_complex = False
+    uses_retraction = False
+    state_keys: ClassVar[tuple[str, ...]] = ()
     frame_is_bounded = False
     point_name = "point"
 
@@ -166,6 +170,39 @@ class Manifold:
     def project_direction_(self, x: Tensor, d: Tensor, ws: Workspace) -> Tensor:  # noqa: ARG002
         """Return :meth:`project_tangent` of a direction in these coordinates. ``d`` may be overwritten."""
         return self.project_tangent(x, d)
+
+    def is_skew(self, shape: Shape) -> bool:  # noqa: ARG002
+        """Return True if the coordinates of a tangent at points of this shape are a skew matrix."""
+        return False
+
+    def frame_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the coordinates of a tangent at a point of this shape. Moments have it too."""
+        return shape
+
+    def parts(self, x: Tensor, coordinates: Tensor) -> list[Tensor]:  # noqa: ARG002
+        """Return views of coordinates at ``x`` that are matrices; the optimizers update each by itself."""
+        return [coordinates]
+
+    def workspaces(self, x: Tensor, ws: Workspace) -> list[Workspace]:  # noqa: ARG002
+        """Return the buffers for each part."""
+        return [ws]
+
+    def start_state(self, x: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return the tensors ``(B, ...)`` of ``state_keys`` for points that have not moved yet."""
+        return {}
+
+    def distance(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Return the distances ``(B,)`` of points from those of their state, if the manifold has ``state_keys``."""
+        raise NotImplementedError
+
+    def restore_(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Update the state of points that something else has written to, if the manifold has ``state_keys``.
+
+        Returns:
+            A mask ``(B,)`` of the points that are not those of their state, the nearest points that are, and their
+            distances, relative to the norm of the point.
+        """
+        raise NotImplementedError
 
     def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
         """Return True if :meth:`change_frame` converts moments of points of this shape."""

@@ -21,7 +21,7 @@ Shape = tuple[int, ...] | torch.Size
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Layout of equal, consecutive blocks as wide matrices ``(B, p, n)``; tall blocks are transposed.
+    """Layout of equal, consecutive blocks as matrices ``(B, p, n)``, by default wide ones: tall blocks are transposed.
 
     Attributes:
         size: rows per block, or columns if ``dim`` is 1.
@@ -31,6 +31,7 @@ class BlockLayout:
         flatten: True flattens dimensions beyond the second to (first, rest); False treats all but the last two
             as batch dimensions.
         row_dim: dimension that becomes the rows when the tensor is flattened.
+        transpose: True transposes all blocks, False none, None the tall ones.
     """
 
     size: int
@@ -39,6 +40,7 @@ class BlockLayout:
     length: int | None = None
     flatten: bool = True
     row_dim: int = 0
+    transpose: bool | None = None
     point_ndim = 2
 
     def to_rows(self, tensor: Tensor, *, copy: bool = False) -> Tensor:
@@ -55,14 +57,16 @@ class BlockLayout:
         return matrix if self.length is None else matrix.narrow(self.dim, self.start, self.length)
 
     def to_points(self, rows: Tensor) -> Tensor:
-        """Return the wide blocks ``(B, p, n)`` of some rows, a view."""
+        """Return the blocks ``(B, p, n)`` of some rows, a view."""
         stacked: Tensor = rows.unflatten(self.dim, (-1, self.size)).movedim(self.dim, 0)  # type: ignore[no-untyped-call]
-        return stacked.mT if stacked.shape[-2] > stacked.shape[-1] else stacked
+        is_tall = stacked.shape[-2] > stacked.shape[-1]
+        return stacked.mT if (is_tall if self.transpose is None else self.transpose) else stacked
 
-    def is_tall(self, rows: Tensor) -> bool:
-        """Return True if the blocks have more rows than columns."""
+    def is_transposed(self, rows: Tensor) -> bool:
+        """Return True if the points are the transposed blocks."""
         other = rows.shape[1 - self.dim]
-        return self.size < other if self.dim else self.size > other
+        is_tall = self.size < other if self.dim else self.size > other
+        return is_tall if self.transpose is None else self.transpose
 
     def block_numel(self, shape: Shape) -> int:
         """Return the number of entries of one block in a tensor of this shape."""
@@ -72,7 +76,7 @@ class BlockLayout:
         return self.size * (math.prod(shape) // along)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Return the wide blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""
+        """Return the blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""
         return self.to_points(self.to_rows(tensor))
 
     def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
@@ -206,7 +210,7 @@ class PointMap:
         self.points_per_tensor, self.point_shape = len(points), points.shape[1:]
         self._shape, self._row_dim = tensor.shape, layout.dim if isinstance(layout, BlockLayout) else 0
         self._rows = rows.shape[self._row_dim]
-        self._is_tall = isinstance(layout, BlockLayout) and layout.is_tall(rows)
+        self._is_transposed = isinstance(layout, BlockLayout) and layout.is_transposed(rows)
         self._is_identity = rows.shape == tensor.shape and rows.stride() == tensor.stride()
         self.buffer_shape = tuple(n * (count if dim == self._row_dim else 1) for dim, n in enumerate(rows.shape))
         has_view = self.is_view and points.storage_offset() == tensor.storage_offset()
@@ -231,7 +235,7 @@ class PointMap:
 
     def _split_rows(self, points: Tensor) -> list[Tensor]:
         """Return the rows of every tensor, the inverse of ``layout.to_points``."""
-        blocks = points.mT if self._is_tall else points
+        blocks = points.mT if self._is_transposed else points
         rows = (blocks.movedim(0, self._row_dim) if self._row_dim else blocks).reshape(self.buffer_shape)
         return list(rows.split(self._rows, self._row_dim))  # type: ignore[no-untyped-call]
 

@@ -45,7 +45,7 @@ class Orthogonal(Manifold):
     (Orthogonal(blocks=3, dim=0, gain=1.0, which=(2,)), (8, 8, 8), [(0, 16)])
     """
 
-    allows_complex = True
+    allows_complex = uses_retraction = True
     point_name = "block"
     blocks: int | tuple[int, ...] = 1
     dim: int = 0
@@ -105,9 +105,11 @@ class Orthogonal(Manifold):
         r"""Return :math:`G W^\top` in ``ws.a`` for square blocks, the gradient itself for others."""
         return torch.bmm(g, ws.adjoint("w", x), out=ws.a) if x.shape[-2] == x.shape[-1] else g
 
-    def has_frame(self, shape: Shape) -> bool:
+    def is_skew(self, shape: Shape) -> bool:
         """Return True for square blocks."""
         return shape[-2] == shape[-1]
+
+    has_frame = is_skew
 
     def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
         """Convert a moment to that of the gradient in the frame of square blocks, or ``back``."""

@@ -21,7 +21,7 @@ from ..constraints.tag import (
     was_unmarked,
 )
 from ..linalg.precision import working_dtype
-from ..manifolds import Manifold
+from ..manifolds import FixedSpectrum, Manifold
 from ..manifolds.layout import get_points, overlap_problem, point_norm
 from ..stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ..stiefel.retractions import check_retraction
@@ -213,6 +213,12 @@ def validate_marked(name: str, parameter: Tensor, group: Group) -> None:
         raise ValueError(f"{name}: a marked parameter of shape {describe_param(group, parameter)}{problem}")
     if constraint is not None and constraint.free_rows(parameter.shape):
         _validate_free_rows(name, parameter, group)
+    if isinstance(constraint, FixedSpectrum) and constraint.side == "both" and group.get("second_moment") == "block":
+        raise ValueError(
+            f"{name}: second_moment='block' is not supported for a parameter of shape "
+            f"{describe_param(group, parameter)} that is rotated on both sides. Mark it with side='left' or 'right', "
+            "or use second_moment='element'."
+        )
 
 
 def _validate_free_rows(name: str, parameter: Tensor, group: Group) -> None:

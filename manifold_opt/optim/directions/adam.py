@@ -18,7 +18,7 @@ from ...manifolds.base import Scalar
 from ...manifolds.layout import point_norm
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule
-from .projection import absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
+from .projection import absolute, copy_where_, each_part, project_tangent, reproject_tangent_, to_metric
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket
@@ -56,9 +56,11 @@ def rule(group: Group, bucket: Bucket) -> Rule:
     )
     if not bucket.stiefel:
         return adam_tangent, options
-    if group["second_moment"] == "block":
-        return adam_block_square if bucket.p == bucket.n else adam_block_wide, options
-    return adam_square if bucket.p == bucket.n else adam_wide, options
+    by_block = group["second_moment"] == "block"
+    if bucket.is_skew:
+        direction = adam_block_square if by_block else adam_square
+        return each_part(direction, bucket.constraint) if bucket.has_parts else direction, options
+    return adam_block_wide if by_block else adam_wide, options
 
 
 def _to_float(beta: Scalar) -> Scalar:

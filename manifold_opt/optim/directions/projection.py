@@ -1,15 +1,18 @@
-r"""Projections of rectangular blocks ``(B, p, n)`` to the tangent space, in the buffers of a step.
+r"""Projections of rectangular blocks ``(B, p, n)`` to the tangent space, in the buffers of a step, and small helpers.
 
 Costs are given in T, one product of p x n by n x p matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...linalg.products import Workspace, host_can_branch, matmul, matmul_add
-from ...manifolds.base import Scalar
+from ...manifolds.base import Manifold, Scalar
 from ...stiefel.geometry import Metric
 
 
@@ -52,3 +55,17 @@ def copy_where_(moment: Tensor, new: Tensor, finite: Tensor | None) -> None:
 def absolute(x: Scalar) -> Scalar:
     """Return the absolute value of a number or a tensor."""
     return x.abs() if isinstance(x, Tensor) else abs(x)
+
+
+def each_part(direction: Callable[..., Tensor], manifold: Manifold) -> Callable[..., Tensor]:
+    """Return a direction of skew matrices that is applied to each part of the coordinates (:meth:`Manifold.parts`)."""
+
+    def apply(x: Tensor, a: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Any) -> Tensor:
+        own = {key: manifold.parts(x, moment) for key, moment in moments.items() if key not in manifold.state_keys}
+        for k, (part, space) in enumerate(zip(manifold.parts(x, a), manifold.workspaces(x, ws), strict=True)):
+            omega = direction(x, part, {key: parts[k] for key, parts in own.items()}, space, options)
+            if omega is not part:
+                part.copy_(omega)
+        return a
+
+    return apply

@@ -33,7 +33,7 @@ from ...manifolds import Manifold
 from ...manifolds.base import Scalar
 from ...stiefel.geometry import Metric
 from ..engine.optimizer import Group, Rule
-from .projection import absolute, copy_where_, project_tangent, reproject_tangent_, to_metric
+from .projection import absolute, copy_where_, each_part, project_tangent, reproject_tangent_, to_metric
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket
@@ -55,7 +55,9 @@ def rule(group: Group, bucket: Bucket) -> Rule:
     )
     if not bucket.stiefel:
         return sgd_tangent, options
-    return sgd_square if bucket.p == bucket.n else sgd_wide, options
+    if bucket.has_parts:
+        return each_part(sgd_square, bucket.constraint), options
+    return sgd_square if bucket.is_skew else sgd_wide, options
 
 
 @dataclass

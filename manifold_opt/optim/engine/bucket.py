@@ -105,7 +105,10 @@ class Bucket:
         self.gathers_state = self.gathered and not self.map.covers
         self.points_per_param, self.point_shape = self.map.points_per_tensor, self.map.point_shape
         self.blocks = self.points_per_param * len(self.parameters)
-        self.stiefel = isinstance(self.constraint, Orthogonal)
+        self.stiefel = self.constraint.uses_retraction
+        self.has_own_frame = self.constraint.frame_shape(self.point_shape) != self.point_shape
+        self.has_parts = type(self.constraint).parts is not Manifold.parts
+        self.is_skew = self.constraint.is_skew(self.point_shape)
         # The gradient in the frame may overflow though the gradient does not. That of orthogonal blocks has its norm.
         self.tests_frame = not self.stiefel and not self.constraint.frame_is_bounded
         self.p, self.n = self.point_shape if self.stiefel else (1, self.point_shape.numel())

@@ -85,9 +85,10 @@ def _restore_dtypes(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> Non
         saved = loaded["state"].get(key, {})
         if CONSTRAINED in saved and record_from_tensor(saved[CONSTRAINED]) is not None:
             optimizer.state[parameter][CONSTRAINED] = saved[CONSTRAINED].to("cpu", torch.float32, copy=True)
-        if constraint_of(parameter) is None or parameter.dtype not in LOW_PRECISION:
+        constraint = constraint_of(parameter)
+        if constraint is None or parameter.dtype not in LOW_PRECISION:
             continue
-        for name in (*optimizer._algorithm.state_keys, MASTER):
+        for name in (*optimizer._algorithm.state_keys, MASTER, *constraint.state_keys):
             if isinstance(saved.get(name), Tensor):
                 optimizer.state[parameter][name] = saved[name].to(parameter.device, torch.float32, copy=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...constraints.tag import CONSTRAINED, constraint_of, was_unmarked
 from ...linalg.precision import LOW_PRECISION, MASTER, FullPrecision, working_dtype
 from ...manifolds import Manifold
-from ...manifolds.layout import Layout, get_points, set_points_
+from ...manifolds.layout import Layout, Shape, get_points, set_points_
 from ...manifolds.records import (
     Record,
     deserialize,
@@ -58,10 +59,33 @@ def converted_state(optimizer: ManifoldOptimizer, group: Group, parameter: Tenso
         return state
     check_shapes(optimizer, group, parameter, state, constraint if old is None else deserialize(old))
     if old is not None:
-        _change_frame(state, optimizer._algorithm, parameter, old, back=True)
+        _leave_frame(optimizer, group, parameter, state, old)
     _change_frame(state, optimizer._algorithm, parameter, new, back=False)
     state[CONSTRAINED] = record_to_tensor(new)
     return state
+
+
+def _leave_frame(
+    optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, state: dict[str, Any], old: Record
+) -> None:
+    """Convert moments to those of the Euclidean gradient; reset them with a warning where that is not possible."""
+    constraint = deserialize(old)
+    try:
+        _change_frame(state, optimizer._algorithm, parameter, old, back=True)
+    except ValueError as reason:
+        _warn_of_reset(optimizer, group, parameter, reason)
+        for key in optimizer._algorithm.state_keys:
+            state.pop(key, None)
+    for key in () if constraint is None else constraint.state_keys:
+        state.pop(key, None)
+
+
+def _warn_of_reset(optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, reason: Exception) -> None:
+    warnings.warn(
+        f"{type(optimizer).__name__}: the moments of a parameter of shape {describe_param(group, parameter)}, whose "
+        f"constraint has changed, cannot be converted, and start anew: {reason}",
+        stacklevel=2,
+    )
 
 
 def _to_torch_state(
@@ -87,7 +111,9 @@ def _to_torch_state(
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if "step" in state:
             state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
-    state.pop(MASTER, None)
+    known = None if old is None else deserialize(old)
+    for key in (MASTER, *(() if known is None else known.state_keys)):
+        state.pop(key, None)
     del state[CONSTRAINED]
     for key in optimizer._algorithm.state_keys:
         if isinstance(state.get(key), Tensor) and parameter.dtype in LOW_PRECISION:
@@ -114,10 +140,13 @@ def check_shapes(
     """Raise a RuntimeError unless every moment has one entry per entry of the parameter, or one per point."""
     if constraint is None:
         return
-    points = sum(_point_count(layout, parameter.detach()) for layout in constraint.layouts(parameter.shape))
+    layouts = constraint.layouts(parameter.shape)
+    points = sum(_point_count(layout, parameter.detach()) for layout in layouts)
+    frame = _own_frame(layouts[0], parameter, constraint)
+    numbers = (1, points, points if frame is None else points * math.prod(frame))
     for key in optimizer._algorithm.state_keys:
         moment = state.get(key)
-        if isinstance(moment, Tensor) and moment.shape != parameter.shape and moment.numel() not in (1, points):
+        if isinstance(moment, Tensor) and moment.shape != parameter.shape and moment.numel() not in numbers:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: a marked parameter has shape {describe_param(group, parameter)}, what "
                 f"the optimizer holds for it {tuple(moment.shape)}. After changing the shape of a parameter, "
@@ -148,6 +177,9 @@ def _change_frame(
     constraint = deserialize(record)
     if constraint is None:
         return
+    if _own_frame(constraint.layouts(parameter.shape)[0], parameter, constraint) is not None:
+        _change_to_own_frame(state, algorithm, parameter, constraint, back=back)
+        return
     framed = {}
     for key in algorithm.state_keys:
         moment = state.get(key)
@@ -170,6 +202,22 @@ def _change_frame(
             set_points_(layout, moment, ..., new)
 
 
+def _change_to_own_frame(
+    state: dict[str, Any], algorithm: Algorithm, parameter: Tensor, constraint: Manifold, *, back: bool
+) -> None:
+    """Replace moments by those in coordinates that have a shape of their own, one matrix per point."""
+    (layout,) = constraint.layouts(parameter.shape)
+    x = get_points(layout, parameter.detach()).to(working_dtype(parameter.dtype))
+    for key in algorithm.state_keys:
+        moment = state.get(key)
+        if back or (isinstance(moment, Tensor) and moment.shape == parameter.shape):
+            points = x if moment is None else get_points(layout, moment).to(x)
+            with FullPrecision(x.device.type):
+                state[key] = constraint.change_frame(
+                    x, points, mean_square=key in algorithm.mean_squares, back=back
+                ).contiguous()
+
+
 def reshape_moment(moment: Tensor | None, per_block: bool, parameter: Tensor, constraint: Manifold) -> Tensor:
     """Return a moment with one number per point, or with the shape of the parameter; zeros if it is None.
 
@@ -179,14 +227,16 @@ def reshape_moment(moment: Tensor | None, per_block: bool, parameter: Tensor, co
     layouts = constraint.layouts(parameter.shape)
     ones = [_first_entry(layout, parameter.detach()) for layout in layouts]
     count = sum(map(len, ones))
-    shape = torch.Size((count, *ones[0].shape[1:])) if per_block else parameter.shape
+    frame = None if per_block else _own_frame(layouts[0], parameter, constraint)
+    shape = torch.Size((count, *(ones[0].shape[1:] if frame is None else frame)))
+    shape = parameter.shape if frame is None and not per_block else shape
     dtype = working_dtype(parameter.dtype)
     dtype = dtype.to_real() if per_block else dtype
     if moment is not None and moment.shape == shape:
         return moment.to(parameter.device, dtype)
     if moment is not None and per_block and moment.shape == parameter.shape:
         return torch.cat([_mean_per_point(layout, moment) for layout in layouts]).to(parameter.device, dtype)
-    like = ones[0].new_empty(shape) if per_block else parameter
+    like = parameter if shape == parameter.shape else ones[0].new_empty(shape)
     value = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
     if moment is None:
         return value
@@ -195,12 +245,22 @@ def reshape_moment(moment: Tensor | None, per_block: bool, parameter: Tensor, co
         return value.copy_(numbers)
     if value.is_complex():
         numbers = torch.complex(numbers, numbers)  # the same for the real and the imaginary part
+    if frame is not None:
+        return value.copy_(numbers)
     value.fill_(numbers.mean().item())
     start = 0
     for layout, one in zip(layouts, ones, strict=True):
         set_points_(layout, value, ..., numbers[start : start + len(one)].to(value))
         start += len(one)
     return value
+
+
+def _own_frame(layout: Layout, parameter: Tensor, constraint: Manifold) -> Shape | None:
+    """Return the shape of the coordinates of a point; None if it is that of the point."""
+    points = get_points(layout, parameter.detach())
+    shape = points.shape[points.ndim - layout.point_ndim :]
+    frame = constraint.frame_shape(shape)
+    return None if frame == shape else frame
 
 
 def _first_entry(layout: Layout, tensor: Tensor) -> Tensor:

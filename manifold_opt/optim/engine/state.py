@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...constraints.tag import CONSTRAINED, find_off_manifold, write_points_
 from ...linalg.precision import MASTER
-from ...manifolds.layout import with_view
+from ...manifolds.layout import get_points, with_view
 from ...manifolds.records import record_to_tensor, serialize
 from .bucket import Bucket
 from .convert import reshape_moment
@@ -37,13 +37,15 @@ def init_state(
             reshape_moment(optimizer.state[p].get(key), key in per_block_keys, p, bucket.constraint)
             for p in bucket.parameters
         ]
-        entries, moment = _allocate_moment(bucket, present, key in per_block_keys)
+        per_point = key in per_block_keys or bucket.has_own_frame
+        entries, moment = _allocate_moment(bucket, present, per_point)
         if moment is not None:
             bucket.moments[key] = moment
         bucket.state_views[key] = entries
         for parameter, entry in zip(bucket.parameters, entries, strict=True):
             optimizer.state[parameter][key] = entry
     _init_master(optimizer, bucket)
+    _init_own_state(optimizer, bucket)
     _init_steps(optimizer, group, bucket)
     record = serialize(bucket.constraint)
     assert record is not None
@@ -72,21 +74,44 @@ def _init_master(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
         optimizer.state[parameter][MASTER] = master
 
 
-def _allocate_moment(bucket: Bucket, present: list[Tensor], per_block: bool) -> tuple[list[Tensor], Tensor | None]:
+def _init_own_state(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
+    """Initialize the tensors that the manifold keeps for every point, from the current points."""
+    if not bucket.constraint.state_keys:
+        return
+    present: dict[str, list[Tensor]] = {key: [] for key in bucket.constraint.state_keys}
+    for parameter in bucket.parameters:
+        state = optimizer.state[parameter]
+        points = get_points(bucket.layout, state.get(MASTER, parameter.detach()))
+        start = bucket.constraint.start_state(points.contiguous())
+        known = all(key in state and state[key].shape == value.shape for key, value in start.items())
+        for key, value in start.items():
+            present[key].append(state[key].to(value) if known else value)
+    for key, values in present.items():
+        entries, bucket.moments[key] = _allocate_per_point(bucket, values)
+        bucket.state_views[key] = entries
+        for parameter, entry in zip(bucket.parameters, entries, strict=True):
+            optimizer.state[parameter][key] = entry
+
+
+def _allocate_per_point(bucket: Bucket, present: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return state entries with one tensor per point, and the bucket's tensor of all points."""
+    if bucket.gathered:
+        storage = torch.cat(present)
+        return list(storage.split(bucket.points_per_param)), storage  # type: ignore[no-untyped-call]
+    return present, present[0].narrow(0, bucket.point_offset, bucket.points_per_param)
+
+
+def _allocate_moment(bucket: Bucket, present: list[Tensor], per_point: bool) -> tuple[list[Tensor], Tensor | None]:
     """Return the state entries of a moment, one per member, and the bucket's tensor (None if gathered every step)."""
+    if per_point and not bucket.gathers_state:
+        return _allocate_per_point(bucket, present)
     if bucket.gathered and not bucket.gathers_state:
-        moment = torch.cat(present) if per_block else bucket.map.copy(present)
-        if per_block:
-            return list(moment.split(bucket.points_per_param)), moment  # type: ignore[no-untyped-call]
+        moment = bucket.map.copy(present)
         return bucket.map.split(moment), moment
-    if not per_block:
+    if not per_point:
         # A loaded moment has the strides of the saved one.
         present = [with_view(bucket.layout, moment, p) for moment, p in zip(present, bucket.parameters, strict=True)]
-    if bucket.gathers_state:
-        return present, None
-    if per_block:
-        return present, present[0].narrow(0, bucket.point_offset, bucket.points_per_param)
-    return present, bucket.map.points(present)
+    return present, None if bucket.gathers_state else bucket.map.points(present)
 
 
 def _init_steps(optimizer: ManifoldOptimizer, group: Group, bucket: Bucket) -> None:

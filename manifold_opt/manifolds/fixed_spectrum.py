@@ -1,0 +1,208 @@
+r"""Matrices with the singular values of the value that was marked: :math:`\{Q W_0\}`, Q orthogonal.
+
+The point that moves is Q. On the left, the gradient with respect to :math:`\Omega` in :math:`(I + \Omega) W` is
+:math:`A = G W^\top`, as for square orthogonal blocks, so directions and retractions are theirs, with the metric of the
+orthogonal group: the length of a step is :math:`\|\Omega\|`. The optimizer state keeps Q (``rotation``) and
+:math:`W_0` (``base``). Every step computes :math:`W = Q W_0` anew, so rounding does not add up: the error of W is that
+of Q, which is corrected as for any square block, and of one product.
+
+A rotation on the right is one of the transposed block. With ``side="both"``, :math:`W = Q_l W_0 Q_r^\top`, and both
+rotations move in the same step. Their coordinates are then stored one after the other, as ``(B, 1, p*p + n*n)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg.matrices import float64
+from ..linalg.products import Workspace
+from ..stiefel.geometry import to_frame
+from ..stiefel.retractions import RETRACTIONS
+from ..stiefel.step import Settings, retract_
+from .base import Manifold
+from .layout import BlockLayout, Shape, is_writable, point_any, point_norm
+
+SIDES = ("left", "right", "both")
+
+
+@dataclass(frozen=True)
+class FixedSpectrum(Manifold):
+    """Constraint of a parameter whose blocks keep the singular values that they were marked with.
+
+    Attributes:
+        blocks: number of equal blocks stacked along ``dim``.
+        dim: dimension along which they are stacked.
+        side: where blocks are multiplied by a rotation: ``"left"``, ``"right"`` or ``"both"``.
+        flatten: True flattens dimensions beyond the second to (first, rest). False treats the parameter as a batch of
+            matrices, its last two dimensions.
+    """
+
+    allows_complex = uses_retraction = True
+    point_name = "block"
+    state_keys = ("rotation", "base")
+    blocks: int = 1
+    dim: int = 0
+    side: str = "left"
+    flatten: bool = True
+
+    def layouts(self, shape: Shape) -> tuple[BlockLayout, ...]:
+        """Return one layout ``(B, p, n)`` of all blocks, whose first dimension is rotated."""
+        size = shape[self.dim if self.flatten else -2] // self.blocks
+        return (BlockLayout(size, self.dim, flatten=self.flatten, transpose=self.side == "right"),)
+
+    def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
+        """Return True."""
+        return True
+
+    def is_skew(self, shape: Shape) -> bool:  # noqa: ARG002
+        r"""Return True: the coordinates of a tangent are those of :math:`\Omega`."""
+        return True
+
+    def frame_shape(self, shape: Shape) -> Shape:
+        """Return ``(p, p)``, the shape of A, or that of both one after the other."""
+        p, n = shape
+        return (1, p * p + n * n) if self.side == "both" else (p, p)
+
+    def parts(self, x: Tensor, coordinates: Tensor) -> list[Tensor]:
+        """Return views ``(B, k, k)`` of coordinates, one for each rotation; of numbers per block, ``(B, 1, 1)``."""
+        if self.side != "both":
+            return [coordinates]
+        sizes = [k * k for k in x.shape[-2:]] if coordinates.shape[-1] > 2 else [1, 1]
+        flat: tuple[Tensor, ...] = coordinates[:, 0].split(sizes, -1)  # type: ignore[no-untyped-call]
+        return [part.unflatten(-1, (round(part.shape[-1] ** 0.5), -1)) for part in flat]  # type: ignore[no-untyped-call]
+
+    def workspaces(self, x: Tensor, ws: Workspace) -> list[Workspace]:
+        """Return buffers for each rotation."""
+        sides = x.shape[-2:] if self.side == "both" else x.shape[-2:-1]
+        return [ws.of_shape((len(x), k, k)) for k in sides]
+
+    def frame_gradient(self, x: Tensor, g: Tensor, ws: Workspace) -> Tensor:
+        r"""Return :math:`A = G W^\top`, and that of the transposed block if both sides are rotated."""
+        if self.side == "both":
+            return torch.cat([(g @ x.mH).flatten(1), (g.mT @ x.conj()).flatten(1)], 1).unsqueeze(1)
+        (space,) = self.workspaces(x, ws)
+        return torch.bmm(g, x.mH, out=space.a)
+
+    def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        r"""Return :math:`\Omega W` for the skew part :math:`\Omega` of :math:`G W^\top`; for both sides, their sum."""
+        along = g @ x.mH
+        tangent = 0.5 * (along - along.mH) @ x
+        if self.side == "both":
+            along = x.mH @ g
+            tangent = tangent + x @ (0.5 * (along - along.mH))
+        return tangent
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the point of the manifold of ``x`` that is nearest to x + v."""
+        return self.rotated(self.nearest_rotation(x + v, x), x)
+
+    def start_state(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the state of points that have not moved: the rotation is the identity."""
+        identity = [torch.eye(k, dtype=x.dtype, device=x.device) for k in x.shape[-2:]]
+        if self.side == "both":
+            rotation = torch.cat([part.flatten() for part in identity]).expand(len(x), 1, -1)
+        else:
+            rotation = identity[0].expand(len(x), -1, -1)
+        return {"rotation": rotation.clone(), "base": x.clone()}
+
+    def rotated(self, rotation: Tensor, base: Tensor) -> Tensor:
+        """Return the points :math:`Q W_0`."""
+        left, *right = self.parts(base, rotation)
+        w = torch.bmm(left, base)
+        return torch.bmm(w, right[0].mT) if right else w
+
+    def nearest_rotation(self, x: Tensor, base: Tensor) -> Tensor:
+        r"""Return the rotation for which :math:`Q W_0` is nearest to x, by singular value decompositions in float64."""
+        if self.side != "both":
+            u, _, vh = torch.linalg.svd(float64(x) @ float64(base).mH)
+            return (u @ vh).to(x)
+        (u, _, vh), (u0, _, vh0) = (torch.linalg.svd(float64(y)) for y in (x, base))
+        rotations = (u @ u0.mH, (vh0.mH @ vh).mT)
+        return torch.cat([q.flatten(1) for q in rotations], 1).unsqueeze(1).to(x)
+
+    def restore_(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace the rotations of points that are not those of their state by the nearest ones."""
+        rotation, base = state["rotation"], state["base"]
+        distance = self.distance(x, state)
+        off = ~(distance <= self.tolerance(x))
+        if bool(off.any()):
+            rotation[off] = self.nearest_rotation(x[off], base[off])
+            distance = torch.where(off, self.distance(x, state), distance)
+        return off, self.rotated(rotation, base), distance
+
+    def distance(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Return the distances ``(B,)`` of points from those of their state, relative to their norm."""
+        y = float64(self.rotated(state["rotation"], state["base"]))
+        return point_norm(float64(x) - y, 2) / point_norm(y, 2).clamp_min(torch.finfo(y.dtype).tiny)
+
+    def step_options(
+        self,
+        group: Mapping[str, Any],
+        count: Callable[..., None],
+        steps: int | None,
+        **shared: Any,  # noqa: ARG002
+    ) -> Settings:
+        """Return the retraction of the group and its settings."""
+        return Settings(RETRACTIONS[group["retraction"]], group, count, steps)
+
+    def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:
+        """Move the rotations and compute the points anew. A point with a zero step keeps its bits."""
+        moving = point_any(v != 0, 2)
+        if options.finite is not None:
+            moving = moving & options.finite
+        rotation, base = moments["rotation"], moments["base"]
+        spaces, count = self.workspaces(x, ws), options.count
+        for q, omega, space in zip(self.parts(x, rotation), self.parts(x, v), spaces, strict=True):
+            retract_(q, omega, space, replace(options, count=count))
+            count = partial(_count_clamped, options.count)
+        y = self.rotated(rotation, base)
+        x.copy_(y if ws.readable and bool(moving.all()) else torch.where(moving, y, x))
+
+    def change_frame(self, x: Tensor, moment: Tensor, *, mean_square: bool, back: bool) -> Tensor:
+        """Convert a moment of the Euclidean gradient to these coordinates; the way back does not exist."""
+        if back:
+            raise ValueError("the moments of a rotation do not determine those of the gradient.")
+        left = to_frame(x, moment, mean_square)
+        if self.side != "both":
+            return left
+        right = to_frame(x.mT, moment.mT, mean_square)
+        return torch.cat([left.flatten(1), right.flatten(1)], 1).unsqueeze(1)
+
+    def project_point(self, x: Tensor) -> Tensor:
+        """Return x: any matrix has the singular values that it has. Raise a ValueError if it is not finite."""
+        if not bool(x.isfinite().all()):
+            raise ValueError("the value has entries that are not finite. Initialize or load it first.")
+        return x
+
+    def error(self, x: Tensor) -> Tensor:
+        """Return zero, or NaN if a point is not finite: without its state, any matrix is a point."""
+        return 0 * point_norm(float64(x), 2)
+
+    def invalid_reason(self, tensor: Tensor) -> str | None:
+        """Return a reason if blocks do not fit the shape, or strides allow no matrix view."""
+        shape = tuple(tensor.shape)
+        if tensor.ndim < 2:
+            return f"must have at least 2 dimensions, got shape {shape}; a vector has no singular values."
+        if self.side not in SIDES:
+            return f"needs side to be one of {', '.join(SIDES)}, got {self.side!r}."
+        if self.dim not in (0, 1) or (self.dim == 1 and tensor.ndim != 2) or (self.dim == 1 and not self.flatten):
+            return f"has shape {shape}; its blocks are stacked along dim 0, or dim 1 of a matrix, got dim={self.dim!r}."
+        length = shape[self.dim if self.flatten else -2]
+        whole = isinstance(self.blocks, int) and not isinstance(self.blocks, bool) and self.blocks >= 1
+        if not whole or length % self.blocks:
+            return f"has shape {shape}: blocks={self.blocks!r} must be a whole number that divides {length}."
+        if not is_writable(self.layouts(shape), tensor.detach()):
+            return f"has strides {tensor.stride()} in which its blocks cannot be seen as matrices; keep it contiguous."
+        return None
+
+
+def _count_clamped(count: Callable[..., None], *, skipped: Tensor | None = None, clamped: Tensor | None = None) -> None:  # noqa: ARG001
+    """Count shortened steps only: a block that is skipped has been counted with its first rotation."""
+    if clamped is not None:
+        count(clamped=clamped)
