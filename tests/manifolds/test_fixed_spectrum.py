@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from manifold_opt import SGD, Adam, AdamW, constraint_of, mark_fixed_spectrum, unmark
+from manifold_opt import (
+    SGD,
+    Adam,
+    AdamW,
+    constraint_of,
+    mark_fixed_spectrum,
+    mark_orthogonal,
+    orthogonality_error,
+    unmark,
+)
 from manifold_opt.manifolds import FixedSpectrum
 from manifold_opt.manifolds.layout import get_points
 
@@ -168,7 +177,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(side, dtype, name):
             w.copy_(value)
     resumed.load_state_dict(saved[0])
     train(again, resumed, 5, first=5)
-    assert all(torch.equal(w, v) for w, v in zip(weights, again, strict=True))
+    for w, v in zip(weights, again, strict=True):
+        assert torch.equal(w, v)
+        assert all(torch.equal(value, resumed.state[v][key]) for key, value in opt.state[w].items())
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -245,16 +256,41 @@ def test_a_value_from_outside_is_put_back_to_the_nearest(side):
         train([weight], opt, 1)
 
 
-def test_a_write_at_rounding_keeps_its_bits():
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("fill", [0.0, math.nan])
+def test_a_write_at_rounding_keeps_its_bits(fill, reads, monkeypatch):
+    """Where the block does not move: no gradient without momentum, or one that is not finite with it."""
+    if not reads:
+        never_read(monkeypatch)
     weight = marked(5, 4, dtype=torch.float32)
-    opt = SGD([weight], lr=0.1)
+    opt = SGD([weight], lr=0.1, momentum=0.0 if fill == 0 else 0.9)
     train([weight], opt, 2)
     with torch.no_grad():
         weight.mul_(1 + 2**-23)
     before = weight.detach().clone()
-    weight.grad = torch.zeros_like(weight)
+    weight.grad = torch.full_like(weight, fill)
     opt.step()
     assert torch.equal(weight.detach(), before)
+
+
+def test_metrics_say_how_far_a_value_is_from_its_state():
+    weight = marked(5, 4)
+    opt = Adam([weight])
+    train([weight], opt, 1)
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert opt.metrics()["manifold_error"] == pytest.approx(0.5)
+
+
+def test_another_constraint_starts_with_new_moments_and_its_own_state():
+    weight = marked(5, 4)
+    opt = Adam([weight])
+    train([weight], opt, 2)
+    mark_orthogonal(unmark(weight))
+    with pytest.warns(UserWarning, match="do not determine those of the gradient"):
+        train([weight], opt, 1)
+    assert not {"rotation", "base"} & set(opt.state[weight])
+    assert orthogonality_error(weight) < 1e-12
 
 
 def test_unmarking_hands_it_back_to_torch_with_new_moments():

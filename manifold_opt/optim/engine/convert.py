@@ -137,7 +137,9 @@ def check_owner(name: str, group: Group, parameter: Tensor, state: dict[str, Any
 def check_shapes(
     optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, state: dict[str, Any], constraint: Manifold | None
 ) -> None:
-    """Raise a RuntimeError unless every moment has one entry per entry of the parameter, or one per point."""
+    """Raise a RuntimeError unless the shapes of the state are those of ``constraint``, or of that of its record."""
+    record = record_from_tensor(state.get(CONSTRAINED))
+    constraint = (None if record is None else deserialize(record)) or constraint
     if constraint is None:
         return
     layouts = constraint.layouts(parameter.shape)
@@ -206,16 +208,18 @@ def _change_to_own_frame(
     state: dict[str, Any], algorithm: Algorithm, parameter: Tensor, constraint: Manifold, *, back: bool
 ) -> None:
     """Replace moments by those in coordinates that have a shape of their own, one matrix per point."""
+    if back:
+        raise ValueError(f"the moments of {constraint} do not determine those of the gradient.")
     (layout,) = constraint.layouts(parameter.shape)
     x = get_points(layout, parameter.detach()).to(working_dtype(parameter.dtype))
     for key in algorithm.state_keys:
-        moment = state.get(key)
-        if back or (isinstance(moment, Tensor) and moment.shape == parameter.shape):
-            points = x if moment is None else get_points(layout, moment).to(x)
+        moment, is_mean_square = state.get(key), key in algorithm.mean_squares
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
             with FullPrecision(x.device.type):
-                state[key] = constraint.change_frame(
-                    x, points, mean_square=key in algorithm.mean_squares, back=back
-                ).contiguous()
+                new = constraint.change_frame(
+                    x, get_points(layout, moment).to(x), mean_square=is_mean_square, back=False
+                )
+            state[key] = new.contiguous()
 
 
 def reshape_moment(moment: Tensor | None, per_block: bool, parameter: Tensor, constraint: Manifold) -> Tensor:
