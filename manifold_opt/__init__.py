@@ -1,6 +1,6 @@
 """Riemannian optimizers for PyTorch that keep marked weights orthogonal, or on another manifold.
 
-Mark a weight, or its gate blocks, and train it with the drop-in SGD, Adam or AdamW of this package:
+Mark a weight, or its gate blocks, and train it with the drop-in SGD, Adam, AdamW or Muon of this package:
 
     from manifold_opt import Adam, mark_orthogonal
 
@@ -21,6 +21,7 @@ from .linalg.nearest import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .optim.adam import Adam, AdamW
 from .optim.check import check
+from .optim.muon import Muon
 from .optim.sgd import SGD
 from .stiefel.geometry import riemannian_gradient
 from .stiefel.retractions import RETRACTIONS, retract
@@ -35,6 +36,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Manifold",
+    "Muon",
     "Orthogonal",
     "Retraction",
     "check",

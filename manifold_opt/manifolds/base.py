@@ -217,9 +217,14 @@ class Manifold:
         group: Mapping[str, Any],  # noqa: ARG002
         count: Callable[..., None],
         steps: int | None,  # noqa: ARG002
+        *,
+        retraction: Any = None,  # noqa: ARG002
         **shared: Any,
     ) -> Any:
-        """Return the options of :meth:`step_`: for parameters of ``group``, at their step number ``steps``."""
+        """Return the options of :meth:`step_`: for parameters of ``group``, at their step number ``steps``.
+
+        ``retraction`` is that of orthogonal blocks.
+        """
         return StepOptions(count, **shared)
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Any) -> None:

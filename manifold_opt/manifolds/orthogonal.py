@@ -17,7 +17,6 @@ from ..linalg.precision import working_dtype
 from ..linalg.products import Workspace, norm
 from ..stiefel.geometry import error, from_frame, riemannian_gradient, to_frame
 from ..stiefel.polar import polar
-from ..stiefel.retractions import RETRACTIONS
 from ..stiefel.step import Settings, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable
@@ -120,10 +119,12 @@ class Orthogonal(Manifold):
         group: Mapping[str, Any],
         count: Callable[..., None],
         steps: int | None,
+        *,
+        retraction: Any = None,
         **shared: Any,  # noqa: ARG002
     ) -> Settings:
-        """Return the retraction of the group and its settings."""
-        return Settings(RETRACTIONS[group["retraction"]], group, count, steps)
+        """Return the retraction and its settings."""
+        return Settings(retraction, group, count, steps)
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:  # noqa: ARG002
         """Move wide blocks in place. They are points divided by their gain."""

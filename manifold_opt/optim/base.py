@@ -141,9 +141,10 @@ def _step_traced(optimizer: ManifoldOptimizer) -> None:
 
 
 def _step_unconstrained(optimizer: ManifoldOptimizer, inputs: GroupInputs) -> None:
+    defaults = optimizer.defaults
     for group, lists, has_complex_or_sparse in inputs:
         if lists[0]:
-            with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+            with torch.set_grad_enabled("differentiable" in defaults and defaults["differentiable"]):
                 optimizer._algorithm.step_unconstrained(optimizer, group, lists, has_complex_or_sparse)
 
 

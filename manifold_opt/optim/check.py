@@ -15,7 +15,6 @@ from ..constraints.tag import constraint_of, find_off_manifold, is_sharded, was_
 from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
 from ..manifolds.geoopt import is_handled_by
-from ..stiefel.retractions import RETRACTIONS
 from .engine.convert import check_owner, check_shapes
 from .engine.optimizer import ManifoldOptimizer
 from .options import (
@@ -222,7 +221,7 @@ def _check_next_step(opt: Any, group: dict[str, Any], p: Tensor) -> None:
     """Raise the error that the next step would raise for a marked parameter, except for its value."""
     name, constraint = type(opt).__name__, constraint_of(p)
     assert constraint is not None
-    validate_marked(name, p, group)
+    validate_marked(opt, p, group)
     check_shapes(opt, group, p, opt.state.get(p, {}), constraint)
     if p.grad is not None:
         validate_gradients(name, group, [p], [p.grad])
@@ -317,7 +316,7 @@ def _is_exact(constraint: Manifold, p: Tensor, opt: Any) -> bool:
     if opt is None or not isinstance(constraint, Orthogonal):
         return True
     group = next(group for group in opt.param_groups if any(p is member for member in group["params"]))
-    return RETRACTIONS[group["retraction"]].exact
+    return bool(opt._algorithm.retraction_of(group).exact)
 
 
 def _describe(constraint: Manifold) -> str:

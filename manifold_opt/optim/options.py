@@ -56,7 +56,7 @@ def add_param_group(self: ManifoldOptimizer, param_group: Group) -> None:
         param_group.pop("constraints", None)  # from a group of an earlier version; belongs to its state
         if hasattr(self, "_engine"):  # otherwise the constructor does it, once for all groups
             retag_parameters(self, _tensors_in(param_group["params"]))
-        validate_group(type(self).__name__, {**self.defaults, **param_group})
+        validate_group(self, {**self.defaults, **param_group})
     Optimizer.add_param_group(self, param_group)
     if hasattr(self, "_engine"):
         _store_constraints(self, self.param_groups[-1]["params"])
@@ -128,14 +128,15 @@ def drop_stale_constraints(optimizer: ManifoldOptimizer) -> None:
     }
 
 
-def validate_group(name: str, group: Group) -> None:
+def validate_group(optimizer: ManifoldOptimizer, group: Group) -> None:
     """Raise a ValueError unless the options of a group are in range and supported for its parameters."""
+    name = type(optimizer).__name__
     parameters = _tensors_in(group["params"])
     marked = [p for p in parameters if constraint_of(p) is not None]
     validate_options(name, group, marked=bool(marked))
     validate_unsharded(name, parameters)
     for parameter in marked:
-        validate_marked(name, parameter, group)
+        validate_marked(optimizer, parameter, group)
 
 
 def validate_unsharded(name: str, parameters: list[Tensor]) -> None:
@@ -166,8 +167,9 @@ def _tensors_in(members: Any) -> list[Tensor]:
 
 def validate_options(name: str, group: Group, *, marked: bool = True) -> None:
     """Raise a ValueError unless the options are in range, and supported for marked parameters if ``marked``."""
-    options = {key: group[key] for key in RETRACTION_OPTIONS if key in group}
-    check_retraction(name, group["retraction"], **options)
+    if "retraction" in group:  # not in those of an optimizer with a retraction of its own
+        options = {key: group[key] for key in RETRACTION_OPTIONS if key in group}
+        check_retraction(name, group["retraction"], **options)
     if not 0 <= group["orthogonal_lr_scale"] < math.inf:
         raise ValueError(
             f"{name}: orthogonal_lr_scale must be finite and at least 0, got {group['orthogonal_lr_scale']}."
@@ -195,8 +197,9 @@ def describe_param(group: Group, parameter: Tensor) -> str:
     return f"{tuple(parameter.shape)}" + next((f" ({name})" for name, p in named if p is parameter), "")
 
 
-def validate_marked(name: str, parameter: Tensor, group: Group) -> None:
+def validate_marked(optimizer: ManifoldOptimizer, parameter: Tensor, group: Group) -> None:
     """Raise a ValueError unless dtype, shape, strides and options allow a step of a marked parameter."""
+    name = type(optimizer).__name__
     if parameter.dtype not in DTYPES:
         raise ValueError(
             f"{name}: a marked parameter of shape {describe_param(group, parameter)} has dtype {parameter.dtype}; only "
@@ -208,6 +211,8 @@ def validate_marked(name: str, parameter: Tensor, group: Group) -> None:
             f"{name}: a parameter of shape {describe_param(group, parameter)} {sharded_problem(parameter, constraint)}"
         )
     problem = None if constraint is None else overlap_problem(parameter) or constraint.invalid_reason(parameter)
+    if constraint is not None and not problem:
+        problem = optimizer._algorithm.refusal(constraint, parameter)
     if problem:
         problem = f" {problem}".replace(f" has shape {tuple(parameter.shape)}", "", 1)  # the message names it already
         raise ValueError(f"{name}: a marked parameter of shape {describe_param(group, parameter)}{problem}")

@@ -12,6 +12,11 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+try:
+    from torch.optim._muon import muon
+except ImportError:  # before torch 2.9, where Muon cannot be built
+    muon = None  # type: ignore[assignment]
+
 from ..linalg.precision import MASTER, working_dtype
 from .engine.grouping import FreeRows
 from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists
@@ -163,4 +168,23 @@ def step_free_rows_adam(optimizer: Any, group: Group, free: list[FreeRows]) -> N
     # The gradients are unscaled, and torch's fused functions want step counts on the device.
     _adam(optimizer, {**group, "fused": False}, (values, gradients, *moments, *largest, steps), has_complex)
     _undo_on_overflow(optimizer, backups)
+    round_to_storage(free, values)
+
+
+def empty_lists_muon(_: Any, __: Group) -> Lists:
+    """Return empty lists for torch.optim.Muon._init_group: parameters, gradients, buffers."""
+    return [], [], []
+
+
+def step_unconstrained_muon(_: Any, group: Group, lists: Lists, has_complex: bool) -> None:
+    """Perform torch.optim.Muon.step for one group, without hooks."""
+    keys = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
+    muon(*lists, has_complex=has_complex, **{key: group[key] for key in keys})
+
+
+def step_free_rows_muon(optimizer: Any, group: Group, free: list[FreeRows]) -> None:
+    """Perform torch.optim.Muon.step for the rows outside every block, each run of them as one matrix."""
+    buffers = [rows.view(optimizer.state[rows.parameter]["momentum_buffer"]) for rows in free]
+    values, gradients = rows_and_gradients(optimizer, free)
+    step_unconstrained_muon(optimizer, group, (values, gradients, buffers), False)
     round_to_storage(free, values)

@@ -47,6 +47,8 @@ class Retraction:
             returns False. None if there is no such function.
         sync_free: ``(w, v, ws) -> (w', clipped, near)``: the same where no value may be read, with masks of the steps
             that were clipped and of the points that were near the manifold. None if ``function`` is used there too.
+        move: ``(w, step, ws, settings)``: moves blocks in place, in place of all of these, also where no value may be
+            read. None for a retraction of tangents.
         check_options: ``(name, **options)``: raises a ValueError, which begins with ``name``, if an option is out of
             range. None if there is nothing to check.
         options: keyword options of ``function``, and their default values.
@@ -65,6 +67,7 @@ class Retraction:
     rotation: Rotation | None = None
     in_place: Callable[[Tensor, Tensor, Workspace], bool] | None = None
     sync_free: Callable[[Tensor, Tensor, Workspace], tuple[Tensor, Tensor, Tensor]] | None = None
+    move: Callable[[Tensor, Tensor, Workspace, Settings], None] | None = None
     check_options: Callable[..., None] | None = None
     options: dict[str, Any] = field(init=False, compare=False)
 
@@ -115,7 +118,9 @@ def retract_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> None
     """
     rotation, is_square = settings.retraction.rotation, w.shape[-2] == w.shape[-1]
     correct = settings.steps is None or settings.steps % CORRECTION_INTERVAL[w.dtype] == 0
-    if not ws.readable:
+    if settings.retraction.move is not None:
+        settings.retraction.move(w, step, ws, settings)
+    elif not ws.readable:
         _retract_sync_free_(w, step, ws, settings, correct=correct)
     elif is_square and rotation is not None:
         if not rotate_(w, step, rotation, ws, correct=correct):

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ...manifolds import Manifold
+from ...stiefel.retractions import RETRACTIONS
+from ...stiefel.step import Retraction
 from .counters import Counters
 
 Group = dict[str, Any]
@@ -33,6 +35,9 @@ class Algorithm(NamedTuple):
         step_free_rows: ``(optimizer, group, rows)``: torch's own step of rows outside every block.
         decoupled: whether weight decay is decoupled by default; a group may override it.
         mean_squares: keys of the moments that are mean squares.
+        retraction: retraction of orthogonal blocks; None for that of the parameter group.
+        refusal: ``(constraint, parameter) -> reason``: why it cannot train a marked parameter, to follow its name in an
+            error message, or None if it can.
     """
 
     means: tuple[str, ...]
@@ -43,11 +48,17 @@ class Algorithm(NamedTuple):
     step_free_rows: Callable[[Any, Group, Any], None]
     decoupled: bool = False
     mean_squares: tuple[str, ...] = ()
+    retraction: Retraction | None = None
+    refusal: Callable[[Manifold, Tensor], str | None] = lambda constraint, parameter: None  # noqa: ARG005
 
     @property
     def state_keys(self) -> tuple[str, ...]:
         """Return the keys of all moments in the state."""
         return self.means + self.mean_squares
+
+    def retraction_of(self, group: Group) -> Retraction:
+        """Return the retraction of the orthogonal blocks of a group."""
+        return RETRACTIONS[group["retraction"]] if self.retraction is None else self.retraction
 
 
 @dataclass(eq=False)

@@ -16,7 +16,6 @@ from ...constraints.tag import CONSTRAINED, TAG, constraint_of
 from ...linalg import products
 from ...linalg.products import Pool
 from ...stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
-from ...stiefel.retractions import RETRACTIONS
 from ..options import (
     OPTIONS,
     drop_stale_constraints,
@@ -219,7 +218,7 @@ def reset_engine(optimizer: ManifoldOptimizer) -> None:
     for group in optimizer.param_groups if restored else ():
         for p in restored.intersection(group["params"]):
             validate_options(type(optimizer).__name__, group)
-            validate_marked(type(optimizer).__name__, p, group)
+            validate_marked(optimizer, p, group)
     drop_stale_constraints(optimizer)
 
 
@@ -253,7 +252,7 @@ def check_before_step(optimizer: ManifoldOptimizer) -> None:
             active = active_params(group)
             validate_gradients(name, group, active, [p.grad for p in active])  # type: ignore[misc]
             for p in active:
-                validate_marked(name, p, group)
+                validate_marked(optimizer, p, group)
                 check_shapes(optimizer, group, p, optimizer.state.get(p, {}), constraint_of(p))
     check_gradients_are_finite(optimizer)
 
@@ -284,7 +283,7 @@ def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:
 def probe_memory(optimizer: ManifoldOptimizer, plan: Plan) -> None:
     """Allocate and free the temporaries of a step, so that a CUDA OOM is raised before anything is written."""
     for position, bucket in plan.work:
-        bucket.probe_memory(RETRACTIONS[optimizer.param_groups[position]["retraction"]].temp_blocks)
+        bucket.probe_memory(optimizer._algorithm.retraction_of(optimizer.param_groups[position]).temp_blocks)
 
 
 def _unmarked(groups: list[Group]) -> Iterator[tuple[int, list[Tensor] | None]]:

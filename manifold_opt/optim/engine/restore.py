@@ -11,7 +11,6 @@ from ...constraints.tag import find_off_manifold
 from ...linalg.precision import MASTER
 from ...linalg.products import host_can_branch
 from ...manifolds.layout import get_points, point_norm, set_points_
-from ...stiefel.retractions import RETRACTIONS
 from ..options import describe_param
 from .bucket import Bucket
 from .optimizer import ManifoldOptimizer
@@ -37,7 +36,7 @@ def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Stamps) 
             written = [p for p in bucket.parameters if id(p) in ids or _differs_from_master(optimizer, p)]
         if not written:
             continue
-        extra_tolerance = 1.0 if bucket.stiefel and not RETRACTIONS[group["retraction"]].exact else 0.0
+        extra_tolerance = 1.0 if bucket.stiefel and not optimizer._algorithm.retraction_of(group).exact else 0.0
         try:
             off, far = _points_to_rewrite(optimizer, bucket, written, extra_tolerance)
         except ValueError:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...linalg.products import Pool, Workspace, host_can_branch, largest_norm
 from ...manifolds import Manifold
 from ...manifolds.layout import point_any, point_max, point_norm
+from ...stiefel.retractions import RETRACTIONS
 from ..options import MAX_GRAD_NORM
 from .bucket import Batch, Bucket
 from .counters import Counters
@@ -78,8 +79,9 @@ def update_bucket(bucket: Bucket, group: Group, rule: Rule, context: StepContext
         point_ndim=bucket.layout.point_ndim,
         transported=context.algorithm.means,
         decay=decay,
+        retraction=context.algorithm.retraction or RETRACTIONS[group["retraction"]],
     )
-    step = Step(bucket, rule, options, group["maximize"], penalty, context)
+    step = Step(bucket, rule, options, "maximize" in group and group["maximize"], penalty, context)
     for batch in views.batches:
         g = gradients if len(views.batches) == 1 else gradients[batch.rows]
         if bucket.plain and not step.maximize and not penalty and context.grad_scale is None:
