@@ -132,14 +132,17 @@ def _correct_(w: Tensor, moving: Tensor | None, ws: Workspace) -> None:
 
 
 def finish(w: Tensor, v: Tensor, ws: Workspace) -> Tensor:
-    """Return the displacement that ends on the manifold if ``v`` ends near it. Cost: 2 T for every iteration."""
+    """Return the displacement that ends on the manifold if ``v`` ends near it. Cost: 2 T for every iteration.
+
+    A block with a zero displacement keeps it.
+    """
     new = w + v
     for _ in range(_MAX_ITERATIONS):
         e = gram_minus_identity(new, out=ws.a)
         if ws.readable and largest_norm(e) <= error_at_rounding(w.shape[-2], w.shape[-1], w.dtype) / 4:
             break
         new = new - 0.5 * (e @ new)
-    return new - w
+    return torch.where(norm(v, keepdim=True) == 0, 0, new - w)  # NaN stays NaN
 
 
 DISPLACEMENT = Retraction(displaced, exact=True, second_order=(), temp_blocks=20, move=displace_)

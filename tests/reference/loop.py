@@ -200,6 +200,28 @@ class Adam:
         return max(-1.0, min(1.0, value / (scale + self.eps)))
 
 
+class Muon:
+    """W exp(-lr sign(W^H M - M^H W)) by a singular value decomposition, for means M as torch.optim.Muon forms them.
+
+    Square: of the gradient in the frame, G W^H. Reference: arXiv 2608.06218.
+    """
+
+    def __init__(self, momentum: float, nesterov: bool) -> None:
+        self.momentum, self.nesterov = momentum, nesterov
+        self.buffer: Tensor | float = 0.0
+
+    def step(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        square = w.shape[0] == w.shape[1]
+        new = g @ w.mH if square else g
+        self.buffer = self.momentum * self.buffer + (1 - self.momentum) * new
+        mean = (1 - self.momentum) * new + self.momentum * self.buffer if self.nesterov else self.buffer
+        m = mean @ w if square else mean
+        u, s, vh = torch.linalg.svd(w.mH @ m - m.mH @ w)
+        rank = int((s > 1e-9 * s[0]).sum())
+        y = -u[:, :rank] @ vh[:rank]
+        return w @ torch.linalg.matrix_exp(torch.stack([lr * y, lr * y]))[0]
+
+
 def parts(x: Tensor) -> list[Tensor]:
     """Views of the real and the imaginary part, or of all there is."""
     return [x.real, x.imag] if x.is_complex() else [x]
@@ -216,6 +238,11 @@ def train(
     """One block, wide or tall, after steps of an optimizer by its name."""
     if w.shape[0] > w.shape[1]:
         return train(w.mT, [g.mT for g in gradients], name, options, retraction, metric).mT
+    if name == "Muon":
+        muon = Muon(options.get("momentum", 0.95), options.get("nesterov", True))
+        for g in gradients:
+            w = muon.step(w, g, options["lr"])
+        return w
     if name == "SGD":
         rule = Momentum(options.get("momentum", 0), options.get("dampening", 0), options.get("nesterov", False))
     else:

@@ -106,8 +106,8 @@ def muon_long(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: Muon
     square = ws.of_size(2 * p)
     k = square.e.zero_()
     torch.sub(a, a.mH, out=k[:, :p, :p])
-    k[:, :p, p:] = cholesky
-    k[:, p:, :p] = -cholesky.mH
+    torch.mul(cholesky, size > 0, out=k[:, :p, p:])  # the shift is no reason to move
+    k[:, p:, :p] = -k[:, :p, p:].mH
     change = rotation_by_angle(k, options.angle, square)[:, :p]
     along = torch.linalg.solve_triangular(cholesky, change[:, :, p:], upper=False, left=False)
     v = matmul_add(matmul(change[:, :, :p], w, out=ws.y), along, z, out=ws.y)
