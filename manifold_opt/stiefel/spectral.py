@@ -41,7 +41,6 @@ from .step import Retraction, Settings
 
 MAX_ANGLE = 1.5  # a longer step is shortened to it
 _MAX_SINGLE_ANGLE = 0.75  # a rotation by more is made of two by half of it: its sine, 0.682, is below the reach of SQRT
-_MAX_ITERATIONS = 4  # the error of a point is squared in each
 COARSE_ANGLE = 0.1  # up to here, in single precision, singular values of Y need not be closer to one than 1 %
 
 Scalar = float | Tensor
@@ -131,17 +130,20 @@ def _correct_(w: Tensor, moving: Tensor | None, ws: Workspace) -> None:
     return None
 
 
-def finish(w: Tensor, v: Tensor, ws: Workspace) -> Tensor:
+def finish(w: Tensor, v: Tensor, angle: Scalar, ws: Workspace) -> Tensor:
     """Return the displacement that ends on the manifold if ``v`` ends near it. Cost: 2 T for every iteration.
 
-    A block with a zero displacement keeps it.
+    A block with a zero displacement keeps it. Where rounding is all of a direction, the row of W that is turned towards
+    it by ``angle`` is shortened, to its cosine; as many iterations are made as that needs.
     """
-    new = w + v
-    for _ in range(_MAX_ITERATIONS):
+    new, eps = w + v, torch.finfo(w.dtype).eps
+    error = math.sin(_MAX_SINGLE_ANGLE if isinstance(angle, Tensor) else angle)
+    while error > eps / 4:
         e = gram_minus_identity(new, out=ws.a)
         if ws.readable and largest_norm(e) <= error_at_rounding(w.shape[-2], w.shape[-1], w.dtype) / 4:
             break
         new = new - 0.5 * (e @ new)
+        error = 0.75 * error**2 + 0.25 * error**3
     return torch.where(norm(v, keepdim=True) == 0, 0, new - w)  # NaN stays NaN
 
 

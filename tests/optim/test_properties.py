@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from manifold_opt import RETRACTIONS, SGD, Adam, mark_orthogonal, orthogonality_error
+from manifold_opt import RETRACTIONS, SGD, Adam, Muon, mark_orthogonal, orthogonality_error
 from manifold_opt.linalg import matrices
 from manifold_opt.stiefel import geometry
 
@@ -21,6 +21,7 @@ RULES = {
     "Adam": (Adam, {}),
     "amsgrad": (Adam, {"amsgrad": True, "maximize": True}),
     "block": (Adam, {"second_moment": "block"}),
+    "Muon": (lambda params, retraction="", metric="", **options: Muon(params, **options), {}),  # noqa: ARG005
 }
 examples = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

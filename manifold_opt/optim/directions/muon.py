@@ -111,7 +111,7 @@ def muon_long(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: Muon
     change = rotation_by_angle(k, options.angle, square)[:, :p]
     along = torch.linalg.solve_triangular(cholesky, change[:, :, p:], upper=False, left=False)
     v = matmul_add(matmul(change[:, :, :p], w, out=ws.y), along, z, out=ws.y)
-    return finish(w, v, ws) if not ws.readable or _rounding_is_visible(along, size) else v
+    return finish(w, v, options.angle, ws) if not ws.readable or _rounding_is_visible(along, size) else v
 
 
 def _shifted_cholesky(c: Tensor, size: Tensor) -> Tensor:
