@@ -41,6 +41,7 @@ from .step import Retraction, Settings
 
 MAX_ANGLE = 1.5  # a longer step is shortened to it
 _MAX_SINGLE_ANGLE = 0.75  # a rotation by more is made of two by half of it: its sine, 0.682, is below the reach of SQRT
+_FAR = 0.5  # Frobenius norm of W W^T - I above which W is replaced by the nearest point, not brought back by products
 COARSE_ANGLE = 0.1  # up to here, in single precision, singular values of Y need not be closer to one than 1 %
 
 Scalar = float | Tensor
@@ -101,29 +102,31 @@ def displace_(w: Tensor, step: Tensor, ws: Workspace, settings: Settings) -> Non
     clamped = angle_of(settings.options)[1]
     if ws.readable and clamped is False and 0 < float(length.sum()) < torch.inf:
         w.add_(v)
-        moving = length > 0 if correct and len(w) > 1 else None
-    else:
-        possible = length < torch.inf  # False if it is NaN
-        possible = possible if settings.finite is None else possible & settings.finite
-        moving = possible & (length > 0)
-        settings.count(skipped=~possible, clamped=moving & clamped)
-        w.copy_(torch.where(moving, w + v, w))
-    if correct:
+        if correct:
+            _correct_(w, length > 0 if len(w) > 1 else None, ws)
+        return
+    possible = length < torch.inf  # False if it is NaN
+    possible = possible if settings.finite is None else possible & settings.finite
+    new = w + v
+    if correct and not ws.readable:
+        e = gram_minus_identity(new, out=ws.a)
+        possible = possible & (norm(e, keepdim=True) < 1)  # for a larger error the correction may increase it
+        new = matmul_add(new, e, new, out=ws.y, alpha=-0.5)
+    moving = possible & (length > 0)
+    settings.count(skipped=~possible, clamped=moving & clamped)
+    w.copy_(torch.where(moving, new, w))
+    if correct and ws.readable:
         _correct_(w, moving, ws)
 
 
 def _correct_(w: Tensor, moving: Tensor | None, ws: Workspace) -> None:
     r"""Remove the rounding error :math:`E = W W^\top - I` of the blocks that move: subtract :math:`\tfrac12 E W`.
 
-    A larger error is not from rounding. Such blocks are replaced by the nearest points, or left if values must not be
-    read and the error is so large that this would not reduce it.
+    A larger error is not from rounding, and such blocks are replaced by the nearest points. None: all blocks move.
     """
     e = gram_minus_identity(w, out=ws.a)
-    if moving is not None:
-        e = torch.where(moving, e, 0)
-    if not ws.readable:
-        e = torch.where(norm(e, keepdim=True) < 1, e, 0)
-    elif not largest_norm(e) <= OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5:
+    e = e if moving is None else torch.where(moving, e, 0)
+    if not largest_norm(e) <= OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5:
         return restore_(w, e)
     matmul_add(w, e, w, out=ws.y, alpha=-0.5)
     w.copy_(ws.y if moving is None else torch.where(moving, ws.y, w))
@@ -140,7 +143,11 @@ def finish(w: Tensor, v: Tensor, angle: Scalar, ws: Workspace) -> Tensor:
     error = math.sin(_MAX_SINGLE_ANGLE if isinstance(angle, Tensor) else angle)
     while error > eps / 4:
         e = gram_minus_identity(new, out=ws.a)
-        if ws.readable and largest_norm(e) <= error_at_rounding(w.shape[-2], w.shape[-1], w.dtype) / 4:
+        size = largest_norm(e) if ws.readable else _FAR
+        if size <= error_at_rounding(w.shape[-2], w.shape[-1], w.dtype) / 4:
+            break
+        if not size <= _FAR:  # the point itself was not on the manifold, or the angle is long
+            restore_(new, torch.where(norm(new, keepdim=True) < torch.inf, e, 0))
             break
         new = new - 0.5 * (e @ new)
         error = 0.75 * error**2 + 0.25 * error**3

@@ -361,6 +361,39 @@ def test_momentum_that_is_not_finite_stops_its_block_only(shape):
     assert opt.metrics()["skipped_blocks"] == 1
 
 
+@pytest.mark.parametrize("change", [lambda w: 1e4 * w, lambda w: 0.01 * w, lambda w: w + 0.1 * drawn(*w.shape).to(w)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 6), (9, 6), (4, 20)])
+def test_a_value_written_through_data_is_back_within_ten_steps(shape, dtype, change):
+    weight = marked(shape, dtype)
+    opt = Muon([weight], lr=0.01)
+    for step in range(11):
+        if step == 1:
+            weight.data.copy_(change(weight.data))
+            assert orthogonality_error(weight) > 0.1
+        weight.grad = gaussian(*shape, dtype=dtype, seed=step)
+        opt.step()
+    assert orthogonality_error(weight) <= error_at_rounding(*shape, dtype)
+
+
+@pytest.mark.parametrize("columns", [6, 9, 15])
+def test_where_nothing_can_be_read_such_a_value_stays_finite(columns, monkeypatch):
+    """It is not put back, but counted, and the block beside it goes on."""
+    never_read(monkeypatch)
+    weight = marked((12, columns), torch.float32, blocks=2)
+    opt = Muon([weight], lr=0.01)
+    for step in range(12):
+        if step == 2:
+            weight.data[:6] *= 40
+            before = weight.detach().clone()
+        weight.grad = gaussian(12, columns, dtype=torch.float32, seed=step)
+        opt.step()
+    assert torch.equal(weight[:6], before[:6])
+    assert not torch.equal(weight[6:], before[6:])
+    assert orthogonality_error(weight[6:].detach()) <= error_at_rounding(6, columns, torch.float32)
+    assert opt.metrics()["skipped_blocks"] == 10
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e15])
 @pytest.mark.parametrize("shape", [(5, 5), (6, 5), (16, 3)])
 def test_any_scale_of_the_gradient_is_the_same_step(shape, scale):
