@@ -192,7 +192,6 @@ class Workspace:
         self._adjoints: dict[str, tuple[Tensor, Tensor]] = {}
         self._others: dict[int, Workspace] = {}
         self._zero: Tensor | None = None
-        self._others: dict[tuple[int, ...], Workspace] = {}
         self._square, self._wide = (*shape[:2], shape[1]) if len(shape) == 3 else (), shape
         if pool is not None:
             pool.reserve(like, math.prod(self._square), math.prod(shape))
@@ -212,14 +211,6 @@ class Workspace:
         if self._zero is None:
             self._zero = self._like.new_zeros(())
         return self._zero
-
-    def of_shape(self, shape: tuple[int, ...]) -> Workspace:
-        """Return buffers of another shape in the same memory; this one if the shape is its own."""
-        if shape == self._wide:
-            return self
-        if shape not in self._others:
-            self._others[shape] = Workspace(self._pool, self._like, shape)
-        return self._others[shape]
 
     def adjoint(self, name: str, x: Tensor) -> Tensor:
         """Return the view ``x.mH``, cached under ``name`` for as long as it is asked for the same tensor."""

@@ -23,7 +23,6 @@ from torch import Tensor
 from ..linalg.matrices import float64
 from ..linalg.products import Workspace
 from ..stiefel.geometry import to_frame
-from ..stiefel.retractions import RETRACTIONS
 from ..stiefel.step import Settings, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable, point_any, point_norm
@@ -80,7 +79,7 @@ class FixedSpectrum(Manifold):
     def workspaces(self, x: Tensor, ws: Workspace) -> list[Workspace]:
         """Return buffers for each rotation."""
         sides = x.shape[-2:] if self.side == "both" else x.shape[-2:-1]
-        return [ws.of_shape((len(x), k, k)) for k in sides]
+        return [ws.of_size(k) for k in sides]
 
     def frame_gradient(self, x: Tensor, g: Tensor, ws: Workspace) -> Tensor:
         r"""Return :math:`A = G W^\top`, and that of the transposed block if both sides are rotated."""
@@ -146,10 +145,12 @@ class FixedSpectrum(Manifold):
         group: Mapping[str, Any],
         count: Callable[..., None],
         steps: int | None,
+        *,
+        retraction: Any = None,
         **shared: Any,  # noqa: ARG002
     ) -> Settings:
-        """Return the retraction of the group and its settings."""
-        return Settings(RETRACTIONS[group["retraction"]], group, count, steps)
+        """Return the retraction and its settings."""
+        return Settings(retraction, group, count, steps)
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:
         """Move the rotations and compute the points anew. A point with a zero step keeps its bits."""

@@ -43,7 +43,8 @@ class Muon(BaseOptimizer, torch.optim.Muon if IS_AVAILABLE else _Missing):  # ty
 
     Unmarked parameters are updated bit for bit as by torch.optim.Muon; they must be real matrices. An orthogonal block
     takes the steepest step in the spectral norm, exactly: it turns by the angle ``lr`` in every plane in which the
-    momentum turns it at all. Parameters with other constraints are refused.
+    momentum turns it at all. A parameter with fixed singular values is rotated in the same way. Parameters with other
+    constraints are refused.
 
     Args:
         params, momentum, nesterov: as in torch.optim.Muon.
@@ -60,7 +61,7 @@ class Muon(BaseOptimizer, torch.optim.Muon if IS_AVAILABLE else _Missing):  # ty
 
     Raises:
         ValueError: an option is out of range, a parameter that is not marked is not a matrix, or one that is marked has
-            another constraint than orthogonal blocks.
+            another constraint than orthogonal blocks or fixed singular values.
         RuntimeError: torch has no Muon.
 
     Reference: arXiv 2608.06218 (*Skewon*) for the step, and https://kellerjordan.github.io/posts/muon/.

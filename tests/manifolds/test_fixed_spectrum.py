@@ -13,6 +13,7 @@ from manifold_opt import (
     SGD,
     Adam,
     AdamW,
+    Muon,
     constraint_of,
     mark_fixed_spectrum,
     mark_orthogonal,
@@ -33,6 +34,8 @@ MAKE = {
     "adam": lambda params, **o: Adam(params, lr=0.05, **o),
     "amsgrad": lambda params, **o: AdamW(params, lr=0.05, amsgrad=True, **o),
 }
+if hasattr(torch.optim, "Muon"):
+    MAKE["muon"] = lambda params, retraction=None: Muon(params, lr=0.05)  # noqa: ARG005  (it has its own)
 
 
 def marked(*shape, dtype=torch.float64, seed=0, **options):
@@ -69,6 +72,11 @@ class Rotation:
             self.m = mu * self.m + a
             d = a + mu * self.m if self.name == "nesterov" else self.m
             return -0.05 * (d - d.mH) / 2
+        if self.name == "muon":
+            self.m = 0.95 * self.m + 0.05 * a
+            m = 0.05 * a + 0.95 * self.m
+            u, s, vh = torch.linalg.svd(m - m.mH)
+            return -0.05 * (u[:, s > 1e-12] @ vh[s > 1e-12])
         self.m = 0.9 * self.m + 0.1 * a
         square = torch.complex(a.real**2, a.imag**2) if a.is_complex() else a**2
         self.v = 0.999 * self.v + 0.001 * square
@@ -163,7 +171,7 @@ def test_blocks_are_separate_parameters(shape, options, side, name):
     torch.testing.assert_close(points_of(together), torch.stack([p.detach() for p in single]), rtol=0, atol=1e-13)
 
 
-@pairs(side=SIDES, dtype=[torch.float32, torch.bfloat16, torch.complex64], name=["momentum", "adam"])
+@pairs(side=SIDES, dtype=[torch.float32, torch.bfloat16, torch.complex64], name=["momentum", *list(MAKE)[3:]])
 def test_a_resumed_run_is_the_uninterrupted_one(side, dtype, name):
     weights = [marked(6, 4, dtype=dtype, seed=k, side=side) for k in range(3)]
     opt = MAKE[name](weights)

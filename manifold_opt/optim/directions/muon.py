@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ...linalg.products import Workspace, gram, matmul, matmul_add, norm, real_view
-from ...manifolds import Manifold, Orthogonal
+from ...manifolds import Manifold
 from ...stiefel.spectral import Scalar, angle_of, finish, rotation_by_angle
 from ..engine.optimizer import Group, Rule
+from .projection import each_part
 
 if TYPE_CHECKING:
     from ..engine.bucket import Bucket
@@ -35,8 +36,11 @@ def moments(group: Group) -> tuple[list[str], list[str]]:  # noqa: ARG001
 
 def refusal(constraint: Manifold, parameter: Tensor) -> str | None:
     """Return why Muon cannot train a marked parameter, to follow its name in an error message, or None if it can."""
-    if not isinstance(constraint, Orthogonal):
-        return f"is marked as {constraint}: Muon moves orthogonal blocks only. Train it with SGD, Adam or AdamW."
+    if not constraint.uses_retraction:
+        return (
+            f"is marked as {constraint}: Muon moves orthogonal blocks, and rotates those with fixed singular values. "
+            "Train it with SGD, Adam or AdamW."
+        )
     if constraint.free_rows(parameter.shape) and (parameter.ndim != 2 or parameter.is_complex()):
         return (
             "has rows outside its orthogonal blocks, which torch.optim.Muon updates only if the parameter is a real "
@@ -48,7 +52,9 @@ def refusal(constraint: Manifold, parameter: Tensor) -> str | None:
 def rule(group: Group, bucket: Bucket) -> Rule:
     """Return the direction for the options of a group."""
     options = MuonOptions(angle_of(group)[0], group["momentum"], group["nesterov"])
-    if bucket.p == bucket.n:
+    if bucket.has_parts:
+        return each_part(muon_square, bucket.constraint), options
+    if bucket.is_skew:
         return muon_square, options
     return muon_wide if bucket.n <= 2 * bucket.p else muon_long, options
 
