@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import RETRACTIONS
 from .blocks import marked_parameters
 from .experiment import Experiment, NoProgress, Progress, environment
-from .methods import PEERS, Settings
+from .methods import Settings, schemes_of
 from .results import Results, RunResult, Summary
 from .runner import run_specs
 from .tasks import Task
@@ -95,6 +94,9 @@ class Comparison:
         return f"Comparison({len(self.rows)} runs of {', '.join(self.results.schemes())}; {failed} failed{interrupted})"
 
 
+OPTIMIZERS = ("adam", "sgd", *["muon"] * hasattr(torch.optim, "Muon"))  # Muon since torch 2.9
+
+
 def compare(
     make_model: Callable[[], nn.Module],
     loss_fn: Callable[[nn.Module, Batch], Tensor],
@@ -129,8 +131,9 @@ def compare(
             read once, up to ``steps`` batches. A loader has to shuffle with torch's global random state, not with its
             own generator. (The random states of numpy and random are shared by all runs.)
         schemes: names in :data:`~manifold_opt.RETRACTIONS` and of peers: geoopt, pogo, torch, geotorch (which have to
-            be installed), penalty and unconstrained. At least one, without duplicates.
-        optimizer: ``"adam"``, or ``"sgd"`` without momentum.
+            be installed), penalty and unconstrained. At least one, without duplicates. For Muon: spectral, penalty and
+            unconstrained, which is torch.optim.Muon.
+        optimizer: ``"adam"``, ``"sgd"`` without momentum, or ``"muon"``, with Adam for parameters that are not marked.
         lr: learning rate, above 0. If several are given, the summary of a scheme uses its best one.
         orthogonal_lr_scale: learning rate of marked parameters as a multiple of ``lr``, at least 0.
         metric: ``"euclidean"`` or ``"canonical"``.
@@ -207,8 +210,8 @@ def validate(
 ) -> None:
     """Raise a ValueError that names the valid choices if an argument is out of range."""
     for name, value, choices in (
-        *(("scheme", scheme, (*RETRACTIONS, *PEERS)) for scheme in schemes),
-        ("optimizer", optimizer, ("adam", "sgd")),
+        ("optimizer", optimizer, OPTIMIZERS),
+        *(("scheme", scheme, schemes_of(optimizer)) for scheme in schemes),
         ("metric", metric, ("euclidean", "canonical")),
         ("second_moment", second_moment, ("element", "block")),
         ("measure", measure, ("loss", "gap", "accuracy")),

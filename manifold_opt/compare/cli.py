@@ -17,7 +17,7 @@ from . import cost
 from .api import Comparison, resolve_device, validate
 from .data import MissingDataError
 from .experiment import Experiment, environment
-from .methods import PEERS, Settings
+from .methods import PEERS, Settings, schemes_of
 from .results import Results
 from .runner import run_specs
 from .tasks import TASKS, Task
@@ -43,11 +43,13 @@ def parser() -> Parser:
     tasks = ", ".join((*TASKS, STEP))
     add("--task", nargs="+", type=_names, default=[DEFAULT_TASKS], metavar="T", help=f"of {tasks}; by default "
         f"{', '.join(DEFAULT_TASKS)}")  # fmt: skip
-    add("--retractions", type=_names, default=tuple(RETRACTIONS), metavar="A,B", help="by default all: "
-        f"{', '.join(RETRACTIONS)}")  # fmt: skip
-    add("--peers", type=_names, default=tuple(PEERS), metavar="A,B", help=f"by default all: {', '.join(PEERS)}; "
-        "'none' for none")  # fmt: skip
-    add("--optimizer", default="adam", help="adam (the default), or sgd without momentum")
+    add(
+        "--retractions", type=_names, metavar="A,B", help=f"by default all: {', '.join(RETRACTIONS)}; of muon: spectral"
+    )
+    add("--peers", type=_names, metavar="A,B", help=f"by default all: {', '.join(PEERS)}; with muon: penalty, "
+        "unconstrained; 'none' for none")  # fmt: skip
+    add("--optimizer", default="adam", help="adam (the default), sgd without momentum, or muon for marked parameters "
+        "with adam for the others")  # fmt: skip
     add("--metric", default="euclidean", help="euclidean (the default) or canonical")
     add("--second-moment", default="element", help="of our Adam: element (the default) or block, one a block "
         "as geoopt's and POGO's")  # fmt: skip
@@ -106,11 +108,14 @@ def build_experiment(args: argparse.Namespace, command: Sequence[str]) -> tuple[
     """Return the requested experiment and the existing results; raise a ValueError if an argument is invalid."""
     names = tuple(dict.fromkeys(name for some in args.task for name in some))
     _check_choices("--task", names or ("",), (*TASKS, STEP))
-    _check_choices("--retractions", args.retractions, RETRACTIONS)
-    peers = () if args.peers == ("none",) else args.peers
-    _check_choices("--peers", peers, PEERS)
+    known = schemes_of(args.optimizer)  # validate() refuses an unknown optimizer
+    own, others = [name for name in known if name not in PEERS], [name for name in known if name in PEERS]
+    retractions = tuple(own) if args.retractions is None else args.retractions
+    _check_choices("--retractions", retractions, own)
+    peers = tuple(others) if args.peers is None else () if args.peers == ("none",) else args.peers
+    _check_choices("--peers", peers, others)
     _check_choices("--dtype", [args.dtype], DTYPES)
-    schemes = (*args.retractions, *peers)
+    schemes = (*retractions, *peers)
     validate(schemes, args.optimizer, args.metric, args.second_moment, args.lr or [1.0], args.steps, range(args.seeds))
     for option in ("size", "threads"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
@@ -136,7 +141,7 @@ def build_experiment(args: argparse.Namespace, command: Sequence[str]) -> tuple[
         dtype,
     )
     asked = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    asked.update(task=list(names), retractions=list(args.retractions), peers=list(peers))
+    asked.update(task=list(names), retractions=list(retractions), peers=list(peers))
     results = Results(environment(device), {**asked, "command": shlex.join(command)})
     if args.out:
         results = _resumed(args, results)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.optimizer import Optimizer
 
-from .. import RETRACTIONS, SGD, Adam
+from .. import RETRACTIONS, SGD, Adam, Muon
 from .blocks import ExternalBlocks, MarkedParameter, marked_parameters
 
 
@@ -27,7 +27,8 @@ class Settings:
     """Settings that all methods share.
 
     Attributes:
-        optimizer: ``"adam"``, or ``"sgd"`` without momentum, which every library transports differently.
+        optimizer: ``"adam"``, ``"sgd"`` without momentum, which every library transports differently, or ``"muon"``
+            for marked parameters and Adam for the others.
         lr: learning rate.
         orthogonal_lr_scale: learning rate of marked parameters, as a multiple of ``lr``.
         metric: metric of the gradient, ``"euclidean"`` or ``"canonical"``.
@@ -85,7 +86,7 @@ class MethodRun:
 
     def counts(self) -> tuple[float, float]:
         """Return how often the step of a block was shortened, and how often it was skipped."""
-        metrics = [opt.metrics() for opt in self.optimizers if isinstance(opt, (SGD, Adam))]
+        metrics = [opt.metrics() for opt in self.optimizers if isinstance(opt, (SGD, Adam, Muon))]
         return sum(m["clamped_steps"] for m in metrics), sum(m["skipped_blocks"] for m in metrics)
 
 
@@ -103,13 +104,24 @@ def retraction(name: str, model: nn.Module, settings: Settings) -> MethodRun:
     return MethodRun(model, [opt], functools.partial(_current_blocks, marked_parameters(model)))
 
 
+def spectral(model: nn.Module, settings: Settings) -> MethodRun:
+    """Set up Muon of this package for the marked parameters, which has its own retraction."""
+    marked = marked_parameters(model)
+    opt = Muon([param.parameter for param in marked], lr=settings.orthogonal_lr)
+    others = _torch_optimizers(model, marked, settings, [])
+    return MethodRun(model, [opt, *others], functools.partial(_current_blocks, marked), note=_MUON_NOTE)
+
+
 def unconstrained(model: nn.Module, settings: Settings) -> MethodRun:
     """Set up an optimizer of torch.optim without any constraint."""
     marked = marked_parameters(model)
-    groups = [{"params": [param.parameter for param in marked], "lr": settings.orthogonal_lr}]
-    return MethodRun(
-        model, _torch_optimizers(model, marked, settings, groups), functools.partial(_current_blocks, marked)
-    )
+    parameters = [param.parameter for param in marked]
+    matrices = functools.partial(_current_blocks, marked)
+    if settings.optimizer == "muon":
+        opt = torch.optim.Muon(parameters, lr=settings.orthogonal_lr, weight_decay=0.0)
+        return MethodRun(model, [opt, *_torch_optimizers(model, marked, settings, [])], matrices, note=_MUON_NOTE)
+    groups: list[dict[str, object]] = [{"params": parameters, "lr": settings.orthogonal_lr}]
+    return MethodRun(model, _torch_optimizers(model, marked, settings, groups), matrices)
 
 
 def penalty(model: nn.Module, settings: Settings) -> MethodRun:
@@ -207,6 +219,8 @@ def torch_orthogonal(model: nn.Module, settings: Settings) -> MethodRun:
     return parametrized(lambda module: parametrizations.orthogonal(module, "weight", "cayley"), model, settings)
 
 
+_MUON_NOTE = "parameters that are not marked are trained with Adam"
+
 Build = Callable[[nn.Module, Settings], MethodRun]
 PEERS: dict[str, Build] = {
     "geoopt": geoopt,
@@ -218,8 +232,15 @@ PEERS: dict[str, Build] = {
 }
 
 
+def schemes_of(optimizer: str) -> tuple[str, ...]:
+    """Return the names of all schemes for an optimizer. Muon has its own retraction, and peers have no Muon."""
+    return ("spectral", "penalty", "unconstrained") if optimizer == "muon" else (*RETRACTIONS, *PEERS)
+
+
 def build(scheme: str, model: nn.Module, settings: Settings) -> MethodRun:
-    """Set up a scheme by its name, one of RETRACTIONS or of PEERS."""
+    """Set up a scheme by its name, one of :func:`schemes_of`."""
+    if scheme == "spectral":
+        return spectral(model, settings)
     if scheme in RETRACTIONS:
         return retraction(scheme, model, settings)
     return PEERS[scheme](model, settings)
@@ -267,7 +288,7 @@ def _torch_optimizers(
     marked_ids = {id(param.parameter) for param in marked}
     unmarked = [p for p in model.parameters() if id(p) not in marked_ids]
     groups = groups + [{"params": unmarked}] * bool(unmarked)
-    rule = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
+    rule = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.Adam
     return [rule(groups, lr=settings.lr)] if groups else []
 
 

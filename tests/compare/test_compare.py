@@ -458,6 +458,20 @@ def test_bad_arguments_name_the_remedy(change, said):
         compare(linear, reversal, BATCHES, **change)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+def test_muon_is_compared_with_that_of_torch():
+    found = compare(
+        linear, reversal, BATCHES, schemes=("spectral", "unconstrained", "penalty"), optimizer="muon", lr=0.1, steps=40,
+        seeds=1,
+    )  # fmt: skip
+    exact, free, _ = found.rows
+    assert exact.failure is None is free.failure
+    assert exact.orthogonality_error < 1e-5 < free.orthogonality_error
+    assert exact.final_loss < exact.curve.loss[0] / 2
+    with pytest.raises(ValueError, match="scheme must be one of spectral, penalty, unconstrained"):
+        compare(linear, reversal, BATCHES, schemes=("qr",), optimizer="muon")
+
+
 def test_a_loader_with_a_generator_of_its_own_is_refused():
     dataset = torch.utils.data.TensorDataset(torch.cat(BATCHES))
     loader = torch.utils.data.DataLoader(dataset, shuffle=True, generator=torch.Generator())
