@@ -183,11 +183,14 @@ class Workspace:
         a, b, c, d, e, f: ``(B, p, p)``, for matrices.
         u, x, y, z: ``(B, p, n)``, or the shape of the batch.
         readable: whether Python may read values of the batch.
+        slack: how far each point may move before its manifold looks at its value again; kept from one step to the
+            next, and 0 after anything else has written to the points.
     """
 
     def __init__(self, pool: Pool | None, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
         shape = tuple(like.shape) if shape is None else shape
         self.readable = host_can_branch(like)
+        self.slack = 0.0
         self._pool, self._like = pool, like.new_empty(0)
         self._adjoints: dict[str, tuple[Tensor, Tensor]] = {}
         self._others: dict[int, Workspace] = {}

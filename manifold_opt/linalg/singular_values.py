@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .matrices import float64, is_tall, sym
 from .products import gram, host_can_branch, norm
+from .spectral_norm import is_positive_definite, margin_inside
 
 MIN_BOUND, MAX_BOUND = 1e-12, 1e12  # the squares are far from underflow and overflow in float32
 _MAX_EIGH_RATIO = 2.0  # up to this multiple of the bound, eigenvalues of the Gram matrix are accurate to a few eps
@@ -85,8 +86,8 @@ def is_inside_ball(x: Tensor, bound: float) -> Tensor:
     _check("is_inside_ball", x, bound)
     blocks, inside = _blocks(x.detach()), []
     for chunk in _chunks(blocks):
-        small, plain = _classify(chunk, bound)
-        inside.append(small | (plain & _is_positive_definite(_bound_minus_gram(chunk, bound, plain))))
+        _, small, plain = _classify(chunk, bound)
+        inside.append(small | (plain & is_positive_definite(_bound_minus_gram(chunk, bound, plain))))
     return torch.cat([*inside, blocks.new_empty(0, dtype=torch.bool)]).view(x.shape[:-2])
 
 
@@ -102,6 +103,14 @@ def clip_singular_values_(x: Tensor, bound: float) -> Tensor:
         else:
             _clip_sync_free(chunk, bound)
     return x
+
+
+def clip_and_measure_(x: Tensor, bound: float) -> Tensor:
+    r"""Apply :func:`clip_singular_values_`; return a lower bound of :math:`b - \sigma_{\max}` of each result, ``(B,)``.
+
+    It is 0 for clipped blocks and NaN for those with entries that are not finite. Values must be readable.
+    """
+    return torch.cat([_clip_eager(chunk, bound) for chunk in _chunks(x)] or [x.new_zeros(len(x))])
 
 
 def _check(name: str, x: Tensor, bound: float) -> None:
@@ -139,15 +148,15 @@ def tolerance(x: Tensor) -> float:
     return rounding if host_can_branch(x) else rounding + 4 * _RESOLUTION[x.dtype]
 
 
-def _classify(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Return masks ``(B,)`` of blocks with a Frobenius norm within the bound, and of blocks that need a Gram matrix.
+def _classify(x: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Frobenius norms, a mask of blocks where they are within the bound, and of those that need more.
 
-    Blocks in neither mask are far outside or not finite.
+    All are ``(B,)``. Blocks in neither mask are far outside or not finite.
     """
     size = norm(x)
     small = size <= bound
     # Beyond this, the largest singular value is more than _MAX_EIGH_RATIO times the bound.
-    return small, ~small & (size <= _MAX_EIGH_RATIO * bound * x.shape[-2] ** 0.5)
+    return size, small, ~small & (size <= _MAX_EIGH_RATIO * bound * x.shape[-2] ** 0.5)
 
 
 def _bound_minus_gram(x: Tensor, bound: float, plain: Tensor) -> Tensor:
@@ -163,18 +172,15 @@ def _bound_minus_gram(x: Tensor, bound: float, plain: Tensor) -> Tensor:
     return gap
 
 
-def _is_positive_definite(gap: Tensor) -> Tensor:
-    """Return True for each symmetric matrix that has a Cholesky factorization, ``(B,)``."""
-    return torch.linalg.cholesky_ex(gap).info == 0
-
-
-def _clip_eager(x: Tensor, bound: float) -> None:
-    """Clip the blocks that are outside, in place. Values are read to find them."""
-    small, plain = _classify(x, bound)
+def _clip_eager(x: Tensor, bound: float) -> Tensor:
+    """Clip the blocks that are outside, in place, and return the slack of :func:`clip_and_measure_`."""
+    size, small, plain = _classify(x, bound)
+    slack = (bound - size).clamp_min_(0).masked_fill_(~size.isfinite(), torch.nan)
     if bool(small.all()):
-        return
+        return slack
     gap = _bound_minus_gram(x, bound, plain)
-    outside, far = plain & ~_is_positive_definite(gap), ~small & ~plain
+    margin = margin_inside(gap, tolerance(x))
+    outside, far = plain & (margin < 0), ~small & ~plain
     if bool(outside.any()):
         values, vectors = torch.linalg.eigh(gap)
         del gap
@@ -185,6 +191,7 @@ def _clip_eager(x: Tensor, bound: float) -> None:
     for i in far.nonzero()[:, 0].tolist():
         if bool(x[i].isfinite().all()):
             x[i] = _clip_exactly(x[i], bound)
+    return torch.where(plain, (bound * margin).clamp_min_(0), slack)
 
 
 def _shrink_(x: Tensor, factors: Tensor, vectors: Tensor, outside: Tensor) -> None:
@@ -215,8 +222,8 @@ def _clip_sync_free(x: Tensor, bound: float) -> None:
     the clipped block :math:`(I + D_+)^{-1/2} X`. A block with a singular value above 8 times the bound is first
     scaled down as a whole, so that the number of iterations is fixed.
     """
-    small, plain = _classify(x, bound)
-    inside = small | (plain & _is_positive_definite(_bound_minus_gram(x, bound, plain)))
+    _, small, plain = _classify(x, bound)
+    inside = small | (plain & is_positive_definite(_bound_minus_gram(x, bound, plain)))
     largest = x.abs().amax((-2, -1))
     outside = (~inside & largest.isfinite())[:, None, None]
     scale = _MAX_RATIO / largest.clamp_min(_MAX_RATIO * bound)

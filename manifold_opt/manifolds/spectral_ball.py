@@ -9,8 +9,17 @@ from torch import Tensor
 
 from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
-from ..linalg.singular_values import MAX_BOUND, MIN_BOUND, clip_singular_values_, is_inside_ball, tolerance
-from .base import Manifold
+from ..linalg.products import Workspace, norm
+from ..linalg.singular_values import (
+    MAX_BOUND,
+    MIN_BOUND,
+    clip_and_measure_,
+    clip_singular_values_,
+    is_inside_ball,
+    tolerance,
+)
+from ..linalg.spectral_norm import step_length
+from .base import Manifold, StepOptions, decay_factor
 from .layout import BlockLayout, Shape
 
 
@@ -41,6 +50,29 @@ class Spectral(Manifold):
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the point nearest to x + v."""
         return clip_singular_values_(x + v, self.bound)
+
+    def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: StepOptions) -> None:
+        """Move points along tangents in place.
+
+        A step shorter than the slack, the distance to the boundary that is left since the spectrum was looked at, ends
+        inside: it is ``x + v`` as it would be after another look, so that no checkpoint needs the slack.
+        """
+        if not ws.readable:
+            return super().step_(x, v, moments, ws, options)
+        slack, ws.slack = ws.slack, 0.0
+        start = x * decay_factor(options.decay) if options.decay else x
+        if slack > 0 and (left := slack - step_length(v, slack) - _SPENT_PER_STEP * self.bound) > 0:  # False for NaN
+            torch.add(start, v, out=x)
+            ws.slack = left
+            return None
+        if bool((norm(v) > 0).all()):
+            y = torch.add(start, v, out=ws.y)
+            slack = float(clip_and_measure_(y, self.bound).min())
+            if slack >= 0:  # False for NaN
+                x.copy_(y)
+                ws.slack = slack
+                return None
+        return super().step_(x, v, moments, ws, options)  # with masks: a point stays where it is
 
     def project_point(self, x: Tensor) -> Tensor:
         """Clip the singular values to the bound."""
@@ -79,3 +111,6 @@ class Spectral(Manifold):
                 f"needs a bound from {MIN_BOUND:g} to {MAX_BOUND:g}, got {self.bound!r}. 1.0 makes a layer 1-Lipschitz."
             )
         return None
+
+
+_SPENT_PER_STEP = 1e-3  # of the bound, besides the length: for rounding, and to look now and then at what wrote unseen

@@ -16,6 +16,7 @@ from manifold_opt import (
     mark_manifold,
     mark_orthogonal,
     mark_positive,
+    mark_spectral,
     mark_unit_norm,
 )
 from manifold_opt.constraints.tag import set_constraint
@@ -165,6 +166,19 @@ def test_a_step_on_other_manifolds_takes_few_operations(name):
         p.grad = gaussian(*p.shape, dtype=torch.float32, seed=step)
         opt.step() if step < 2 else None
     assert operations(opt).count <= most
+
+
+@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 15, 18), (1e-3, 30, 38)])
+def test_steps_inside_the_spectral_ball_take_few_operations(lr, usual, mean):
+    """Half of the way to the boundary. Longer steps are measured more closely, and the spectrum more often."""
+    p = mark_spectral(nn.Parameter(gaussian(512, 512, dtype=torch.float32) / 45.2), 2.0)
+    opt = Adam([p], lr=lr)
+    counts = []
+    for step in range(53):
+        p.grad = gaussian(*p.shape, dtype=torch.float32, seed=step)
+        counts.append(operations(opt).count)
+    assert sorted(counts)[len(counts) // 2] <= usual
+    assert sum(counts[3:]) <= 50 * mean
 
 
 def test_the_error_of_square_blocks_is_measured_in_every_fourth_step():

@@ -228,6 +228,11 @@ class Bucket:
         member_values = self.map.split(values) if self.gathered and not self.gathers_state else []
         return Views(values, moments, master, batches, member_values)
 
+    def forget_slack(self) -> None:
+        """Discard what a manifold remembers of the points, which have been written to."""
+        for batch in self._views.batches if self._views is not None else ():
+            batch.ws.slack = 0.0
+
     def gradients(self, pool: Pool | None) -> Tensor:
         """Return the gradients of all points: a view of a single gradient, a copy of several."""
         gradient, strides = self.parameters[0].grad, self.map.strides

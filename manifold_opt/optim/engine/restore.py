@@ -36,6 +36,7 @@ def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Stamps) 
             written = [p for p in bucket.parameters if id(p) in ids or _differs_from_master(optimizer, p)]
         if not written:
             continue
+        bucket.forget_slack()
         extra_tolerance = 1.0 if bucket.stiefel and not optimizer._algorithm.retraction_of(group).exact else 0.0
         try:
             off, far = _points_to_rewrite(optimizer, bucket, written, extra_tolerance)

@@ -117,7 +117,7 @@ def update(x: Tensor, g: Tensor, moments: dict[str, Tensor], ws: Workspace, step
     if not bool(finite.any()):
         return None
     point, state = x[finite], {key: moment[finite] for key, moment in moments.items()}
-    own = Workspace(None, point)
+    own, ws.slack = Workspace(None, point), 0.0
     manifold.step_(point, direction(point, a[finite], state, own, options), state, own, step.options)
     x[finite] = point
     for key, moment in state.items():
@@ -184,6 +184,7 @@ def _update_scaled(batch: Batch, g: Tensor, step: Step) -> None:
         lost = point_max(points.to(values.dtype), dims) == torch.inf
         step.context.counters.count(skipped=lost)
         points.copy_(torch.where(lost, old, points))
+        batch.ws.slack = 0.0
         changed = changed & ~lost
     if gain != 1:
         points.copy_(torch.where(changed, w * gain, points))
