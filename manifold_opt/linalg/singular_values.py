@@ -8,9 +8,10 @@ value s by :math:`\min(s, b)`. With :math:`X X^\top = U S^2 U^\top` it is
 where the sum is over singular values above b only. The others need not be accurate, and X may be rank-deficient.
 
 A block whose Frobenius norm is within the bound is inside. For every other block, a Cholesky factorization of
-:math:`b^2 I - X X^\top` decides. Only blocks that are outside need an eigendecomposition. No state is kept between
-steps: a warm start from the last singular vectors is faster only while few singular values are at the bound, and
-training brings many there, where it is slower and less accurate.
+:math:`b^2 I - X X^\top` decides, or an estimate of the norm that is above the bound. Only blocks that are outside need
+eigenvectors: a large one with few singular values near the bound by subspace iteration, the others by a whole
+decomposition. The iteration starts from fixed vectors, not from the last ones: these would have to be in the state of
+the optimizer, or a resumed run would differ.
 
 Reference: Higham (2008), *Functions of Matrices*, chapters 5 and 8; Parikh & Boyd (2014), *Proximal algorithms*,
 section 6.7.3.
@@ -23,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from .few_eigenpairs import smallest_eigenpairs
 from .matrices import float64, is_tall, sym
 from .products import gram, host_can_branch, norm
 from .spectral_norm import is_positive_definite, margin_inside
@@ -182,7 +184,7 @@ def _clip_eager(x: Tensor, bound: float) -> Tensor:
     margin = margin_inside(gap, tolerance(x))
     outside, far = plain & (margin < 0), ~small & ~plain
     if bool(outside.any()):
-        values, vectors = torch.linalg.eigh(gap)
+        values, vectors = smallest_eigenpairs(gap, tolerance(x)) or torch.linalg.eigh(gap)
         del gap
         squares = (1 + tolerance(x)) ** 2 - values  # (s / b)^2, in descending order
         far |= outside & (squares[:, 0] > _MAX_EIGH_RATIO**2)
@@ -202,6 +204,9 @@ def _shrink_(x: Tensor, factors: Tensor, vectors: Tensor, outside: Tensor) -> No
     right = vectors[..., :count].mT
     left = vectors[..., :count] * factors[:, None, :count]
     left = left if thin else left @ right
+    if thin and len(x) == 1:
+        x.baddbmm_(left, right @ x)
+        return
     for columns in x.split(max(-(-p // 4), _CHUNK // (p * len(x))), -1):  # type: ignore[no-untyped-call]
         added = torch.baddbmm(columns, left, right @ columns if thin else columns)
         columns.copy_(torch.where(outside[:, None, None], added, columns))

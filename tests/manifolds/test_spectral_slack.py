@@ -8,9 +8,10 @@ from torch import nn
 
 from manifold_opt import SGD, Adam, AdamW, mark_spectral, unmark
 from manifold_opt.linalg import singular_values
+from manifold_opt.linalg.few_eigenpairs import smallest_eigenpairs
 from manifold_opt.linalg.singular_values import tolerance
 
-from ..helpers import DTYPES, buckets_of, each, gaussian
+from ..helpers import DTYPES, buckets_of, each, gaussian, point
 
 RULES = {
     "adam": lambda params: Adam(params, lr=1e-3),
@@ -132,6 +133,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(count):
     train(resumed, opt, 27, first=13)
     for p, q in zip(whole, resumed, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("outside", "few"), [(8, True), (200, False)])
+def test_a_run_with_values_at_the_bound_resumes_bit_for_bit(outside, few, monkeypatch):
+    """By the decomposition of a few pairs, and by that of the whole matrix."""
+    found = []
+
+    def recorded(*arguments):
+        found.append(smallest_eigenpairs(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(singular_values, "smallest_eigenpairs", recorded)
+    s = torch.cat([torch.ones(outside), torch.linspace(0.9, 0, 256 - outside)])
+    start = point(256, 256, dtype=torch.float32) * s @ point(256, 260, dtype=torch.float32, seed=1)
+    whole, part = (mark_spectral(nn.Parameter(start.clone())) for _ in range(2))
+    opt = Adam([whole], lr=1e-4)
+    for step in range(14):
+        train([whole], opt, 1, first=step)
+        assert excess(whole) <= tolerance(whole)
+    assert all((pairs is not None) == few for pairs in found)
+    assert len(found) == 14
+    opt = Adam([part], lr=1e-4)
+    train([part], opt, 7)
+    resumed = mark_spectral(nn.Parameter(part.detach().clone()))
+    continued = Adam([resumed], lr=1e-4)
+    continued.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train([resumed], continued, 7, first=7)
+    assert torch.equal(whole, resumed)
 
 
 @pytest.mark.parametrize("count", [1, 3])
