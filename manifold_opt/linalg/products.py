@@ -183,7 +183,7 @@ class Workspace:
         a, b, c, d, e, f: ``(B, p, p)``, for matrices.
         u, x, y, z: ``(B, p, n)``, or the shape of the batch.
         readable: whether Python may read values of the batch.
-        slack: how far each point may move before its manifold looks at its value again; kept from one step to the
+        slack: how far each point may move before its manifold checks its value again; kept from one step to the
             next, and 0 after anything else has written to the points.
     """
 

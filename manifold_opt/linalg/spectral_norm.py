@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .products import largest_norm, norm
 
-_ROWS = 32  # per block of a step: more cost more than the looks that a tighter bound saves
+_ROWS = 32  # per block of a step: more rows cost more than the checks that a tighter bound saves
 _SHORT = 1 / 8  # of the slack: of steps this short, the Frobenius norm is near enough
 _POWER_STEPS = 20  # the estimate is within 3 percent, for flat spectra too
 _LEAST_MARGIN = 0.01  # not worth a factorization below

@@ -54,8 +54,8 @@ class Spectral(Manifold):
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: StepOptions) -> None:
         """Move points along tangents in place.
 
-        A step shorter than the slack, the distance to the boundary that is left since the spectrum was looked at, ends
-        inside: it is ``x + v`` as it would be after another look, so that no checkpoint needs the slack.
+        A step shorter than the slack, what is left of the distance to the boundary since the spectrum was checked, ends
+        inside: it is ``x + v`` as it would be after another check, so that no checkpoint needs the slack.
         """
         if not ws.readable:
             return super().step_(x, v, moments, ws, options)
@@ -113,4 +113,6 @@ class Spectral(Manifold):
         return None
 
 
-_SPENT_PER_STEP = 1e-3  # of the bound, besides the length: for rounding, and to look now and then at what wrote unseen
+_SPENT_PER_STEP = (
+    2e-3  # of the bound, besides the length: for rounding, and to find writes through .data within 500 steps
+)

@@ -199,7 +199,7 @@ def test_a_write_that_nothing_shows_is_corrected_in_time():
     p.data.mul_(3)
     version = p._version
     assert excess(p) > 0.5
-    train([p], opt, 1000, first=2)
+    train([p], opt, 500, first=2)
     assert p._version > version
     assert excess(p) <= tolerance(p)
 
