@@ -28,6 +28,7 @@ RULES = [
     ("SGD", {"momentum": 0.9, "dampening": 0.2}),
     ("Adam", {"amsgrad": True}),
     ("Adam", {"second_moment": "block"}),
+    ("Muon", {}),
 ]
 COUNT = 4
 

@@ -10,6 +10,7 @@ from manifold_opt import (
     SGD,
     Adam,
     AdamW,
+    Muon,
     check,
     constraint_of,
     mark_orthogonal,
@@ -29,6 +30,7 @@ RULES = {
     "Adam": lambda p, **o: Adam(p, **{"lr": 0.01, **o}),
     "Adam block": lambda p, **o: Adam(p, second_moment="block", amsgrad=True, **{"lr": 0.01, **o}),
     "AdamW": lambda p, **o: AdamW(p, maximize=True, **{"lr": 0.01, **o}),
+    "Muon": lambda p, retraction="", **o: Muon(p, **{"lr": 0.01, **o}),  # noqa: ARG005
 }
 MARKS = {  # shape and mark; uneven blocks are buckets of their own, the others may be gathered
     "gates": ((12, 4), {"blocks": 3}),

@@ -23,6 +23,8 @@ RULES = {
     "block": (Adam, {"second_moment": "block"}),
     "Muon": (lambda params, retraction="", metric="", **options: Muon(params, **options), {}),  # noqa: ARG005
 }
+if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+    del RULES["Muon"]
 examples = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
