@@ -66,10 +66,11 @@ def rotation_by_angle(k: Tensor, angle: Scalar, ws: Workspace) -> Tensor:
     Args:
         k: ``(B, p, p)`` in ``ws.e``, overwritten.
         angle: :math:`\eta`, at most ``MAX_ANGLE``.
-        ws: buffers ``(B, p, p)``; all but ``f`` are overwritten.
+        ws: buffers ``(B, p, p)``, overwritten.
     """
-    is_coarse = ws.a.dtype.to_real() == torch.float32 and not isinstance(angle, Tensor) and angle <= COARSE_ANGLE
-    y = matrix_sign_(k, ws.a, ws, COARSE if is_coarse else EXACT[k.dtype], is_skew=True)
+    is_double = k.dtype in (torch.float64, torch.complex128)
+    is_exact = is_double or isinstance(angle, Tensor) or angle > COARSE_ANGLE
+    y = matrix_sign_(k, ws.a, ws, EXACT[k.dtype] if is_exact else COARSE, is_skew=True)
     fits, halves = SQRT[k.dtype], not isinstance(angle, Tensor) and angle > _MAX_SINGLE_ANGLE
     if isinstance(angle, Tensor):
         sine: Scalar = angle.sin().to(k.device, k.real.dtype)

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_opt import (
@@ -668,18 +669,22 @@ def test_a_learning_rate_that_cannot_be_read(shape, monkeypatch):
 
 @pytest.mark.compiled
 def test_a_compiled_step():
+    """In one graph."""
+    torch._dynamo.reset()
+    counters.clear()
     parameters = {compiled: [layout("gates"), layout("wide")] for compiled in (True, False)}
     for compiled, weights in parameters.items():
         opt = Muon(weights, lr=0.02)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            step = torch.compile(opt.step) if compiled else opt.step
+            step = torch.compile(opt.step, backend="eager") if compiled else opt.step
             for k in range(5):
                 for w in weights:
                     w.grad = gaussian(*w.shape, dtype=torch.float32, seed=k)
                 step()
     for a, b in zip(*parameters.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert not counters["graph_break"]
 
 
 # The cost of a step.
@@ -713,7 +718,7 @@ def test_products_of_a_step():
     assert products(Muon([w := marked((p, n), torch.float32)], lr=0.02), w, (p, n)) == pytest.approx(expected)
 
 
-COUNTS = {"square": (((16, 16),), 58, 172), "three gates": (((192, 64), 3), 60, 174), "wide": (((16, 64),), 100, 250)}
+COUNTS = {"square": (((16, 16),), 58, 172), "three gates": (((192, 64), 3), 60, 174), "wide": (((16, 64),), 104, 256)}
 
 
 @pytest.mark.parametrize("case", COUNTS)

@@ -111,8 +111,8 @@ def muon_long(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: Muon
     cholesky = _shifted_cholesky(gram(z, out=ws.b), size)
     square = ws.of_size(2 * p)
     k = square.e.zero_()
-    torch.sub(a, a.mH, out=k[:, :p, :p])
-    torch.mul(cholesky, size > 0, out=k[:, :p, p:])  # the shift is no reason to move
+    k[:, :p, :p] = a - a.mH
+    k[:, :p, p:] = cholesky * (size > 0)  # the shift is no reason to move
     k[:, p:, :p] = -k[:, :p, p:].mH
     change = rotation_by_angle(k, options.angle, square)[:, :p]
     along = torch.linalg.solve_triangular(cholesky, change[:, :, p:], upper=False, left=False)
