@@ -6,7 +6,8 @@ The net, the task and the contenders are those of examples/copying_memory.py, ov
 of this package's Adam. A run has learned when the mean loss of 20 batches is under half of the 10 ln 8 / (delay + 20)
 that answering without memory costs. Everything but the way the recurrent matrix is trained is the same: Henaff's start,
 batches of 64, Adam at lr 1e-3, a tenth of it for the recurrent matrix. (The run called unconstrained takes 1e-3 for
-all; it and "unconstrained slow", which does not, clip their gradients to norm 1.)
+all; it and "unconstrained slow", which does not, clip their gradients to norm 1.) Runs called "Adam, 3e-4" or "Muon,
+3e-3" have this learning rate for the recurrent matrix, with Adam for everything else.
 """
 
 from __future__ import annotations
@@ -20,12 +21,28 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
-from copying_memory import CONTENDERS, Contender, learn, ours
+from copying_memory import CONTENDERS, Build, Contender, Copier, learn, ours
+
+from manifold_opt import Adam, Muon, mark_orthogonal
+
+
+def at_rate(rule: type[Adam] | type[Muon], rate: float) -> Build:
+    """Train the recurrent matrix with ``rule`` at this learning rate, everything else with Adam."""
+
+    def build(net: Copier, lr: float) -> list[torch.optim.Optimizer]:
+        weight = mark_orthogonal(net.rnn, "weight_hh_l0")
+        rest = [parameter for parameter in net.parameters() if parameter is not weight]
+        return [rule([weight], lr=rate), torch.optim.Adam(rest, lr=lr)]
+
+    return build
+
 
 RUNS = {
     **CONTENDERS,
     "Adam, polar": Contender(ours(retraction="polar")),
     "Adam, block": Contender(ours(second_moment="block")),
+    **{f"Adam, {rate:.0e}": Contender(at_rate(Adam, rate)) for rate in (1e-4, 3e-4, 1e-3)},
+    **{f"Muon, {rate:.0e}": Contender(at_rate(Muon, rate)) for rate in (1e-3, 3e-3, 1e-2)},
 }
 
 
