@@ -1,6 +1,7 @@
 """What the examples compute, beside an oracle or a case by hand."""
 
 import importlib
+import itertools
 import math
 from pathlib import Path
 
@@ -117,3 +118,53 @@ def test_when_it_was_first_learned(example):
     losses = [1.0] * 20 + [0.0] * 20
     assert unitary_rnn.first_below(losses, 0.55) == "25"  # five of the last ten are 0
     assert unitary_rnn.first_below(losses, 0.0) == "never"
+
+
+def test_docstrings_tell_neither_their_module_nor_each_other(example):
+    docstrings = example("docstrings")
+    found = docstrings.docstrings()
+    assert {label for _, label in found.values()} == set(range(len(docstrings.MODULES)))
+    assert not any(name in text.lower() for text in found for name in docstrings.MODULES)
+
+    read = []
+
+    def tokenizer(texts, *, max_length, **_):
+        read.append({found[text][0] for text in texts})
+        numbers = torch.tensor([[len(text)] * max_length for text in texts])
+        return {"input_ids": numbers, "attention_mask": torch.ones_like(numbers)}
+
+    parts = docstrings.split(tokenizer, 7, None)
+    assert sum(len(texts.labels) for texts in parts.values()) == len(found)
+    for one, other in itertools.combinations(read, 2):
+        assert not one & other
+    assert [len(texts.labels) for texts in docstrings.split(tokenizer, 7, 5).values()] == [5, 5, 5]
+
+
+def test_a_batch_is_padded_to_its_longest_text(example):
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    texts = example("docstrings").Texts({"attention_mask": mask}, torch.tensor([5, 6, 7]))
+    tokens, labels = texts.batch(torch.tensor([2, 1]))
+    assert tokens["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert labels.tolist() == [7, 6]
+
+
+def test_fine_tuning_trains_what_the_method_says_and_keeps_the_spectrum(example):
+    transformers = pytest.importorskip("transformers")
+    finetune = example("finetune_fixed_spectrum")
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    start = transformers.BertModel(transformers.BertConfig(vocab_size=20, **config), add_pooling_layer=False).eval()
+    model = finetune.build(finetune.FIXED, start, 0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        *(f"encoder.encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key", "value")),
+        "encoder.encoder.layer.0.attention.output.dense.weight",
+        *("head.weight", "head.bias"),
+    }
+    tokens = torch.randint(20, (6, 5))
+    texts = example("docstrings").Texts({"input_ids": tokens, "attention_mask": tokens.ge(0).long()}, torch.arange(6))
+    args = finetune.parse(["--steps", "5", "--batch-size", "4"])
+    opt = finetune.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    assert len(list(finetune.train(model, opt, texts, args, 0))) == 5
+    before, after = finetune.weights_of(start), finetune.weights_of(model.encoder)
+    assert (after - before).norm() > 0.02 * before.norm()
+    torch.testing.assert_close(torch.linalg.svdvals(after), torch.linalg.svdvals(before), atol=1e-7, rtol=0)
