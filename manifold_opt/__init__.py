@@ -10,7 +10,7 @@ Mark a weight, or its gate blocks, and train it with the drop-in SGD, Adam, Adam
 
 from . import init
 from .constraints.average import orthogonal_average, project_to_manifold_
-from .constraints.diagnostics import orthogonality_error
+from .constraints.diagnostics import orthogonality_error, spectrum_error
 from .constraints.from_parametrized import from_parametrized
 from .constraints.mark import mark_fixed_spectrum, mark_manifold, mark_positive, mark_spectral, mark_unit_norm
 from .constraints.modules import mark_attention, mark_orthogonal, mark_recurrent
@@ -58,5 +58,6 @@ __all__ = [
     "project_to_manifold_",
     "retract",
     "riemannian_gradient",
+    "spectrum_error",
     "unmark",
 ]

@@ -1,4 +1,4 @@
-"""Orthogonality error of a tensor, a marked parameter or a model."""
+"""How far a tensor, a marked parameter or a model is from orthogonality, or a weight from its singular values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import overload
 
+import torch
 from torch import Tensor, nn
 
 from ..linalg.matrices import float64
-from ..manifolds import Orthogonal
+from ..manifolds import FixedSpectrum, Orthogonal
 from ..manifolds.layout import get_points
 from ..stiefel.geometry import error
 from .orthogonalize import blocks_and_gains
@@ -74,6 +75,46 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: BlockSizes | None = None)
         if mark is None:
             matrices = [(get_points(layout, x.detach()), 1.0) for layout in cut.layouts(x.shape)]
     return max_or_nan(float(error(float64(w) / gain).max()) for w, gain in matrices if w.numel())
+
+
+@torch.no_grad()
+def spectrum_error(x: Tensor, reference: Tensor) -> float:
+    r"""Return the largest change of a singular value, relative to the largest one of its matrix.
+
+    It is computed in float64: :math:`\max_i |\sigma_i(W) - \sigma_i(W_0)| / \sigma_1(W_0)`, the largest over the blocks
+    of a parameter with fixed singular values, or over the matrices of another tensor ``(..., p, n)``.
+
+    Args:
+        x: a parameter or tensor of at least two dimensions.
+        reference: the value that it is compared with, of the same shape, as saved before training.
+
+    Returns:
+        The error as a float; NaN if an entry is not finite.
+
+    Raises:
+        ValueError: the shapes differ, or the tensors have fewer than two dimensions.
+
+    >>> import torch
+    >>> from manifold_opt import spectrum_error
+    >>> round(spectrum_error(torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([4.0, 2.0]))), 6)
+    0.25
+    """
+    if x.shape != reference.shape or x.ndim < 2:
+        raise ValueError(
+            f"spectrum_error: needs two tensors of one shape, of at least 2 dimensions, got {tuple(x.shape)} and "
+            f"{tuple(reference.shape)}."
+        )
+    mark = constraint_of(x)
+    cut = mark.layouts(x.shape) if isinstance(mark, FixedSpectrum) else ()
+    errors = []
+    for layout in cut or (None,):
+        w, w0 = (float64(t.detach() if layout is None else get_points(layout, t.detach())) for t in (x, reference))
+        if not bool(w.isfinite().all() & w0.isfinite().all()):
+            return math.nan
+        values, known = torch.linalg.svdvals(w), torch.linalg.svdvals(w0)
+        largest = known.amax(-1).clamp_min(torch.finfo(known.dtype).tiny)
+        errors.append(float(((values - known).abs().amax(-1) / largest).max()))
+    return max_or_nan(errors)
 
 
 def max_or_nan(values: Iterable[float]) -> float:

@@ -18,6 +18,7 @@ from manifold_opt import (
     mark_fixed_spectrum,
     mark_orthogonal,
     orthogonality_error,
+    spectrum_error,
     unmark,
 )
 from manifold_opt.manifolds import FixedSpectrum
@@ -279,6 +280,19 @@ def test_a_write_at_rounding_keeps_its_bits(fill, reads, monkeypatch):
     weight.grad = torch.full_like(weight, fill)
     opt.step()
     assert torch.equal(weight.detach(), before)
+
+
+def test_the_error_of_a_spectrum_by_hand():
+    """Of the worse of two blocks, relative to the largest singular value of each."""
+    weight = mark_fixed_spectrum(
+        nn.Parameter(torch.cat([torch.diag(torch.tensor([4.0, 1.0])), torch.eye(2)])), blocks=2
+    )
+    start = torch.cat([torch.diag(torch.tensor([4.0, 2.0])), 2 * torch.eye(2)])
+    assert spectrum_error(weight, start) == pytest.approx(0.5)
+    assert spectrum_error(weight.detach().view(2, 2, 2), start.view(2, 2, 2)) == pytest.approx(0.5)
+    assert math.isnan(spectrum_error(weight, start.log()))
+    with pytest.raises(ValueError, match="two tensors of one shape"):
+        spectrum_error(weight, start[:2])
 
 
 def test_metrics_say_how_far_a_value_is_from_its_state():
