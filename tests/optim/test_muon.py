@@ -308,6 +308,12 @@ def test_rounding_does_not_accumulate(shape, bound):
     assert largest_ratio(shape, 400) <= bound
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (8, 40)])
+def test_rounding_does_not_accumulate_where_no_value_may_be_read(shape, monkeypatch):
+    never_read(monkeypatch)
+    assert largest_ratio(shape, 300, lr=0.3) <= 4  # 30 without the correction
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "bound"), [((8, 8), 4), ((32, 32), 2), ((64, 64), 2), ((8, 40), 4), ((40, 32), 2)])
 def test_rounding_does_not_accumulate_in_ten_thousand_steps(shape, bound):
