@@ -178,7 +178,8 @@ def mark_fixed_spectrum(
 ) -> Any:
     r"""Mark the blocks of a parameter so that their singular values stay what they are.
 
-    Nothing changes when it is marked. The optimizers then move every block W on
+    Nothing changes when it is marked. If other code writes to the parameter later, the singular values of the written
+    value are kept from then on. The optimizers then move every block W on
     :math:`\{Q W_0 : Q \text{ orthogonal}\}`: they rotate its rows. This is orthogonal fine-tuning of a pretrained
     weight, without an adapter and with nothing to merge afterwards. The learning rate, ``retraction`` and
     ``orthogonal_lr_scale`` are those of orthogonal blocks; weight decay has no effect.

@@ -191,19 +191,6 @@ class Manifold:
         """Return the tensors ``(B, ...)`` of ``state_keys`` for points that have not moved yet."""
         return {}
 
-    def distance(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Return the distances ``(B,)`` of points from those of their state, if the manifold has ``state_keys``."""
-        raise NotImplementedError
-
-    def restore_(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Update the state of points that something else has written to, if the manifold has ``state_keys``.
-
-        Returns:
-            A mask ``(B,)`` of the points that are not those of their state, the nearest points that are, and their
-            distances, relative to the norm of the point.
-        """
-        raise NotImplementedError
-
     def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
         """Return True if :meth:`change_frame` converts moments of points of this shape."""
         return False

@@ -4,7 +4,8 @@ The point that moves is Q. On the left, the gradient with respect to :math:`\Ome
 :math:`A = G W^\top`, as for square orthogonal blocks, so directions and retractions are theirs, with the metric of the
 orthogonal group: the length of a step is :math:`\|\Omega\|`. The optimizer state keeps Q (``rotation``) and
 :math:`W_0` (``base``). Every step computes :math:`W = Q W_0` anew, so rounding does not add up: the error of W is that
-of Q, which is corrected as for any square block, and of one product.
+of Q, which is corrected as for any square block, and of one product. If a weight is not :math:`Q W_0` when a step
+begins, other code has written to it, and the step starts from the written value: :math:`W_0` is that value then.
 
 A rotation on the right is one of the transposed block. With ``side="both"``, :math:`W = Q_l W_0 Q_r^\top`, and both
 rotations move in the same step. Their coordinates are then stored one after the other, as ``(B, 1, p*p + n*n)``.
@@ -14,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg.matrices import float64
-from ..linalg.products import Workspace
+from ..linalg.products import Workspace, norm
 from ..stiefel.geometry import to_frame
 from ..stiefel.step import Settings, retract_
 from .base import Manifold
@@ -125,20 +125,16 @@ class FixedSpectrum(Manifold):
         rotations = (u @ u0.mH, (vh0.mH @ vh).mT)
         return torch.cat([q.flatten(1) for q in rotations], 1).unsqueeze(1).to(x)
 
-    def restore_(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace the rotations of points that are not those of their state by the nearest ones."""
-        rotation, base = state["rotation"], state["base"]
-        distance = self.distance(x, state)
-        off = ~(distance <= self.tolerance(x))
-        if bool(off.any()):
-            rotation[off] = self.nearest_rotation(x[off], base[off])
-            distance = torch.where(off, self.distance(x, state), distance)
-        return off, self.rotated(rotation, base), distance
-
-    def distance(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Return the distances ``(B,)`` of points from those of their state, relative to their norm."""
-        y = float64(self.rotated(state["rotation"], state["base"]))
-        return point_norm(float64(x) - y, 2) / point_norm(y, 2).clamp_min(torch.finfo(y.dtype).tiny)
+    def _follow_writes_(self, x: Tensor, rotation: Tensor, base: Tensor, ws: Workspace) -> None:
+        r"""Start anew from points that are not :math:`Q W_0`: something else has written to them, or to their state."""
+        y = self.rotated(rotation, base)
+        limit = _ROUNDING * torch.finfo(x.dtype).eps
+        written = ~(norm(x - y, keepdim=True) <= limit * norm(y, keepdim=True))  # True for NaN
+        if ws.readable and not bool(written.any()):
+            return
+        start = self.start_state(x)
+        rotation.copy_(torch.where(written, start["rotation"], rotation))
+        base.copy_(torch.where(written, x, base))
 
     def step_options(
         self,
@@ -154,14 +150,15 @@ class FixedSpectrum(Manifold):
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:
         """Move the rotations and compute the points anew. A point with a zero step keeps its bits."""
+        rotation, base = moments["rotation"], moments["base"]
+        self._follow_writes_(x, rotation, base, ws)
         moving = point_any(v != 0, 2)
         if options.finite is not None:
             moving = moving & options.finite
-        rotation, base = moments["rotation"], moments["base"]
         spaces, count = self.workspaces(x, ws), options.count
         for q, omega, space in zip(self.parts(x, rotation), self.parts(x, v), spaces, strict=True):
             retract_(q, omega, space, replace(options, count=count))
-            count = partial(_count_clamped, options.count)
+            count = _count_nothing  # a block is counted with its first rotation
         y = self.rotated(rotation, base)
         x.copy_(y if ws.readable and bool(moving.all()) else torch.where(moving, y, x))
 
@@ -203,7 +200,8 @@ class FixedSpectrum(Manifold):
         return None
 
 
-def _count_clamped(count: Callable[..., None], *, skipped: Tensor | None = None, clamped: Tensor | None = None) -> None:  # noqa: ARG001
-    """Count shortened steps only: a block that is skipped has been counted with its first rotation."""
-    if clamped is not None:
-        count(clamped=clamped)
+_ROUNDING = 8.0  # in eps: the product Q W_0 in another batch, relative to its norm
+
+
+def _count_nothing(**masks: Tensor) -> None:
+    """Ignore what is to be counted."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..constraints.diagnostics import max_or_nan, orthogonality_error
 from ..constraints.tag import constraint_of
-from ..linalg.precision import MASTER, FullPrecision, working_dtype
+from ..linalg.precision import FullPrecision, working_dtype
 from ..manifolds import Orthogonal
 from ..manifolds.layout import get_points, point_norm
 from .engine.counters import NAMES
@@ -44,19 +42,15 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     return {
         "orthogonality_error": max_or_nan(map(orthogonality_error, orthogonal)),
-        "manifold_error": max_or_nan(_manifold_error(p, self.state.get(p, {})) for p in set(marked) - set(orthogonal)),
+        "manifold_error": max_or_nan(_manifold_error(p) for p in set(marked) - set(orthogonal)),
         "tangent_norm": max_or_nan(map(_tangent_norm, marked)),
         **{name: self._engine.counters.total(name) for name in NAMES},
     }
 
 
-def _manifold_error(p: Tensor, state: dict[str, Any]) -> float:
+def _manifold_error(p: Tensor) -> float:
     constraint = constraint_of(p)
     assert constraint is not None
-    if constraint.state_keys and all(key in state for key in constraint.state_keys):
-        (layout,) = constraint.layouts(p.shape)
-        points = get_points(layout, state.get(MASTER, p.detach()))
-        return float(constraint.distance(points, state).max())
     return max_or_nan(
         float(constraint.error(get_points(layout, p.detach())).max()) for layout in constraint.layouts(p.shape)
     )

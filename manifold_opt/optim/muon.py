@@ -39,12 +39,13 @@ class _Missing(Optimizer):
 
 
 class Muon(BaseOptimizer, torch.optim.Muon if IS_AVAILABLE else _Missing):  # type: ignore[misc]
-    r"""Muon with the exact spectral step for marked parameters; a subclass of torch.optim.Muon. Needs torch 2.9.
+    r"""Muon with the spectral step on the manifold for marked parameters; a subclass of torch.optim.Muon.
 
-    Unmarked parameters are updated bit for bit as by torch.optim.Muon; they must be real matrices. An orthogonal block
-    takes the steepest step in the spectral norm, exactly: it turns by the angle ``lr`` in every plane in which the
-    momentum turns it at all. A parameter with fixed singular values is rotated in the same way. Parameters with other
-    constraints are refused.
+    It needs torch 2.9. Unmarked parameters are updated bit for bit as by torch.optim.Muon; they must be real matrices.
+    An orthogonal block takes the steepest step in the spectral norm: it turns by the angle ``lr`` in every plane in
+    which the momentum turns it. In float32 it turns less in planes in which the momentum is weakest: below about 1 % of
+    a bound on its norm for angles up to 0.1, below 0.1 % for others. A parameter with fixed singular values is rotated
+    in the same way. Parameters with other constraints are refused.
 
     Args:
         params, momentum, nesterov: as in torch.optim.Muon.

@@ -54,34 +54,6 @@ def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Stamps) 
         for tensor, tensor_mask, nearest in zip(tensors, masks, new, strict=True):
             if bool(tensor_mask.any()):
                 set_points_(bucket.layout, tensor, tensor_mask, nearest.to(tensor.dtype))
-    for _, bucket in plan.work:
-        if bucket.constraint.state_keys:
-            _restore_from_state(optimizer, bucket)
-
-
-def _restore_from_state(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
-    """Replace points that are not those of their state by the nearest ones of their manifold."""
-    state = {key: bucket.moments[key] for key in bucket.constraint.state_keys}
-    tensors = [optimizer.state[p].get(MASTER, p.detach()) for p in bucket.parameters]
-    points = torch.cat([get_points(bucket.layout, tensor) for tensor in tensors])
-    off, nearest, distance = bucket.constraint.restore_(points, state)
-    if not bool(off.any()):
-        return
-    start = 0
-    for parameter, tensor in zip(bucket.parameters, tensors, strict=True):
-        own = slice(start, start + bucket.points_per_param)
-        mask = off[own]
-        for written in {id(t): t for t in (tensor, parameter.detach())}.values():
-            set_points_(bucket.layout, written, mask, nearest[own][mask].to(written.dtype))
-        start = own.stop
-        far = float(torch.where(mask, distance[own], 0).max())
-        if far > _WARN_DISTANCE:
-            warnings.warn(
-                f"A block of a marked parameter of shape {_label(optimizer, parameter)} was {far:.2g} of its norm away "
-                f"from the values that {bucket.constraint} allows, changed outside the optimizer since its first step. "
-                "It was put back to the nearest of these. To start from the new values, del opt.state[param].",
-                stacklevel=8,
-            )
 
 
 def _label(optimizer: ManifoldOptimizer, parameter: Tensor) -> str:

@@ -83,7 +83,7 @@ def _init_own_state(optimizer: ManifoldOptimizer, bucket: Bucket) -> None:
         state = optimizer.state[parameter]
         points = get_points(bucket.layout, state.get(MASTER, parameter.detach()))
         start = bucket.constraint.start_state(points.contiguous())
-        known = all(key in state and state[key].shape == value.shape for key, value in start.items())
+        known = all(isinstance(state.get(k), Tensor) and state[k].shape == v.shape for k, v in start.items())
         for key, value in start.items():
             present[key].append(state[key].to(value) if known else value)
     for key, values in present.items():
