@@ -1,4 +1,4 @@
-r"""Matrices with the singular values of the value that was marked: :math:`\{Q W_0\}`, Q orthogonal.
+r"""Matrices whose singular values stay fixed: :math:`\{Q W_0\}`, Q orthogonal.
 
 The point that moves is Q. On the left, the gradient with respect to :math:`\Omega` in :math:`(I + \Omega) W` is
 :math:`A = G W^\top`, as for square orthogonal blocks, so directions and retractions are theirs, with the metric of the
@@ -13,9 +13,7 @@ rotations move in the same step. Their coordinates are then stored one after the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +21,19 @@ from torch import Tensor
 from ..linalg.matrices import float64
 from ..linalg.products import Workspace, norm
 from ..stiefel.geometry import to_frame
-from ..stiefel.step import Settings, retract_
+from ..stiefel.step import Settings, count_nothing, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable, point_any, point_norm
+from .orthogonal import Orthogonal
 
 SIDES = ("left", "right", "both")
 
 
 @dataclass(frozen=True)
 class FixedSpectrum(Manifold):
-    """Constraint of a parameter whose blocks keep the singular values that they were marked with.
+    """Constraint of a parameter whose blocks keep the singular values of the value that was last written to it.
+
+    It has no ``retract``: what is retracted is the rotation in the optimizer state.
 
     Attributes:
         blocks: number of equal blocks stacked along ``dim``.
@@ -69,12 +70,11 @@ class FixedSpectrum(Manifold):
         return (1, p * p + n * n) if self.side == "both" else (p, p)
 
     def parts(self, x: Tensor, coordinates: Tensor) -> list[Tensor]:
-        """Return views ``(B, k, k)`` of coordinates, one for each rotation; of numbers per block, ``(B, 1, 1)``."""
+        """Return views ``(B, k, k)`` of coordinates, one for each rotation."""
         if self.side != "both":
             return [coordinates]
-        sizes = [k * k for k in x.shape[-2:]] if coordinates.shape[-1] > 2 else [1, 1]
-        flat: tuple[Tensor, ...] = coordinates[:, 0].split(sizes, -1)  # type: ignore[no-untyped-call]
-        return [part.unflatten(-1, (round(part.shape[-1] ** 0.5), -1)) for part in flat]  # type: ignore[no-untyped-call]
+        p, n = x.shape[-2:]
+        return [coordinates[:, 0, : p * p].unflatten(1, (p, p)), coordinates[:, 0, p * p :].unflatten(1, (n, n))]  # type: ignore[no-untyped-call]
 
     def workspaces(self, x: Tensor, ws: Workspace) -> list[Workspace]:
         """Return buffers for each rotation."""
@@ -97,10 +97,6 @@ class FixedSpectrum(Manifold):
             tangent = tangent + x @ (0.5 * (along - along.mH))
         return tangent
 
-    def retract(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return the point of the manifold of ``x`` that is nearest to x + v."""
-        return self.rotated(self.nearest_rotation(x + v, x), x)
-
     def start_state(self, x: Tensor) -> dict[str, Tensor]:
         """Return the state of points that have not moved: the rotation is the identity."""
         identity = [torch.eye(k, dtype=x.dtype, device=x.device) for k in x.shape[-2:]]
@@ -116,15 +112,6 @@ class FixedSpectrum(Manifold):
         w = torch.bmm(left, base)
         return torch.bmm(w, right[0].mT) if right else w
 
-    def nearest_rotation(self, x: Tensor, base: Tensor) -> Tensor:
-        r"""Return the rotation for which :math:`Q W_0` is nearest to x, by singular value decompositions in float64."""
-        if self.side != "both":
-            u, _, vh = torch.linalg.svd(float64(x) @ float64(base).mH)
-            return (u @ vh).to(x)
-        (u, _, vh), (u0, _, vh0) = (torch.linalg.svd(float64(y)) for y in (x, base))
-        rotations = (u @ u0.mH, (vh0.mH @ vh).mT)
-        return torch.cat([q.flatten(1) for q in rotations], 1).unsqueeze(1).to(x)
-
     def _follow_writes_(self, x: Tensor, rotation: Tensor, base: Tensor, ws: Workspace) -> None:
         r"""Start anew from points that are not :math:`Q W_0`: something else has written to them, or to their state."""
         y = self.rotated(rotation, base)
@@ -136,17 +123,7 @@ class FixedSpectrum(Manifold):
         rotation.copy_(torch.where(written, start["rotation"], rotation))
         base.copy_(torch.where(written, x, base))
 
-    def step_options(
-        self,
-        group: Mapping[str, Any],
-        count: Callable[..., None],
-        steps: int | None,
-        *,
-        retraction: Any = None,
-        **shared: Any,  # noqa: ARG002
-    ) -> Settings:
-        """Return the retraction and its settings."""
-        return Settings(retraction, group, count, steps)
+    step_options = Orthogonal.step_options
 
     def step_(self, x: Tensor, v: Tensor, moments: dict[str, Tensor], ws: Workspace, options: Settings) -> None:
         """Move the rotations and compute the points anew. A point with a zero step keeps its bits."""
@@ -158,7 +135,7 @@ class FixedSpectrum(Manifold):
         spaces, count = self.workspaces(x, ws), options.count
         for q, omega, space in zip(self.parts(x, rotation), self.parts(x, v), spaces, strict=True):
             retract_(q, omega, space, replace(options, count=count))
-            count = _count_nothing  # a block is counted with its first rotation
+            count = count_nothing  # a block is counted with its first rotation
         y = self.rotated(rotation, base)
         x.copy_(y if ws.readable and bool(moving.all()) else torch.where(moving, y, x))
 
@@ -201,7 +178,3 @@ class FixedSpectrum(Manifold):
 
 
 _ROUNDING = 8.0  # in eps: the product Q W_0 in another batch, relative to its norm
-
-
-def _count_nothing(**masks: Tensor) -> None:
-    """Ignore what is to be counted."""

@@ -81,7 +81,7 @@ class Retraction:
         return self.max_step_norm(**options) if callable(self.max_step_norm) else self.max_step_norm
 
 
-def _count_nothing(**masks: Tensor) -> None:
+def count_nothing(**masks: Tensor) -> None:
     """Ignore what is to be counted."""
 
 
@@ -100,7 +100,7 @@ class Settings:
 
     retraction: Retraction
     options: Mapping[str, Any]
-    count: Callable[..., None] = _count_nothing
+    count: Callable[..., None] = count_nothing
     steps: int | None = None
     finite: Tensor | None = None
 

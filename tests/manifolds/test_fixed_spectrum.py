@@ -134,6 +134,16 @@ def test_singular_values_stay_to_rounding(name, side, dtype):
     assert float((after - before).abs().max() / before.max()) < 24 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_the_tangent_norm_is_that_of_the_steepest_change(side):
+    """By hand: of W = diag(3, 1) and G = e1 e2^T, the skew part of G W^T is 1/2 there, that of W^T G 3/2."""
+    weight = mark_fixed_spectrum(nn.Parameter(torch.diag(torch.tensor([3.0, 1.0]))), side=side)
+    weight.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    left, right = torch.tensor([[0.0, 0.5], [-1.5, 0.0]]), torch.tensor([[0.0, 4.5], [-1.5, 0.0]])
+    expected = {"left": left, "right": right, "both": left + right}[side]
+    assert Adam([weight]).metrics()["tangent_norm"] == pytest.approx(float(expected.norm()))
+
+
 @pytest.mark.parametrize("rows", [64, 16])
 def test_marking_changes_nothing_and_takes_the_shorter_side(rows):
     weight = nn.Parameter(gaussian(rows, 24, seed=3))
