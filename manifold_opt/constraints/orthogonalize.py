@@ -82,10 +82,10 @@ def _check_convergence(w: Tensor, beta: float) -> None:
 
 def blocks_and_gains(tensor: Tensor, name: str) -> list[tuple[Tensor, float]]:
     """Return batches of the tensor's blocks or matrices, as views if possible, each with its gain."""
-    check_whole(name, tensor)
     constraint = constraint_of(tensor)
     if isinstance(constraint, Orthogonal):
         return [(get_points(layout, tensor.detach()), constraint.gain) for layout in constraint.layouts(tensor.shape)]
+    check_whole(name, tensor)
     if tensor.ndim < 2 or tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name}: needs a marked parameter or matrices (..., p, n) of a floating-point or complex dtype, got shape "

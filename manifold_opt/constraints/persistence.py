@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.serialization import add_safe_globals
 
 from ..manifolds import MANIFOLDS, Manifold
-from .tag import constraint_of, free, is_sharded, set_constraint, was_unmarked
+from .tag import constraint_of, free, is_flattened, set_constraint, was_unmarked
 
 _RECORD = "_manifold_opt_record"
 _lock = threading.RLock()  # guards _records and _tables: threads may copy and mark modules concurrently
@@ -107,14 +107,14 @@ def has_records(model: nn.Module) -> bool:
 def restore_constraints(module: nn.Module, *_: Any) -> None:
     """Mark the recorded parameters of a module again if they were replaced or a load has dropped their mark.
 
-    Unmarked parameters stay unmarked. Shards cannot be marked.
+    Unmarked parameters stay unmarked. Flat parameters of FSDP1 cannot be marked.
     """
     known = _record_of(module)
     if known is None:
         return
     for name, constraint in known.constraints.items():
         current = module._parameters.get(name)
-        if current is None or constraint_of(current) is not None or was_unmarked(current) or is_sharded(current):
+        if current is None or constraint_of(current) is not None or was_unmarked(current) or is_flattened(current):
             continue
         if constraint is None:
             free(current)
@@ -186,12 +186,9 @@ def forget_module_constraints(module: nn.Module) -> None:
             known.constraints = dict.fromkeys(known.constraints)
 
 
-def sharded_constraints(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, Manifold]]:
-    """Yield the shards that replace a marked parameter, each with the recorded label and constraint.
-
-    FSDP2, tensor parallel and replicate replace it by a DTensor; FSDP1 by one flat parameter with ``_param_infos``.
-    """
-    shards = [p for p in parameters if is_sharded(p)]
+def flattened_constraints(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, str, Manifold]]:
+    """Yield the flat parameters of FSDP1 that replace a marked one, each with the recorded label and constraint."""
+    shards = [p for p in parameters if is_flattened(p)]
     if not shards:
         return
     found = remembered_constraints(shards)

@@ -84,9 +84,9 @@ def write_points_(parameter: Tensor, corrections: Corrections) -> None:
         set_points_(layout, parameter.detach(), off, values)
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Return True if the parameter is a DTensor or a flat parameter of FSDP1; avoids their slow imports."""
-    return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
+def is_flattened(parameter: Tensor) -> bool:
+    """Return True if the parameter is a flat parameter of FSDP1, or a part of one."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def set_constraint(parameter: Tensor, constraint: Manifold) -> None:

@@ -12,8 +12,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..manifolds import Manifold
 from ..manifolds.layout import overlap_problem
+from ..manifolds.shards import is_dtensor, placement_problem, unsharded_like
 from .persistence import forget_constraints, forget_module_constraints, record_on_module, update_records
-from .tag import DTYPES, constraint_of, find_off_manifold, is_sharded, set_constraint, was_unmarked, write_points_
+from .tag import DTYPES, constraint_of, find_off_manifold, is_flattened, set_constraint, was_unmarked, write_points_
 
 T = TypeVar("T", bound=Tensor)
 
@@ -146,11 +147,14 @@ def _invalid_reason(parameter: Tensor, constraint: Manifold) -> str | None:
         return f"must be a tensor or a module, got {type(parameter).__name__}."
     if is_lazy(parameter):
         return "is lazy and has no shape yet; run one batch through the module first."
-    if is_sharded(parameter):
+    if is_flattened(parameter):
         return (
-            "is sharded (a DTensor, or flat under FSDP1), so that no process has its matrices whole. Mark it before "
-            "it is sharded, and leave it out, as with fully_shard(module, ignored_params={parameter})."
+            "is a part of a flat parameter of FSDP1, which does not keep its matrices. Shard the model with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead, or mark it before it is wrapped, and leave it out "
+            "with FullyShardedDataParallel(model, ignored_modules=[module])."
         )
+    if is_dtensor(parameter) and (problem := placement_problem(parameter)):
+        return problem
     shape = tuple(parameter.shape)
     if not parameter.is_leaf:
         return (
@@ -175,7 +179,7 @@ def _invalid_reason(parameter: Tensor, constraint: Manifold) -> str | None:
         return f"has dtype {parameter.dtype}; {type(constraint).__name__} is for real parameters."
     if parameter.numel() == 0:
         return f"is empty, shape {shape}."
-    reason = overlap_problem(parameter) or constraint.invalid_reason(parameter)
+    reason = overlap_problem(parameter) or constraint.invalid_reason(unsharded_like(parameter))
     if reason:
         return reason
     present = constraint_of(parameter)

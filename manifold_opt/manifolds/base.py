@@ -12,6 +12,7 @@ from torch import Tensor
 from ..linalg.precision import working_dtype
 from ..linalg.products import Workspace
 from .layout import Layout, Shape, SliceLayout, point_any, point_max, point_sum
+from .shards import Interval
 
 Scalar = float | Tensor
 
@@ -115,6 +116,14 @@ class Manifold:
     def free_rows(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
         """Return start and length along ``dim`` of the rows outside every layout; they train as with torch.optim."""
         return []
+
+    def part(self, shape: Shape, kept: list[Interval]) -> Manifold:  # noqa: ARG002
+        """Return the constraint of a part of a parameter of this shape: the rows ``kept`` along the cut dimension.
+
+        The dimension is that of :func:`~manifold_opt.manifolds.layout.units`, which also tells where cuts are possible.
+        Override it if a field depends on the length of that dimension.
+        """
+        return self
 
     def riemannian_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Return the Riemannian gradient at ``x`` of a function with Euclidean gradient ``g``."""

@@ -25,6 +25,7 @@ from ..stiefel.step import Settings, count_nothing, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable, point_any, point_norm
 from .orthogonal import Orthogonal
+from .shards import Interval
 
 SIDES = ("left", "right", "both")
 
@@ -55,6 +56,12 @@ class FixedSpectrum(Manifold):
         """Return one layout ``(B, p, n)`` of all blocks, whose first dimension is rotated."""
         size = shape[self.dim if self.flatten else -2] // self.blocks
         return (BlockLayout(size, self.dim, flatten=self.flatten, transpose=self.side == "right"),)
+
+    def part(self, shape: Shape, kept: list[Interval]) -> FixedSpectrum:
+        """Return the constraint of the blocks in ``kept``."""
+        if not self.flatten and len(shape) > 2:
+            return self
+        return replace(self, blocks=self.blocks * sum(length for _, length in kept) // shape[self.dim])
 
     def has_frame(self, shape: Shape) -> bool:  # noqa: ARG002
         """Return True."""

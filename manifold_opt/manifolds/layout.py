@@ -10,13 +10,31 @@ Only this module knows how points lie in a tensor. Other modules read and write 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .shards import is_dtensor, whole, write_whole_
+
 Shape = tuple[int, ...] | torch.Size
+
+
+class Unit(NamedTuple):
+    """Part of a parameter that a cut along a dimension must not divide.
+
+    Attributes:
+        start, length: position along that dimension.
+        points: number of points in it.
+        cost: estimated operations of its step.
+    """
+
+    start: int
+    length: int
+    points: int
+    cost: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,16 @@ class BlockLayout:
         """Return the blocks ``(B, p, n)`` of a tensor, a view: writing to it writes to the tensor."""
         return self.to_points(self.to_rows(tensor))
 
+    def units(self, shape: Shape) -> tuple[int, list[Unit]]:
+        """Return a dimension between whose blocks a tensor of this shape can be cut, and these blocks."""
+        dim, size, points = self.row_dim or self.dim, self.size, 1
+        if not self.flatten and len(shape) > 2:
+            size, points = 1, math.prod(shape[1:-1]) // self.size
+        numel = math.prod(shape) // shape[dim] * size
+        cost = numel * min(self.size, self.block_numel(shape) // self.size)
+        length = shape[dim] if self.length is None else self.length
+        return dim, [Unit(start, size, points, cost) for start in range(self.start, self.start + length, size)]
+
     def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
         """Invert :meth:`to_rows` if the blocks cover the whole tensor: return a view of its shape."""
         if not self.row_dim:
@@ -117,6 +145,14 @@ class SliceLayout:
         """Return the points of a tensor, a view: writing to it writes to the tensor."""
         return self.to_rows(tensor)
 
+    def units(self, shape: Shape) -> tuple[int, list[Unit]]:
+        """Return a dimension between whose slices a tensor of this shape can be cut, and these slices."""
+        if len(shape) <= self.point_ndim:
+            return 0, [Unit(0, shape[0], 1, math.prod(shape))]
+        dim = self.dim or 0
+        numel, length = math.prod(shape) // shape[dim], shape[dim] if self.length is None else self.length
+        return dim, [Unit(start, 1, 1, numel) for start in range(self.start, self.start + length)]
+
     def from_rows(self, rows: Tensor, shape: Shape) -> Tensor:
         """Invert :meth:`to_rows` if the slices cover the whole tensor."""
         if not self.dim:
@@ -142,13 +178,29 @@ def overlap_problem(tensor: Tensor) -> str | None:
     return None
 
 
+def units(layouts: Sequence[Layout], shape: Shape) -> tuple[int, list[Unit]]:
+    """Return a dimension along which a parameter of this shape can be cut, and its units, which cover the parameter.
+
+    Rows outside every layout belong to the unit that follows them, at the end to the last one.
+    """
+    dims, parts = zip(*(layout.units(shape) for layout in layouts), strict=True)
+    found, end = [], 0
+    for unit in sorted(unit for part in parts for unit in part):
+        found.append(unit._replace(start=end, length=unit.start + unit.length - end))
+        end = unit.start + unit.length
+    found[-1] = found[-1]._replace(length=shape[dims[0]] - found[-1].start)
+    return dims[0], found
+
+
 def get_points(layout: Layout, tensor: Tensor) -> Tensor:
-    """Return the points of a tensor: a view if its strides allow one, else a copy."""
-    return layout.to_points(layout.to_rows(tensor, copy=True))
+    """Return the points of a tensor: a view if its strides allow one, else a copy. Gathers a DTensor."""
+    return layout.to_points(layout.to_rows(whole(tensor) if is_dtensor(tensor) else tensor, copy=True))
 
 
 def is_viewable(layout: Layout, tensor: Tensor) -> bool:
     """Return True if the points of a tensor can be viewed, and so be written to in place."""
+    if is_dtensor(tensor):
+        return False
     try:
         layout.view(tensor)
     except RuntimeError:
@@ -176,7 +228,12 @@ def is_writable(layouts: tuple[Layout, ...], tensor: Tensor) -> bool:
 
 
 def set_points_(layout: Layout, tensor: Tensor, mask: Any, values: Tensor) -> None:
-    """Write ``values`` to the points of a tensor selected by ``mask``, a mask or an index."""
+    """Write ``values`` to the points of a tensor selected by ``mask``, a mask or an index. Gathers a DTensor."""
+    if is_dtensor(tensor):
+        value = whole(tensor).clone()
+        set_points_(layout, value, mask, values)
+        write_whole_(tensor, value)
+        return
     viewable = tensor if is_viewable(layout, tensor) else tensor.contiguous()
     rows = layout.to_rows(viewable, copy=True)
     points = layout.to_points(rows)

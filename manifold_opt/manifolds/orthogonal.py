@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from ..stiefel.polar import polar
 from ..stiefel.step import Settings, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable
+from .shards import Interval
 
-Interval = tuple[int, int]
 _FAR = 0.1  # error per row, over sqrt(p), far above rounding in every dtype
 
 
@@ -84,6 +84,22 @@ class Orthogonal(Manifold):
             return []
         runs = itertools.groupby(self._intervals(shape), key=lambda block: block[1])
         return [_span([interval for _, _, interval in run]) for marked, run in runs if not marked]
+
+    def part(self, shape: Shape, kept: list[Interval]) -> Orthogonal:
+        """Return the constraint of the blocks in ``kept``, which are stacked in their order."""
+        if not self.flatten and len(shape) > 2:
+            return self
+        inside = [
+            (size, marked)
+            for size, marked, (start, _) in self._intervals(shape)
+            if any(first <= start < first + length for first, length in kept)
+        ]
+        sizes, which = tuple(size for size, _ in inside), tuple(k for k, (_, marked) in enumerate(inside) if marked)
+        return replace(
+            self,
+            blocks=len(sizes) if len(set(sizes)) == 1 else sizes,
+            which=None if len(which) == len(sizes) else which,
+        )
 
     def _intervals(self, shape: Shape) -> list[tuple[int, bool, Interval]]:
         """Return the size of every block, whether it is marked, and its start and length."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..linalg.precision import working_dtype
 from ..linalg.products import Workspace
 from .base import Manifold, StepOptions
 from .layout import Shape, SliceLayout, point_norm
+from .shards import Interval
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +48,15 @@ class UnitNorm(Manifold):
     def free_rows(self, shape: Shape) -> list[tuple[int, int]]:  # noqa: ARG002
         """Return the slice ``padding_idx``."""
         return [] if self.padding_idx is None else [(self.padding_idx, 1)]
+
+    def part(self, shape: Shape, kept: list[Interval]) -> UnitNorm:  # noqa: ARG002
+        """Return the constraint of the slices in ``kept``: the position of ``padding_idx`` changes."""
+        position, k = 0, -1 if self.padding_idx is None else self.padding_idx
+        for start, length in kept:
+            if start <= k < start + length:
+                return replace(self, padding_idx=position + k - start)
+            position += length
+        return replace(self, padding_idx=None)
 
     def index_of(self, point: int) -> int:
         """Return the index of a point among all slices."""

@@ -12,6 +12,7 @@ synchronize with the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .engine.optimizer import GRAD_SCALER_ATTRIBUTES, Group, Lists, ManifoldOpti
 from .engine.plan import (
     Plan,
     StateBackup,
+    check_before_step,
     check_gradients_are_finite,
     make_plan,
     probe_memory,
@@ -32,6 +34,7 @@ from .engine.plan import (
     without_constrained,
 )
 from .engine.restore import restore_overwritten
+from .engine.sharded import begin_step, has_dtensors
 from .engine.update import StepContext, update_bucket
 from .metrics import metrics
 from .options import add_param_group, fill_options, merge_into_groups
@@ -75,6 +78,8 @@ class BaseOptimizer(ManifoldOptimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Perform a single optimization step.
 
+        With marked DTensors this is a collective: every rank has to call it.
+
         Args:
             closure: reevaluates the model and returns the loss. Optional.
 
@@ -83,7 +88,23 @@ class BaseOptimizer(ManifoldOptimizer):
         """
         if "capturable" in self.defaults:
             _warn_if_captured(self)
-        return _step(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            _step_traced(self)
+            return loss
+        plan, sharded = self._engine.plan, None
+        is_current = plan is not None and plan.is_current(self)
+        if plan.has_dtensors if is_current else has_dtensors(self):
+            sharded = begin_step(self, _check(self, is_current), _prepare)
+        inputs = _collect(self, plan) if is_current else _replan(self)
+        _step_unconstrained(self, inputs)
+        _step_constrained_eager(self)
+        if sharded is not None:
+            sharded.step(self, _step_constrained_eager)
+        return loss
 
     metrics = metrics
 
@@ -94,22 +115,22 @@ def _warn_if_captured(optimizer: torch.optim.Optimizer) -> None:
     (newer or optimizer._cuda_graph_capture_health_check)()
 
 
-def _step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
-    """Call the closure, check the plan, update unmarked parameters, then the marked ones; return the loss."""
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
-    if torch.compiler.is_compiling():
-        _step_traced(optimizer)
-        return loss
+def _check(optimizer: ManifoldOptimizer, is_current: bool) -> Callable[[], None]:
+    """Return a function that raises the errors of a step."""
+    return partial(check_gradients_are_finite if is_current else check_before_step, optimizer)
+
+
+def _prepare(optimizer: ManifoldOptimizer) -> GroupInputs:
+    """Make sure that the plan is current, and return the inputs of torch's step of the unmarked parameters."""
     plan = optimizer._engine.plan
     if plan is None or not plan.is_current(optimizer):
-        inputs = _replan(optimizer)
-        plan = optimizer._engine.plan
-    else:
-        inputs = _collect(optimizer, plan)
-    _step_unconstrained(optimizer, inputs)
+        return _replan(optimizer)
+    return _collect(optimizer, plan)
+
+
+def _step_constrained_eager(optimizer: ManifoldOptimizer) -> None:
+    """Step the marked parameters outside of a traced graph."""
+    plan = optimizer._engine.plan
     if plan.active:
         grad_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
@@ -122,7 +143,6 @@ def _step(optimizer: ManifoldOptimizer, closure: Closure | None) -> Any:
         finally:
             torch.set_grad_enabled(grad_enabled)
         plan.remember_values()
-    return loss
 
 
 def _step_traced(optimizer: ManifoldOptimizer) -> None:

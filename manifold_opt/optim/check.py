@@ -11,20 +11,20 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer
 
 from ..constraints.persistence import has_records, module_records
-from ..constraints.tag import constraint_of, find_off_manifold, is_sharded, was_unmarked
+from ..constraints.tag import constraint_of, find_off_manifold, is_flattened, was_unmarked
 from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
 from ..manifolds.geoopt import is_handled_by
 from .engine.convert import check_owner, check_shapes
 from .engine.optimizer import ManifoldOptimizer
 from .options import (
-    sharded_problem,
+    flattened_problem,
     track_constraints,
     validate_finite_gradients,
     validate_gradients,
     validate_marked,
     validate_options,
-    validate_unsharded,
+    validate_unflattened,
 )
 
 _MAX_ENTRIES = 1000  # longer lists in a wrapper are not searched for optimizers
@@ -154,8 +154,8 @@ def _lost_constraints(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, 
             name = f"{path}.{leaf}" if path else leaf
             if now is not None and was_unmarked(now):
                 continue
-            if (id(module), leaf) in flat or (now is not None and is_sharded(now)):
-                yield name, sharded_problem(now, constraint)
+            if (id(module), leaf) in flat or (now is not None and is_flattened(now)):
+                yield name, flattened_problem(constraint)
             elif now is None or constraint_of(now) != constraint:
                 yield name, _loss_reason(module, leaf, constraint)
 
@@ -210,7 +210,7 @@ def _next_step_errors(ours: list[Any]) -> dict[int | None, list[str]]:
             if marked:
                 attempt(None, validate_options, name, group)
             for p in group["params"]:
-                attempt(id(p), validate_unsharded, name, [p])
+                attempt(id(p), validate_unflattened, name, [p])
                 attempt(id(p), check_owner, name, group, p, opt.state.get(p, {}))
             for p in marked:
                 attempt(id(p), _check_next_step, opt, group, p)

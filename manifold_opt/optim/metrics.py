@@ -18,6 +18,8 @@ from .engine.optimizer import ManifoldOptimizer
 def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     r"""Compute metrics of the marked parameters. A step computes none of them except the counts.
 
+    With marked DTensors this is a collective: every rank has to call it, and gets the same values.
+
     Returns:
         A dictionary of metrics by name, with these keys.
 
@@ -39,12 +41,13 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     1.0
     """
     marked = [p for group in self.param_groups for p in group["params"] if constraint_of(p) is not None]
+    sharded = self._engine.sharded
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     return {
         "orthogonality_error": max_or_nan(map(orthogonality_error, orthogonal)),
         "manifold_error": max_or_nan(_manifold_error(p) for p in set(marked) - set(orthogonal)),
         "tangent_norm": max_or_nan(map(_tangent_norm, marked)),
-        **{name: self._engine.counters.total(name) for name in NAMES},
+        **{name: self._engine.counters.total(name) + (sharded.total(name) if sharded else 0) for name in NAMES},
     }
 
 

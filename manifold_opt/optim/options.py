@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..constraints.persistence import remembered_constraints, sharded_constraints
+from ..constraints.persistence import flattened_constraints, remembered_constraints
 from ..constraints.tag import (
     DTYPES,
     constraint_of,
     free,
-    is_sharded,
+    is_flattened,
     set_constraint,
     tag_geoopt_parameter,
     was_unmarked,
@@ -23,6 +23,7 @@ from ..constraints.tag import (
 from ..linalg.precision import working_dtype
 from ..manifolds import FixedSpectrum, Manifold
 from ..manifolds.layout import get_points, overlap_problem, point_norm
+from ..manifolds.shards import is_dtensor, placement_problem, unsharded_like, whole
 from ..stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ..stiefel.retractions import check_retraction
 from .directions.adam import SECOND_MOMENTS
@@ -69,7 +70,7 @@ def retag_parameters(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> 
     conversion and loading, drops attributes such as the mark. It was also marked if its module has stored a constraint
     for it.
     """
-    bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_sharded(p)]
+    bare = [p for p in parameters if constraint_of(p) is None and not was_unmarked(p) and not is_flattened(p)]
     places = remembered_constraints(bare) if bare else {}
     restored = []
     for p in bare:
@@ -91,7 +92,7 @@ def retag_parameters(optimizer: ManifoldOptimizer, parameters: list[Tensor]) -> 
 
 def validate_restored(name: str, label: str, parameter: Tensor, constraint: Manifold) -> None:
     """Raise a ValueError if a parameter cannot have the constraint that its module has stored."""
-    problem = constraint.invalid_reason(parameter)
+    problem = constraint.invalid_reason(unsharded_like(parameter))
     if parameter.dtype not in DTYPES:
         problem = f"has dtype {parameter.dtype}, which cannot be marked."
     if problem:
@@ -134,27 +135,23 @@ def validate_group(optimizer: ManifoldOptimizer, group: Group) -> None:
     parameters = _tensors_in(group["params"])
     marked = [p for p in parameters if constraint_of(p) is not None]
     validate_options(name, group, marked=bool(marked))
-    validate_unsharded(name, parameters)
+    validate_unflattened(name, parameters)
     for parameter in marked:
         validate_marked(optimizer, parameter, group)
 
 
-def validate_unsharded(name: str, parameters: list[Tensor]) -> None:
-    """Raise a ValueError if a marked parameter has been replaced by a shard of it."""
-    for shard, label, constraint in sharded_constraints(parameters):
-        raise ValueError(f"{name}: {label} {sharded_problem(shard, constraint)}")
+def validate_unflattened(name: str, parameters: list[Tensor]) -> None:
+    """Raise a ValueError if a marked parameter has become a part of a flat parameter of FSDP1."""
+    for _, label, constraint in flattened_constraints(parameters):
+        raise ValueError(f"{name}: {label} {flattened_problem(constraint)}")
 
 
-def sharded_problem(shard: Tensor | None, constraint: Manifold) -> str:
-    """Return the problem with a shard of a marked parameter, as the end of a sentence that begins with its name."""
-    kind, remedy = "a DTensor", "fully_shard(module, ignored_params={parameter})"
-    if not hasattr(shard, "placements"):
-        kind = "a part of a flat parameter of FSDP1"
-        remedy = "FullyShardedDataParallel(model, ignored_modules=[module])"
+def flattened_problem(constraint: Manifold) -> str:
+    """Return the problem with a flat parameter of FSDP1, as the end of a sentence that begins with its name."""
     return (
-        f"was marked as {constraint} and has been sharded since: it is {kind}, of which no process has the whole. "
-        f"Leave it out of the sharding, as with {remedy}, and average its gradient; or call unmark on its module to "
-        "train it unconstrained."
+        f"was marked as {constraint} and is a part of a flat parameter of FSDP1 since, which does not keep its "
+        "matrices. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead; or leave the layer out "
+        "with FullyShardedDataParallel(model, ignored_modules=[module]) and average its gradient; or call unmark on it."
     )
 
 
@@ -206,11 +203,13 @@ def validate_marked(optimizer: ManifoldOptimizer, parameter: Tensor, group: Grou
             "float32, float64, bfloat16, float16, complex64 and complex128 can be kept on a manifold."
         )
     constraint = constraint_of(parameter)
-    if constraint is not None and is_sharded(parameter):
+    if constraint is not None and is_flattened(parameter):
         raise ValueError(
-            f"{name}: a parameter of shape {describe_param(group, parameter)} {sharded_problem(parameter, constraint)}"
+            f"{name}: a parameter of shape {describe_param(group, parameter)} {flattened_problem(constraint)}"
         )
-    problem = None if constraint is None else overlap_problem(parameter) or constraint.invalid_reason(parameter)
+    problem = placement_problem(parameter) if constraint is not None and is_dtensor(parameter) else None
+    if constraint is not None and not problem:
+        problem = overlap_problem(parameter) or constraint.invalid_reason(unsharded_like(parameter))
     if constraint is not None and not problem:
         problem = optimizer._algorithm.refusal(constraint, parameter)
     if problem:
@@ -267,7 +266,7 @@ def validate_finite_gradients(
     Gradients are first divided by ``scale`` if a GradScaler left that to the step.
     """
     for p, scaled in zip(parameters, gradients, strict=True):
-        g = scaled.to(working_dtype(scaled.dtype))
+        g = whole(scaled).to(working_dtype(scaled.dtype))
         g = g if scale is None else g / scale.to(g)
         limit = MAX_GRAD_NORM[g.dtype]
         if float(torch.linalg.vector_norm(g)) <= limit:

@@ -23,7 +23,7 @@ from manifold_opt import (
     unmark,
 )
 from manifold_opt.constraints import persistence as survival
-from manifold_opt.constraints.persistence import sharded_constraints
+from manifold_opt.constraints.persistence import flattened_constraints
 
 from ..helpers import gaussian
 
@@ -204,7 +204,7 @@ def test_a_copy_is_known_by_its_own_parameters(kind, way):
     mark_orthogonal(module, "weight")
     other = WAYS[way](module)
     other.weight._fsdp_flattened = True
-    assert [(label, constraint) for _, label, constraint in sharded_constraints(other.parameters())] == [
+    assert [(label, constraint) for _, label, constraint in flattened_constraints(other.parameters())] == [
         (f"{kind.__name__}.weight", Orthogonal())
     ]
     unmark(other)

@@ -290,12 +290,12 @@ def test_a_wrapped_optimizer_is_judged_by_what_it_wraps(kind):
     assert bool(check(layer, opt)) == (kind is torch.optim.Adam)
 
 
-def test_a_sharded_weight_is_refused_with_what_to_do():
+def test_a_flat_parameter_of_fsdp1_is_refused_with_what_to_do():
     layer = nn.Linear(4, 4)
     mark_orthogonal(layer, "weight")
     opt = Adam(layer.parameters())
     layer.weight = nn.Parameter(torch.eye(4))
-    layer.weight.placements = ()  # as a DTensor has
-    assert "has been sharded since: it is a DTensor" in check(layer, opt)[0]
-    with pytest.raises(ValueError, match=r"is sharded \(a DTensor"):
+    layer.weight._fsdp_flattened = True
+    assert "is a part of a flat parameter of FSDP1 since" in check(layer, opt)[0]
+    with pytest.raises(ValueError, match="is a part of a flat parameter of FSDP1, which does not keep its matrices"):
         mark_orthogonal(layer, "weight")

@@ -30,19 +30,28 @@ def state_dict(self: ManifoldOptimizer) -> dict[str, Any]:
 
     The state of a parameter that has been unmarked has the form of torch.optim. The optimizer's own state is unchanged.
 
+    With marked DTensors this is a collective: every rank has to call it. It then returns their moments and master
+    copies as DTensors with the placements of the parameters.
+
     Raises:
         ValueError: a parameter that is not marked has the state of a marked one.
     """
     track_constraints(self, _params_of(self))  # a conversion of the module may have dropped marks since the last step
     replaced: dict[Tensor, Any] = {}
 
+    sharded: dict[Tensor, Any] = {} if self._engine.sharded is None else self._engine.sharded.states(self)
+
     def convert(_: Optimizer) -> None:
+        for p, state in sharded.items():
+            if p in self.state:
+                replaced[p], self.state[p] = self.state[p], state
         for group in self.param_groups:
             for p in group["params"]:
                 # State of torch.optim is converted by the next step: only then is the value final.
                 new = converted_state(self, group, p) if CONSTRAINED in self.state.get(p, ()) else None
                 if new is not None:
-                    replaced[p], self.state[p] = self.state[p], new
+                    replaced.setdefault(p, self.state[p])
+                    self.state[p] = new
 
     hook = self.register_state_dict_pre_hook(convert)  # runs after the user's hooks, which may mark parameters
     try:

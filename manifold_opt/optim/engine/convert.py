@@ -7,9 +7,9 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...constraints.tag import CONSTRAINED, constraint_of, was_unmarked
+from ...constraints.tag import CONSTRAINED, constraint_of, free, set_constraint, was_unmarked
 from ...linalg.precision import LOW_PRECISION, MASTER, FullPrecision, working_dtype
 from ...manifolds import Manifold
 from ...manifolds.layout import Layout, Shape, get_points, set_points_
@@ -22,6 +22,7 @@ from ...manifolds.records import (
     record_to_tensor,
     serialize,
 )
+from ...manifolds.shards import is_dtensor, shard, unsharded_like, whole
 from ..options import describe_param
 from .optimizer import Algorithm, Group, ManifoldOptimizer
 
@@ -53,6 +54,8 @@ def converted_state(optimizer: ManifoldOptimizer, group: Group, parameter: Tenso
         return None if old == new else {**state, CONSTRAINED: record_to_tensor(new)}
     if CONSTRAINED not in state and new is None:
         return None
+    if is_dtensor(parameter):
+        return _converted_whole(optimizer, group, parameter, state)
     state = dict(state)
     if new is None:
         _to_torch_state(optimizer, group, parameter, state, old)
@@ -63,6 +66,26 @@ def converted_state(optimizer: ManifoldOptimizer, group: Group, parameter: Tenso
     _change_frame(state, optimizer._algorithm, parameter, new, back=False)
     state[CONSTRAINED] = record_to_tensor(new)
     return state
+
+
+def _converted_whole(
+    optimizer: ManifoldOptimizer, group: Group, parameter: Tensor, state: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Return the converted state of a DTensor: gather parameter and state, convert, and shard again. A collective."""
+    gathered, constraint = nn.Parameter(whole(parameter)), constraint_of(parameter)
+    if constraint is not None:
+        set_constraint(gathered, constraint)
+    elif was_unmarked(parameter):
+        free(gathered)
+    optimizer.state[gathered] = {key: whole(x) if isinstance(x, Tensor) else x for key, x in state.items()}
+    try:
+        new = converted_state(optimizer, {**group, "params": [gathered]}, gathered)
+    finally:
+        del optimizer.state[gathered]
+    if new is None:
+        return None
+    same = {key for key, x in new.items() if isinstance(x, Tensor) and x.shape == parameter.shape}
+    return {key: shard(x, parameter) if key in same else x for key, x in new.items()}
 
 
 def _leave_frame(
@@ -142,9 +165,9 @@ def check_shapes(
     constraint = (None if record is None else deserialize(record)) or constraint
     if constraint is None:
         return
-    layouts = constraint.layouts(parameter.shape)
-    points = sum(_point_count(layout, parameter.detach()) for layout in layouts)
-    frame = _own_frame(layouts[0], parameter, constraint)
+    layouts, like = constraint.layouts(parameter.shape), unsharded_like(parameter)
+    points = sum(_point_count(layout, like.detach()) for layout in layouts)
+    frame = _own_frame(layouts[0], like, constraint)
     numbers = (1, points, points if frame is None else points * math.prod(frame))
     for key in optimizer._algorithm.state_keys:
         moment = state.get(key)

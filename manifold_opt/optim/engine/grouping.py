@@ -13,6 +13,7 @@ from ...constraints.tag import constraint_of
 from ...linalg.products import host_can_branch
 from ...manifolds import Manifold
 from ...manifolds.layout import Layout, SliceLayout, get_points
+from ...manifolds.shards import is_dtensor
 from ...stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from .bucket import BATCH_BYTES, Bucket
 from .optimizer import Group, ManifoldOptimizer
@@ -43,8 +44,8 @@ class FreeRows:
 
 
 def active_params(group: Group) -> list[Tensor]:
-    """Return the marked parameters of a group that have gradients."""
-    return [p for p in group["params"] if p.grad is not None and constraint_of(p) is not None]
+    """Return the marked parameters of a group that have gradients, without DTensors, which sharded.py steps."""
+    return [p for p in group["params"] if p.grad is not None and constraint_of(p) is not None and not is_dtensor(p)]
 
 
 def first_equal_groups(optimizer: ManifoldOptimizer) -> list[int]:

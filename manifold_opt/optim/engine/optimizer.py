@@ -70,12 +70,16 @@ class Engine:
         stamps: version, address and dtype of parameters after their last step, by id.
         constraints: constraint of every marked parameter, None for an unmarked one that was marked before.
         counters: counts of skipped blocks and shortened steps.
+        sharded: the marked DTensors (sharded.py); None if there are none.
+        has_agreed: whether the ranks have compared their marks.
     """
 
     plan: Any = None
     stamps: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     constraints: dict[Tensor, Manifold | None] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    sharded: Any = None
+    has_agreed: bool = False
 
 
 class ManifoldOptimizer(Optimizer):

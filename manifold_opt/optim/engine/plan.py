@@ -15,6 +15,7 @@ from ...constraints.persistence import register_table
 from ...constraints.tag import CONSTRAINED, TAG, constraint_of
 from ...linalg import products
 from ...linalg.products import Pool
+from ...manifolds.shards import is_dtensor
 from ...stiefel.retractions import OPTIONS as RETRACTION_OPTIONS
 from ..options import (
     OPTIONS,
@@ -24,7 +25,7 @@ from ..options import (
     validate_gradients,
     validate_marked,
     validate_options,
-    validate_unsharded,
+    validate_unflattened,
 )
 from .bucket import Bucket
 from .convert import check_shapes, convert_state
@@ -59,11 +60,13 @@ class Plan:
         on_accelerator: whether values of an active parameter must not be read.
         raises: whether a group has ``nonfinite="raise"``.
         needs_checks: whether one of the last three is true.
+        has_dtensors: whether a parameter is a DTensor, marked or not.
     """
 
     def __init__(self, optimizer: ManifoldOptimizer, old: Plan | None, *, merge: bool) -> None:
         groups = optimizer.param_groups
         everything = [p for group in groups for p in group["params"]]
+        self.has_dtensors = any(map(is_dtensor, everything))
         self._typed = [p for p in everything if type(p) is not nn.Parameter]  # these may be a geoopt.ManifoldParameter
         self._idle = [p for p in everything if p.grad is None and constraint_of(p) is not None]
         named = [name for name in (*OPTIONS, *_FLAGS) if all(name in group for group in groups)]
@@ -243,7 +246,7 @@ def check_before_step(optimizer: ManifoldOptimizer) -> None:
     """Raise the errors of a step before anything is written."""
     name, groups = type(optimizer).__name__, optimizer.param_groups
     everything = [p for group in groups for p in group["params"]]
-    validate_unsharded(name, everything)
+    validate_unflattened(name, everything)
     track_constraints(optimizer, everything)
     drop_stale_constraints(optimizer)
     for group in groups:
@@ -251,6 +254,9 @@ def check_before_step(optimizer: ManifoldOptimizer) -> None:
             validate_options(name, group)
             active = active_params(group)
             validate_gradients(name, group, active, [p.grad for p in active])  # type: ignore[misc]
+            for p in group["params"]:
+                if is_dtensor(p) and constraint_of(p) is not None:
+                    validate_marked(optimizer, p, group)
             for p in active:
                 validate_marked(optimizer, p, group)
                 check_shapes(optimizer, group, p, optimizer.state.get(p, {}), constraint_of(p))
@@ -277,6 +283,11 @@ def without_constrained(optimizer: ManifoldOptimizer, group: Group) -> Group:
     plan = optimizer._engine.plan
     if plan is None or plan.merges or not plan.is_current(optimizer):
         make_plan(optimizer, merge=False)
+    if any(is_dtensor(p) and constraint_of(p) is not None for p in group["params"]):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: a step with marked DTensors cannot be compiled. Compile the model, and call "
+            "opt.step() outside."
+        )
     return {**group, "params": [p for p in group["params"] if constraint_of(p) is None]}
 
 

@@ -1,0 +1,313 @@
+"""Blocks of sharded parameters that this rank owns: one ordinary parameter each, in an optimizer of their own.
+
+A rank holds a shard of a marked DTensor, and owns some of its blocks (owners.py). Those are one ordinary parameter, the
+*part*, marked like the whole one, in an inner optimizer of the same class. So every option, manifold and retraction
+works as it does for a parameter that is not sharded. The inner optimizer has the moments and master copies. The state
+of the outer optimizer has the step count and the record of the constraint only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...constraints.tag import CONSTRAINED, constraint_of, set_constraint
+from ...manifolds import Manifold
+from ...manifolds.records import is_record_of, record_from_tensor, record_to_tensor, serialize
+from ...manifolds.shards import box_at, coordinate_of, from_local, local, placed, whole
+from .convert import converted_state
+from .exchange import Exchange
+from .optimizer import GRAD_SCALER_ATTRIBUTES, Group, ManifoldOptimizer
+from .owners import Ownership, assign_owners
+
+State = dict[str, Any]
+_OUTER = ("step", CONSTRAINED)  # entries of the state that the outer optimizer has
+
+
+class ShardedState(dict[str, Any]):
+    """State of a sharded parameter in the outer optimizer: its step count and the record of its constraint."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(
+            f"{key!r} of a sharded parameter is held by the ranks that own its blocks. opt.state_dict(), which every "
+            "rank has to call, returns it as a DTensor."
+        )
+
+
+@dataclass(eq=False)
+class Member:
+    """A sharded parameter, and the part of it that this rank owns.
+
+    Attributes:
+        parameter: the parameter, a DTensor.
+        position: position of its group.
+        ownership: its blocks and their owners.
+        part: what this rank owns; None if it owns nothing.
+        empty: an empty tensor in place of a part.
+        version: version of the local shard after it was last read or written.
+    """
+
+    parameter: Any
+    position: int
+    ownership: Ownership
+    part: nn.Parameter | None
+    empty: Tensor
+    version: int = -1
+
+    def part_or_empty(self) -> Tensor:
+        """Return the part, without its graph."""
+        return self.empty if self.part is None else self.part.detach()
+
+    def is_written(self) -> bool:
+        """Return True if other code has written to the shard."""
+        return local(self.parameter)._version != self.version
+
+    def remember(self) -> None:
+        """Store the version of the shard."""
+        self.version = local(self.parameter)._version
+
+
+class OwnedBlocks:
+    """Blocks of the parameters with one group of ranks, and the inner optimizer of those that this rank owns.
+
+    Attributes:
+        members: the parameters.
+        inner: the optimizer of the parts.
+        group, ranks, rank: process group (None for a single rank), their number, and the position of this one.
+    """
+
+    def __init__(self, optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]], group: Any) -> None:
+        self.group = group
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        order = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
+        boxes = [[box_at(p, coordinate_of(p, rank)) for rank in order] for _, p in parameters]
+        constraints = [_constraint(p) for _, p in parameters]
+        owned = [(p, constraint, box) for (_, p), constraint, box in zip(parameters, constraints, boxes, strict=True)]
+        ownerships = assign_owners(owned, [0.0] * self.ranks)
+        self.members = [
+            self._member(p, position, ownership)
+            for (position, p), ownership in zip(parameters, ownerships, strict=True)
+        ]
+        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self.collect(
+            self.members, [local(m.parameter) for m in self.members], [m.part_or_empty() for m in self.members]
+        )
+        for member in self.members:
+            member.remember()
+        self.inner = _inner_optimizer(optimizer, self.members)
+
+    def _member(self, parameter: Any, position: int, ownership: Ownership) -> Member:
+        value = local(parameter)
+        empty, part = value.new_empty(0), None
+        if ownership.owned(self.rank):
+            part = nn.Parameter(value.new_empty(ownership.part_shape(self.rank)))
+            set_constraint(part, ownership.part_constraint(self.rank))
+        return Member(parameter, position, ownership, part, empty)
+
+    def exchange(self, members: list[Member]) -> Exchange:
+        """Return the exchange of some of the parameters; that of all active ones is used in every step."""
+        key = tuple(map(id, members))
+        if key not in self._exchanges:
+            if len(self._exchanges) > 1:  # that of all, and that of the active ones
+                self._exchanges.clear()
+            self._exchanges[key] = Exchange([m.ownership for m in members], self.group, self.ranks, self.rank)
+        return self._exchanges[key]
+
+    def collect(self, members: list[Member], shards: list[Tensor], parts: list[Tensor]) -> None:
+        """Write shards to the parts of their owners. A collective."""
+        if members:
+            self.exchange(members).collect(shards, parts)
+
+    def spread(self, members: list[Member], parts: list[Tensor], shards: list[Tensor]) -> None:
+        """Write parts to the shards. A collective."""
+        if members:
+            self.exchange(members).spread(parts, shards)
+
+    def active(self) -> list[Member]:
+        """Return the members that have gradients."""
+        return [member for member in self.members if member.parameter.grad is not None]
+
+    def collect_values(self, members: list[Member]) -> None:
+        """Write the values of the shards to the parts. A collective."""
+        self.collect(members, [local(m.parameter) for m in members], [m.part_or_empty() for m in members])
+        for member in members:
+            member.remember()
+
+    def collect_gradients(self) -> None:
+        """Write the gradients of the shards to those of the parts. A collective."""
+        active = self.active()
+        for member in self.members:
+            if member.part is not None and member.parameter.grad is None:
+                member.part.grad = None
+            elif member.part is not None and member.part.grad is None:
+                member.part.grad = torch.empty_like(member.part)
+        gradients = [m.empty if m.part is None or m.part.grad is None else m.part.grad for m in active]
+        self.collect(active, [_gradient(m.parameter) for m in active], gradients)
+
+    def spread_values(self) -> None:
+        """Write the parts to the shards. A collective."""
+        active = self.active()
+        self.spread(active, [m.part_or_empty() for m in active], [local(m.parameter) for m in active])
+        for member in active:
+            member.remember()
+
+    def update_options(self, optimizer: ManifoldOptimizer) -> None:
+        """Copy the options of the outer groups to the inner ones."""
+        for inner, group in zip(self.inner.param_groups, optimizer.param_groups, strict=True):
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            inner.update(options, nonfinite="skip")  # "raise" was checked before anything was sent
+        for key in GRAD_SCALER_ATTRIBUTES:
+            if hasattr(optimizer, key):
+                setattr(self.inner, key, getattr(optimizer, key))
+            elif hasattr(self.inner, key):
+                delattr(self.inner, key)
+
+    def total(self, name: str) -> float:
+        """Return the sum of a count of the inner optimizers over the ranks. A collective."""
+        count = torch.tensor(
+            self.inner._engine.counters.total(name), dtype=torch.float64, device=self.members[0].empty.device
+        )
+        if self.group is not None:
+            dist.all_reduce(count, group=self.group)
+        return float(count)
+
+    @torch.no_grad()
+    def take_state(self, optimizer: ManifoldOptimizer) -> None:
+        """Move moments and master copies from the outer optimizer, where a checkpoint has put them, to the owners."""
+        for member in self.members:
+            state = optimizer.state.get(member.parameter, {})
+            group = optimizer.param_groups[member.position]
+            if isinstance(state, ShardedState) and not pending_keys(state):
+                continue
+            known = self._converted(optimizer, group, member, dict(state))
+            parts = {key: self._take(member, value) for key, value in sorted(known.items()) if key not in _OUTER}
+            step = torch.as_tensor(known.get("step", _zero_step(group, member.parameter)))
+            if member.part is not None:
+                own: State = {"step": step.clone(), **parts}
+                if CONSTRAINED in known:  # otherwise it is a state of torch.optim, which the inner optimizer converts
+                    own[CONSTRAINED] = record_to_tensor(_record(constraint_of(member.part)))
+                self.inner.state[member.part] = own if known else {}
+            optimizer.state[member.parameter] = ShardedState(
+                step=step.clone(), constrained=record_to_tensor(_record(member.ownership.constraint))
+            )
+
+    def _converted(self, optimizer: ManifoldOptimizer, group: Group, member: Member, state: State) -> State:
+        """Return a state held under another constraint converted to the current one."""
+        record = record_from_tensor(state.get(CONSTRAINED))
+        if record is None or is_record_of(record, member.ownership.constraint):
+            return state
+        return converted_state(optimizer, group, member.parameter) or state
+
+    def _take(self, member: Member, value: Any) -> Any:
+        """Return the part of an entry of the state that this rank owns."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape == member.parameter.shape:
+            part = torch.empty_like(member.part_or_empty(), dtype=value.dtype)
+            self.collect([member], [local(placed(value, member.parameter))], [part])
+            return part
+        value = whole(value)
+        if value.ndim and len(value) == sum(unit.points for unit in member.ownership.units):
+            runs = [value[start : start + length] for start, length in member.ownership.owned_points(self.rank)]
+            return torch.cat(runs) if runs else value[:0]
+        return value
+
+    @torch.no_grad()
+    def whole_state(self, optimizer: ManifoldOptimizer, member: Member) -> State:
+        """Return the state of a parameter in the form of a checkpoint: DTensors, or whole tensors. A collective."""
+        outer = optimizer.state.get(member.parameter, {})
+        if not isinstance(outer, ShardedState) or pending_keys(outer):
+            return dict(outer)  # it has not been taken up
+        own = {} if member.part is None else self.inner.state.get(member.part, {})
+        forms = {key: _form(value, member.part) for key, value in own.items() if key not in _OUTER}
+        for known in self._gather_objects(forms):
+            forms = {**known, **forms}
+        found = dict(outer)
+        for key, (kind, shape, dtype, value) in sorted(forms.items()):
+            if kind == "value":
+                found[key] = value
+            elif kind == "shard":
+                shards = torch.empty_like(local(member.parameter), dtype=dtype)
+                part = own[key] if key in own else member.empty.to(dtype)
+                self.spread([member], [part], [shards])
+                found[key] = from_local(shards, member.parameter)
+            else:
+                found[key] = self._whole_points(member, own.get(key), shape, dtype)
+        return found
+
+    def _gather_objects(self, own: Any) -> list[Any]:
+        if self.group is None:
+            return [own]
+        gathered: list[Any] = [None] * self.ranks
+        dist.all_gather_object(gathered, own, self.group)
+        return gathered
+
+    def _whole_points(self, member: Member, own: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return an entry with one tensor for every point, whole on every rank. A collective."""
+        count = sum(unit.points for unit in member.ownership.units)
+        found = member.empty.new_zeros((count, *shape), dtype=dtype)
+        position = 0
+        for start, length in member.ownership.owned_points(self.rank) if own is not None else ():
+            found[start : start + length] = own[position : position + length]  # type: ignore[index]
+            position += length
+        if self.group is not None:
+            dist.all_reduce(found, group=self.group)
+        return found
+
+
+def pending_keys(state: State) -> list[str]:
+    """Return the keys of moments that were loaded and have not been moved to the owners yet."""
+    return sorted(key for key in state if key not in _OUTER)
+
+
+def _constraint(parameter: Tensor) -> Manifold:
+    constraint = constraint_of(parameter)
+    assert constraint is not None
+    return constraint
+
+
+def _record(constraint: Manifold | None) -> Any:
+    record = serialize(constraint)
+    assert record is not None
+    return record
+
+
+def _gradient(parameter: Any) -> Tensor:
+    """Return the local part of a gradient, with the placements of its parameter."""
+    return local(placed(parameter.grad, parameter))
+
+
+def _zero_step(group: Group, parameter: Any) -> Tensor:
+    """Return a step count of zero, where the optimizer keeps it."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=parameter.device if group.get("capturable", True) else "cpu")
+
+
+def _form(value: Any, part: Tensor | None) -> tuple[str, Any, Any, Any]:
+    """Return how an entry of the state is gathered: its kind, the shape for a point, its dtype, and a plain value."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return "value", None, None, value
+    if part is not None and value.shape == part.shape:
+        return "shard", None, value.dtype, None
+    return "points", value.shape[1:], value.dtype, None
+
+
+def _inner_optimizer(optimizer: ManifoldOptimizer, members: list[Member]) -> ManifoldOptimizer:
+    """Return an optimizer of the same class for the parts, with groups in the same order."""
+    groups = []
+    for position, group in enumerate(optimizer.param_groups):
+        inside = [member for member in members if member.position == position and member.part is not None]
+        new = {**group, "params": [member.part for member in inside]}
+        if "param_names" in group:
+            names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
+            new["param_names"] = [names[id(member.parameter)] for member in inside]
+        groups.append(new)
+    inner = type(optimizer).__new__(type(optimizer))
+    inner.__setstate__({"defaults": dict(optimizer.defaults), "state": defaultdict(dict), "param_groups": groups})
+    return inner

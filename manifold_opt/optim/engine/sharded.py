@@ -1,0 +1,211 @@
+"""Steps of sharded parameters.
+
+    agree -> gradients to the owners -> step of the inner optimizers (owned.py) -> parts back to the shards
+
+``state_dict`` gathers moments and master copies to DTensors with the placements of their parameters. What a checkpoint
+has put into the state is moved to the owners by the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...constraints.tag import TAG, constraint_of
+from ...linalg.precision import working_dtype
+from ...manifolds.shards import is_dtensor, local, ranks_of, sharded_mesh_dims
+from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
+from .agreement import Description, agree
+from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
+from .owned import Member, OwnedBlocks, State, pending_keys
+
+Prepare = Callable[[ManifoldOptimizer], Any]
+
+
+class Sharded:
+    """All sharded parameters of an optimizer.
+
+    Attributes:
+        parameters: position of the group, and parameter.
+        key: what the assignment to owners depends on.
+        owned: their blocks, one entry per group of ranks.
+    """
+
+    def __init__(self, optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> None:
+        self.parameters, self.key = parameters, _key(parameters)
+        by_ranks: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
+        for position, p in parameters:
+            by_ranks.setdefault(ranks_of(p), []).append((position, p))
+        self.owned = [OwnedBlocks(optimizer, some, _process_group(some[0][1])) for _, some in sorted(by_ranks.items())]
+
+    def members(self) -> list[tuple[OwnedBlocks, Member]]:
+        """Return all members, in the order of the parameters."""
+        found = {id(member.parameter): (owned, member) for owned in self.owned for member in owned.members}
+        return [found[id(p)] for _, p in self.parameters]
+
+    def needs_a_closer_look(self, optimizer: ManifoldOptimizer) -> bool:
+        """Return True if a shard was written to, a state was loaded, or an inner plan must be made."""
+        for owned in self.owned:
+            owned.update_options(optimizer)
+            plan = owned.inner._engine.plan
+            if any(member.is_written() for member in owned.active()) or plan is None:
+                return True
+            if not plan.is_current(owned.inner):
+                return True
+        return any(pending_keys(optimizer.state.get(p, {})) or p not in optimizer.state for _, p in self.parameters)
+
+    def states(self, optimizer: ManifoldOptimizer) -> dict[Tensor, State]:
+        """Return the states of all parameters in the form of a checkpoint. A collective."""
+        return {m.parameter: owned.whole_state(optimizer, m) for owned, m in self.members()}
+
+    def total(self, name: str) -> float:
+        """Return a count of the inner optimizers of all ranks. A collective."""
+        return sum(owned.total(name) for owned in self.owned)
+
+    def step(self, optimizer: ManifoldOptimizer, step_constrained: Prepare) -> None:
+        """Step the parts, and write them to the shards. A collective."""
+        found_inf = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
+        for owned in self.owned:
+            step_constrained(owned.inner)
+            owned.spread_values()
+            for member in owned.active():
+                count = optimizer.state[member.parameter]["step"]
+                count += 1 if found_inf is None else 1 - found_inf.to(count)
+
+
+def sharded_parameters(optimizer: ManifoldOptimizer) -> list[tuple[int, Any]]:
+    """Return the marked parameters that are sharded, each with the position of its group."""
+    return [
+        (position, p)
+        for position, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+        if is_dtensor(p) and constraint_of(p) is not None
+    ]
+
+
+def has_dtensors(optimizer: ManifoldOptimizer) -> bool:
+    """Return True if any parameter is a DTensor, marked or not."""
+    return any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"])
+
+
+@torch.no_grad()
+def begin_step(optimizer: ManifoldOptimizer, check: Callable[[], None], prepare: Prepare) -> Sharded | None:
+    """Agree with the other ranks, and send the gradients of marked DTensors to their owners. A collective.
+
+    Args:
+        optimizer: the optimizer, with DTensors.
+        check: raises the errors of the step on this rank, before anything is written.
+        prepare: prepares the step of an inner optimizer.
+
+    Returns:
+        The sharded parameters; None if none is marked.
+    """
+    engine, error = optimizer._engine, None
+    try:
+        check()
+        parameters = sharded_parameters(optimizer)
+        _check_gradients(optimizer, parameters)
+    except Exception as problem:
+        error, parameters = problem, sharded_parameters(optimizer)
+    if not parameters and engine.sharded is None and engine.has_agreed:
+        if error is not None:
+            raise error
+        return None
+    engine.has_agreed = True
+    sharded: Sharded | None = engine.sharded
+    changed = parameters if sharded is None else _key(parameters) != sharded.key
+    closer = changed or (sharded is not None and error is None and sharded.needs_a_closer_look(optimizer))
+    meshes = [p for group in optimizer.param_groups for p in group["params"] if is_dtensor(p)]
+    closer = agree(meshes, _describe(optimizer, parameters), error, closer=bool(closer))
+    if changed:
+        if sharded is not None:
+            release(optimizer, sharded)
+        sharded = engine.sharded = Sharded(optimizer, parameters) if parameters else None
+    if sharded is None:
+        return None
+    if closer:
+        error = _look_closer(optimizer, sharded, prepare)
+        agree(meshes, Description([]), error)
+    else:
+        for owned in sharded.owned:
+            owned.collect_gradients()
+            prepare(owned.inner)
+    return sharded
+
+
+def _look_closer(optimizer: ManifoldOptimizer, sharded: Sharded, prepare: Prepare) -> Exception | None:
+    """Take up values and states that were written, and prepare the step; return the error of this rank."""
+    error = None
+    for owned in sharded.owned:
+        owned.update_options(optimizer)
+        owned.collect_values(owned.active())
+        owned.take_state(optimizer)
+        owned.collect_gradients()
+        try:
+            prepare(owned.inner)
+        except Exception as problem:
+            error = problem
+    return error
+
+
+def release(optimizer: ManifoldOptimizer, sharded: Sharded) -> None:
+    """Give the states back to the outer optimizer. A collective."""
+    present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for p, state in sharded.states(optimizer).items():
+        if id(p) in present:
+            optimizer.state[p] = state
+    optimizer._engine.sharded = None
+
+
+def _key(parameters: list[tuple[int, Any]]) -> list[Any]:
+    """Return what the assignment to owners depends on."""
+    return [(position, id(p), getattr(p, TAG, None), p.placements, p.shape, p.dtype) for position, p in parameters]
+
+
+def _process_group(parameter: Any) -> Any:
+    """Return the process group of the ranks that have shards of a parameter; None if this rank has the whole."""
+    mesh, ranks = parameter.device_mesh, ranks_of(parameter)
+    dims = [dim for dim in sharded_mesh_dims(parameter) if mesh.size(dim) > 1]
+    if not dims:
+        return None
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def _describe(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> Description:
+    """Describe what this rank is about to do with each parameter."""
+    entries = []
+    for position, p in parameters:
+        group = optimizer.param_groups[position]
+        index = next(k for k, member in enumerate(group["params"]) if member is p)
+        name = group["param_names"][index] if "param_names" in group else f"parameter {index} of group {position}"
+        facts = [f"marked as {constraint_of(p)}", f"shape {tuple(p.shape)}", str(p.dtype), str(p.placements)]
+        facts += ["without a gradient"] if p.grad is None else [f"with a gradient in {p.grad.dtype}"]
+        loaded = pending_keys(optimizer.state.get(p, {}))
+        entries.append((name, ", ".join([*facts, *([f"with loaded {loaded}"] if loaded else [])])))
+    return Description(entries)
+
+
+def _check_gradients(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> None:
+    """Raise the errors of gradients on this rank."""
+    name, scale = type(optimizer).__name__, getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None)
+    for position, p in parameters:
+        if p.grad is None:
+            continue
+        group = optimizer.param_groups[position]
+        validate_gradients(name, group, [p], [p.grad])
+        if group["nonfinite"] == "raise":
+            g = local(p.grad).to(working_dtype(p.dtype))
+            g = g if scale is None else g / scale.to(g)
+            if not float(torch.linalg.vector_norm(g)) <= MAX_GRAD_NORM[g.dtype]:
+                raise FloatingPointError(
+                    f"{name}: the gradient of a marked parameter of shape {describe_param(group, p)} is not finite or "
+                    "overflows when squared (nonfinite='raise'). Nothing was changed."
+                )
