@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..manifolds.shards import local
 from .persistence import restore_model
 from .tag import constraint_of, find_off_manifold, write_points_
 
@@ -88,14 +89,15 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
             return averaged + (current - averaged) * weight
         mean = averaged.lerp(current, weight)
         # AveragedModel passes detached tensors without marks; find the parameter by its memory.
-        constraints = {p.data_ptr(): constraint_of(p) for p in (*model.buffers(), *model.parameters())}
-        if current.data_ptr() not in constraints:
+        constraints = {local(p).data_ptr(): constraint_of(p) for p in (*model.buffers(), *model.parameters())}
+        address = local(current).data_ptr()
+        if address not in constraints:
             raise ValueError(
                 "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "
                 "another device. Give it the model that update_parameters gets; for averages on another device, "
                 "average as torch does and call project_to_manifold_(averaged_model) afterwards."
             )
-        constraint = constraints[current.data_ptr()]
+        constraint = constraints[address]
         if constraint is not None:
             write_points_(mean, find_off_manifold(mean, constraint))
         return mean

@@ -21,10 +21,15 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def local(tensor: Any) -> Tensor:
-    """Return the local part of a DTensor, in the same memory, or another tensor itself, without its graph."""
+def local(tensor: Any) -> Any:
+    """Return the local part of a DTensor, in the same memory, or another tensor itself, without its graph.
+
+    It has the version counter of the DTensor, which changes when other code writes to it.
+    """
+    if not is_dtensor(tensor):
+        return tensor.detach()
     with torch.no_grad():
-        part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+        part = tensor.to_local()  # not of a detached DTensor, which has a version counter of its own
     return part.detach()
 
 

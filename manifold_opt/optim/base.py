@@ -64,6 +64,14 @@ class BaseOptimizer(ManifoldOptimizer):
     load_state_dict = load_state_dict
     state_dict = state_dict
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._engine.sharded is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: an optimizer of marked DTensors cannot be copied or pickled: their moments "
+                "are with the owners of the blocks. Save opt.state_dict(), which every rank has to call."
+            )
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_checkpoint(self, state)
         fill_options(self, state)
@@ -98,7 +106,7 @@ class BaseOptimizer(ManifoldOptimizer):
         plan, sharded = self._engine.plan, None
         is_current = plan is not None and plan.is_current(self)
         if plan.has_dtensors if is_current else has_dtensors(self):
-            sharded = begin_step(self, _check(self, is_current), _prepare)
+            sharded = begin_step(self, _check(self, is_current), _prepare, is_current=is_current)
         inputs = _collect(self, plan) if is_current else _replan(self)
         _step_unconstrained(self, inputs)
         _step_constrained_eager(self)

@@ -1,8 +1,7 @@
 """Agreement between ranks: every rank takes the same step of sharded parameters, or every rank raises the same error.
 
 Before a step the ranks reduce one vector of four integers: a checksum of what they are about to do and its negative,
-whose maxima are opposite if all are equal; whether a rank has an error; and whether a rank has to look closer, because
-a weight was written to or a plan is new.
+whose maxima are opposite if all are equal; whether a rank has an error; and how much has changed since the last step.
 """
 
 from __future__ import annotations
@@ -17,6 +16,9 @@ import torch.distributed as dist
 
 from ...manifolds.shards import local
 
+# What may have changed since the last step, from less to more: values or states were written, or options changed; the
+# marked parameters are others.
+NOTHING, VALUES, PARAMETERS = range(3)
 Entries = list[tuple[str, str]]
 
 
@@ -28,48 +30,49 @@ class Description:
         self.checksum = zlib.crc32(repr(entries).encode())
 
 
-def agreement_groups(parameters: list[Any]) -> list[Any]:
-    """Return process groups that connect all ranks of the meshes of some DTensors, in an order that all ranks share."""
-    meshes = {tuple(p.device_mesh.mesh.flatten().tolist()): p.device_mesh for p in parameters}
-    if any(len(ranks) == dist.get_world_size() for ranks in meshes):
-        return [dist.group.WORLD]
-    groups = {}
-    for mesh in meshes.values():
-        for dim in range(mesh.ndim):
-            if mesh.size(dim) > 1:
-                group = mesh.get_group(dim)
-                groups[tuple(dist.get_process_group_ranks(group))] = group
-    return [groups[ranks] for ranks in sorted(groups)]
+class Agreement:
+    """Process groups that connect all ranks of the meshes of some DTensors.
 
-
-def agree(
-    parameters: list[Any], description: Description, error: BaseException | None = None, *, closer: bool = False
-) -> bool:
-    """Return whether any rank has to look closer. A collective.
-
-    Args:
-        parameters: DTensors, whose meshes determine the ranks.
-        description: what this rank is about to do.
-        error: error of this rank, which all ranks then raise.
-        closer: whether this rank has to look closer.
-
-    Raises:
-        ValueError: the descriptions differ.
-        BaseException: the error of the first rank that has one.
+    Attributes:
+        groups: the groups, in an order that all ranks share.
+        device: device of the vector.
     """
-    groups = agreement_groups(parameters)
-    device = local(parameters[0]).device
-    checksum = description.checksum
-    vector = torch.tensor([checksum, -checksum, error is not None, closer], dtype=torch.int64, device=device)
-    for group in groups:
-        dist.all_reduce(vector, dist.ReduceOp.MAX, group)
-    largest, smallest, failed, any_closer = vector.tolist()
-    if failed or largest != -smallest:
-        _raise_first(groups, description, error)
-    return bool(any_closer)
+
+    def __init__(self, parameters: list[Any]) -> None:
+        self.device = local(parameters[0]).device
+        meshes = {id(p.device_mesh): p.device_mesh for p in parameters}.values()
+        if any(mesh.size() == dist.get_world_size() for mesh in meshes):
+            self.groups = [dist.group.WORLD]
+            return
+        found = {}
+        for mesh in meshes:
+            for group in (mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1):
+                found[tuple(dist.get_process_group_ranks(group))] = group
+        self.groups = [found[ranks] for ranks in sorted(found)]
+
+    def agree(self, description: Description, error: Exception | None = None, changes: int = NOTHING) -> int:
+        """Return the largest of the changes on all ranks. A collective.
+
+        Args:
+            description: what this rank is about to do.
+            error: error of this rank, which all ranks then raise.
+            changes: what has changed on this rank.
+
+        Raises:
+            ValueError: the descriptions differ.
+            Exception: the error of the first rank that has one.
+        """
+        numbers = [description.checksum, -description.checksum, error is not None, changes]
+        vector = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        for group in self.groups:
+            dist.all_reduce(vector, dist.ReduceOp.MAX, group)
+        largest, smallest, failed, most_changes = vector.tolist()
+        if failed or largest != -smallest:
+            _raise_first(self.groups, description, error)
+        return int(most_changes)
 
 
-def _raise_first(groups: list[Any], description: Description, error: BaseException | None) -> None:
+def _raise_first(groups: list[Any], description: Description, error: Exception | None) -> None:
     """Raise the first error on all ranks, or name the first parameter on which the ranks disagree."""
     own = None if error is None else (type(error).__name__, str(error))
     known: dict[int, Any] = {dist.get_rank(): (own, description.entries)}
@@ -92,11 +95,11 @@ def _raise_first(groups: list[Any], description: Description, error: BaseExcepti
 
 def _raise_disagreement(first: int, one: Entries, second: int, other: Entries) -> None:
     """Raise a ValueError that names the first parameter on which two ranks disagree, if there is one."""
-    for left, right in itertools.zip_longest(one, other, fillvalue=("", "")):
-        if left != right:
-            name = left[0] or right[0]
+    left, right = dict(one), dict(other)
+    for name in {**left, **right}:
+        if left.get(name) != right.get(name):
             raise ValueError(
-                f"the ranks disagree about {name}: on rank {first} it is {left[1] or 'absent'}, on rank {second} "
-                f"{right[1] or 'absent'}. Mark the same parameters in the same way on every rank, give every optimizer "
-                "the same groups, and compute a gradient of the same parameters."
+                f"the ranks disagree about {name}: on rank {first} it is {left.get(name, 'not marked')}; on rank "
+                f"{second} it is {right.get(name, 'not marked')}. Mark the same parameters in the same way on every "
+                "rank, give every optimizer the same groups, and compute a gradient of the same parameters."
             )

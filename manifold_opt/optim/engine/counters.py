@@ -45,6 +45,10 @@ class Counters:
         else:
             counts[masks[0][0]].add_(first.sum())
 
+    def add(self, counts: dict[str, float]) -> None:
+        """Add counts by name."""
+        self._host = [own + int(counts[name]) for own, name in zip(self._host, NAMES, strict=True)]
+
     def total(self, name: str) -> float:
         """Return the current count. Synchronizes with the devices."""
         k = NAMES.index(name)

@@ -49,7 +49,8 @@ class Member:
         ownership: its blocks and their owners.
         part: what this rank owns; None if it owns nothing.
         empty: an empty tensor in place of a part.
-        version: version of the local shard after it was last read or written.
+        shard: the shard that this rank has; set at the begin of a step.
+        stamp: address and version of the shard after it was last read or written.
     """
 
     parameter: Any
@@ -57,19 +58,21 @@ class Member:
     ownership: Ownership
     part: nn.Parameter | None
     empty: Tensor
-    version: int = -1
+    shard: Tensor
+    stamp: tuple[int, int] = (0, -1)
 
     def part_or_empty(self) -> Tensor:
         """Return the part, without its graph."""
         return self.empty if self.part is None else self.part.detach()
 
     def is_written(self) -> bool:
-        """Return True if other code has written to the shard."""
-        return local(self.parameter)._version != self.version
+        """Find the shard again, and return True if other code has written to it or replaced it."""
+        self.shard = local(self.parameter)
+        return (self.shard.data_ptr(), self.shard._version) != self.stamp
 
     def remember(self) -> None:
-        """Store the version of the shard."""
-        self.version = local(self.parameter)._version
+        """Store address and version of the shard."""
+        self.stamp = (self.shard.data_ptr(), self.shard._version)
 
 
 class OwnedBlocks:
@@ -77,6 +80,7 @@ class OwnedBlocks:
 
     Attributes:
         members: the parameters.
+        active: those that have gradients in this step.
         inner: the optimizer of the parts.
         group, ranks, rank: process group (None for a single rank), their number, and the position of this one.
     """
@@ -94,6 +98,7 @@ class OwnedBlocks:
             self._member(p, position, ownership)
             for (position, p), ownership in zip(parameters, ownerships, strict=True)
         ]
+        self.active: list[Member] = []
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
         self.collect(
             self.members, [local(m.parameter) for m in self.members], [m.part_or_empty() for m in self.members]
@@ -108,7 +113,7 @@ class OwnedBlocks:
         if ownership.owned(self.rank):
             part = nn.Parameter(value.new_empty(ownership.part_shape(self.rank)))
             set_constraint(part, ownership.part_constraint(self.rank))
-        return Member(parameter, position, ownership, part, empty)
+        return Member(parameter, position, ownership, part, empty, value)
 
     def exchange(self, members: list[Member]) -> Exchange:
         """Return the exchange of some of the parameters; that of all active ones is used in every step."""
@@ -129,19 +134,20 @@ class OwnedBlocks:
         if members:
             self.exchange(members).spread(parts, shards)
 
-    def active(self) -> list[Member]:
-        """Return the members that have gradients."""
-        return [member for member in self.members if member.parameter.grad is not None]
+    def find_active(self) -> list[Member]:
+        """Return and store the members that have gradients."""
+        self.active = [member for member in self.members if member.parameter.grad is not None]
+        return self.active
 
     def collect_values(self, members: list[Member]) -> None:
         """Write the values of the shards to the parts. A collective."""
-        self.collect(members, [local(m.parameter) for m in members], [m.part_or_empty() for m in members])
+        self.collect(members, [m.shard for m in members], [m.part_or_empty() for m in members])
         for member in members:
             member.remember()
 
     def collect_gradients(self) -> None:
         """Write the gradients of the shards to those of the parts. A collective."""
-        active = self.active()
+        active = self.active
         for member in self.members:
             if member.part is not None and member.parameter.grad is None:
                 member.part.grad = None
@@ -152,9 +158,8 @@ class OwnedBlocks:
 
     def spread_values(self) -> None:
         """Write the parts to the shards. A collective."""
-        active = self.active()
-        self.spread(active, [m.part_or_empty() for m in active], [local(m.parameter) for m in active])
-        for member in active:
+        self.spread(self.active, [m.part_or_empty() for m in self.active], [m.shard for m in self.active])
+        for member in self.active:
             member.remember()
 
     def update_options(self, optimizer: ManifoldOptimizer) -> None:

@@ -19,7 +19,8 @@ from ...constraints.tag import TAG, constraint_of
 from ...linalg.precision import working_dtype
 from ...manifolds.shards import is_dtensor, local, ranks_of, sharded_mesh_dims
 from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
-from .agreement import Description, agree
+from .agreement import NOTHING, PARAMETERS, VALUES, Agreement, Description
+from .counters import NAMES
 from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
 from .owned import Member, OwnedBlocks, State, pending_keys
 
@@ -32,13 +33,15 @@ class Sharded:
     Attributes:
         parameters: position of the group, and parameter.
         key: what the assignment to owners depends on.
+        agreement: that of all DTensors of the optimizer.
         owned: their blocks, one entry per group of ranks.
     """
 
-    def __init__(self, optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> None:
-        self.parameters, self.key = parameters, _key(parameters)
+    def __init__(self, optimizer: ManifoldOptimizer, agreement: Agreement) -> None:
+        self.parameters, self.key, self.agreement = sharded_parameters(optimizer), _key(optimizer), agreement
+        self._description: tuple[Any, Description] | None = None
         by_ranks: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
-        for position, p in parameters:
+        for position, p in self.parameters:
             by_ranks.setdefault(ranks_of(p), []).append((position, p))
         self.owned = [OwnedBlocks(optimizer, some, _process_group(some[0][1])) for _, some in sorted(by_ranks.items())]
 
@@ -47,16 +50,23 @@ class Sharded:
         found = {id(member.parameter): (owned, member) for owned in self.owned for member in owned.members}
         return [found[id(p)] for _, p in self.parameters]
 
-    def needs_a_closer_look(self, optimizer: ManifoldOptimizer) -> bool:
-        """Return True if a shard was written to, a state was loaded, or an inner plan must be made."""
+    def changes(self, optimizer: ManifoldOptimizer) -> int:
+        """Return VALUES if a shard was written to, a state was loaded or an inner plan must be made; else NOTHING."""
         for owned in self.owned:
             owned.update_options(optimizer)
             plan = owned.inner._engine.plan
-            if any(member.is_written() for member in owned.active()) or plan is None:
-                return True
-            if not plan.is_current(owned.inner):
-                return True
-        return any(pending_keys(optimizer.state.get(p, {})) or p not in optimizer.state for _, p in self.parameters)
+            written = [member.is_written() for member in owned.find_active()]
+            if any(written) or plan is None or not plan.is_current(owned.inner):
+                return VALUES
+        loaded = any(pending_keys(optimizer.state.get(p, {})) or p not in optimizer.state for _, p in self.parameters)
+        return VALUES if loaded else NOTHING
+
+    def describe(self, optimizer: ManifoldOptimizer) -> Description:
+        """Describe a step with the groups and marks of the last one."""
+        facts = [(p.grad is None, len(optimizer.state.get(p, ()))) for _, p in self.parameters]
+        if self._description is None or self._description[0] != facts:
+            self._description = facts, _describe(optimizer, self.parameters)
+        return self._description[1]
 
     def states(self, optimizer: ManifoldOptimizer) -> dict[Tensor, State]:
         """Return the states of all parameters in the form of a checkpoint. A collective."""
@@ -66,13 +76,14 @@ class Sharded:
         """Return a count of the inner optimizers of all ranks. A collective."""
         return sum(owned.total(name) for owned in self.owned)
 
+    @torch.no_grad()
     def step(self, optimizer: ManifoldOptimizer, step_constrained: Prepare) -> None:
         """Step the parts, and write them to the shards. A collective."""
         found_inf = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
         for owned in self.owned:
             step_constrained(owned.inner)
             owned.spread_values()
-            for member in owned.active():
+            for member in owned.active:
                 count = optimizer.state[member.parameter]["step"]
                 count += 1 if found_inf is None else 1 - found_inf.to(count)
 
@@ -89,47 +100,63 @@ def sharded_parameters(optimizer: ManifoldOptimizer) -> list[tuple[int, Any]]:
 
 def has_dtensors(optimizer: ManifoldOptimizer) -> bool:
     """Return True if any parameter is a DTensor, marked or not."""
-    return any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"])
+    return bool(_dtensors(optimizer))
+
+
+def _dtensors(optimizer: ManifoldOptimizer) -> list[Any]:
+    """Return the parameters that are DTensors on a mesh to which this rank belongs."""
+    everything = (p for group in optimizer.param_groups for p in group["params"] if is_dtensor(p))
+    return [p for p in everything if p.device_mesh.get_coordinate() is not None]
 
 
 @torch.no_grad()
-def begin_step(optimizer: ManifoldOptimizer, check: Callable[[], None], prepare: Prepare) -> Sharded | None:
+def begin_step(
+    optimizer: ManifoldOptimizer, check: Callable[[], None], prepare: Prepare, *, is_current: bool
+) -> Sharded | None:
     """Agree with the other ranks, and send the gradients of marked DTensors to their owners. A collective.
 
     Args:
         optimizer: the optimizer, with DTensors.
         check: raises the errors of the step on this rank, before anything is written.
         prepare: prepares the step of an inner optimizer.
+        is_current: whether groups and marks are those of the last step.
 
     Returns:
         The sharded parameters; None if none is marked.
     """
-    engine, error = optimizer._engine, None
-    try:
-        check()
-        parameters = sharded_parameters(optimizer)
-        _check_gradients(optimizer, parameters)
+    engine, error, changes = optimizer._engine, None, PARAMETERS
+    old: Sharded | None = engine.sharded
+    try:  # an error is raised on all ranks: the others wait in the agreement
+        check()  # marks parameters again that have replaced marked ones
+        known = old if old is not None and (is_current or old.key == _key(optimizer)) else None
+        _check_gradients(optimizer, sharded_parameters(optimizer) if known is None else known.parameters)
+        changes = PARAMETERS if known is None else known.changes(optimizer)
     except Exception as problem:
-        error, parameters = problem, sharded_parameters(optimizer)
-    if not parameters and engine.sharded is None and engine.has_agreed:
-        if error is not None:
-            raise error
-        return None
+        error, known = problem, None
+    if known is not None:
+        parameters, agreement, description = known.parameters, known.agreement, known.describe(optimizer)
+    else:
+        parameters = sharded_parameters(optimizer)
+        if not parameters and old is None and engine.has_agreed:
+            if error is not None:
+                raise error
+            return None
+        agreement, description = Agreement(_dtensors(optimizer)), _describe(optimizer, parameters)
     engine.has_agreed = True
+    changes = agreement.agree(description, error, changes)
+    if changes == PARAMETERS:
+        if old is not None:
+            release(optimizer, old)
+        engine.sharded = Sharded(optimizer, agreement) if parameters else None
     sharded: Sharded | None = engine.sharded
-    changed = parameters if sharded is None else _key(parameters) != sharded.key
-    closer = changed or (sharded is not None and error is None and sharded.needs_a_closer_look(optimizer))
-    meshes = [p for group in optimizer.param_groups for p in group["params"] if is_dtensor(p)]
-    closer = agree(meshes, _describe(optimizer, parameters), error, closer=bool(closer))
-    if changed:
-        if sharded is not None:
-            release(optimizer, sharded)
-        sharded = engine.sharded = Sharded(optimizer, parameters) if parameters else None
     if sharded is None:
         return None
-    if closer:
+    for owned in sharded.owned:
+        owned.find_active()
+        owned.update_options(optimizer)
+    if changes:
         error = _look_closer(optimizer, sharded, prepare)
-        agree(meshes, Description([]), error)
+        agreement.agree(Description([]), error)
     else:
         for owned in sharded.owned:
             owned.collect_gradients()
@@ -141,8 +168,7 @@ def _look_closer(optimizer: ManifoldOptimizer, sharded: Sharded, prepare: Prepar
     """Take up values and states that were written, and prepare the step; return the error of this rank."""
     error = None
     for owned in sharded.owned:
-        owned.update_options(optimizer)
-        owned.collect_values(owned.active())
+        owned.collect_values(owned.active)
         owned.take_state(optimizer)
         owned.collect_gradients()
         try:
@@ -158,11 +184,13 @@ def release(optimizer: ManifoldOptimizer, sharded: Sharded) -> None:
     for p, state in sharded.states(optimizer).items():
         if id(p) in present:
             optimizer.state[p] = state
+    optimizer._engine.counters.add({name: sharded.total(name) for name in NAMES})
     optimizer._engine.sharded = None
 
 
-def _key(parameters: list[tuple[int, Any]]) -> list[Any]:
+def _key(optimizer: ManifoldOptimizer) -> list[Any]:
     """Return what the assignment to owners depends on."""
+    parameters = sharded_parameters(optimizer)
     return [(position, id(p), getattr(p, TAG, None), p.placements, p.shape, p.dtype) for position, p in parameters]
 
 
