@@ -26,6 +26,7 @@ from .optimizer import GRAD_SCALER_ATTRIBUTES, Group, ManifoldOptimizer
 from .owners import Ownership, assign_owners
 
 State = dict[str, Any]
+Form = tuple[str | None, Any, Any, Any]  # kind, shape for a point, dtype, plain value
 _OUTER = ("step", CONSTRAINED)  # entries of the state that the outer optimizer has
 
 
@@ -100,11 +101,7 @@ class OwnedBlocks:
         ]
         self.active: list[Member] = []
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
-        self.collect(
-            self.members, [local(m.parameter) for m in self.members], [m.part_or_empty() for m in self.members]
-        )
-        for member in self.members:
-            member.remember()
+        self.collect_values(self.members)
         self.inner = _inner_optimizer(optimizer, self.members)
 
     def _member(self, parameter: Any, position: int, ownership: Ownership) -> Member:
@@ -185,65 +182,82 @@ class OwnedBlocks:
     @torch.no_grad()
     def take_state(self, optimizer: ManifoldOptimizer) -> None:
         """Move moments and master copies from the outer optimizer, where a checkpoint has put them, to the owners."""
+        loaded: dict[Member, State] = {}
         for member in self.members:
             state = optimizer.state.get(member.parameter, {})
+            if not isinstance(state, ShardedState) or pending_keys(state):
+                loaded[member] = self._converted(optimizer, member, dict(state))
+        parts = self._collect_state(loaded)
+        for member, known in loaded.items():
             group = optimizer.param_groups[member.position]
-            if isinstance(state, ShardedState) and not pending_keys(state):
-                continue
-            known = self._converted(optimizer, group, member, dict(state))
-            parts = {key: self._take(member, value) for key, value in sorted(known.items()) if key not in _OUTER}
-            step = torch.as_tensor(known.get("step", _zero_step(group, member.parameter)))
-            if member.part is not None:
-                own: State = {"step": step.clone(), **parts}
+            step = torch.as_tensor(known.get("step", _zero_step(group, member.parameter))).clone()
+            record = record_to_tensor(_record(member.ownership.constraint))
+            optimizer.state[member.parameter] = ShardedState(step=step, constrained=record)
+            if member.part is not None and known:
+                own = self.inner.state[member.part] = {"step": step.clone(), **parts[member]}
                 if CONSTRAINED in known:  # otherwise it is a state of torch.optim, which the inner optimizer converts
                     own[CONSTRAINED] = record_to_tensor(_record(constraint_of(member.part)))
-                self.inner.state[member.part] = own if known else {}
-            optimizer.state[member.parameter] = ShardedState(
-                step=step.clone(), constrained=record_to_tensor(_record(member.ownership.constraint))
-            )
+            elif member.part is not None:
+                self.inner.state.pop(member.part, None)
 
-    def _converted(self, optimizer: ManifoldOptimizer, group: Group, member: Member, state: State) -> State:
+    def _converted(self, optimizer: ManifoldOptimizer, member: Member, state: State) -> State:
         """Return a state held under another constraint converted to the current one."""
         record = record_from_tensor(state.get(CONSTRAINED))
         if record is None or is_record_of(record, member.ownership.constraint):
             return state
-        return converted_state(optimizer, group, member.parameter) or state
+        return converted_state(optimizer, optimizer.param_groups[member.position], member.parameter) or state
 
-    def _take(self, member: Member, value: Any) -> Any:
-        """Return the part of an entry of the state that this rank owns."""
-        if not isinstance(value, Tensor):
+    def _collect_state(self, states: dict[Member, State]) -> dict[Member, State]:
+        """Return the part of every entry that this rank owns. A collective."""
+        found: dict[Member, State] = {member: {} for member in states}
+        for key in sorted({key for state in states.values() for key in state if key not in _OUTER}):
+            sharded = []
+            for member, state in states.items():
+                value = state.get(key)
+                if isinstance(value, Tensor) and value.shape == member.parameter.shape:
+                    sharded.append(member)
+                    found[member][key] = torch.empty_like(member.part_or_empty(), dtype=value.dtype)
+                elif isinstance(value, Tensor):
+                    found[member][key] = self._owned_points(member, whole(value))
+                elif key in state:
+                    found[member][key] = value
+            shards = [local(placed(states[member][key], member.parameter)) for member in sharded]
+            self.collect(sharded, shards, [found[member][key] for member in sharded])
+        return found
+
+    def _owned_points(self, member: Member, value: Tensor) -> Tensor:
+        """Return the entries of the points that this rank owns, if there is one for every point."""
+        if not value.ndim or len(value) != sum(unit.points for unit in member.ownership.units):
             return value
-        if value.shape == member.parameter.shape:
-            part = torch.empty_like(member.part_or_empty(), dtype=value.dtype)
-            self.collect([member], [local(placed(value, member.parameter))], [part])
-            return part
-        value = whole(value)
-        if value.ndim and len(value) == sum(unit.points for unit in member.ownership.units):
-            runs = [value[start : start + length] for start, length in member.ownership.owned_points(self.rank)]
-            return torch.cat(runs) if runs else value[:0]
-        return value
+        runs = [value[start : start + length] for start, length in member.ownership.owned_points(self.rank)]
+        return torch.cat(runs) if runs else value[:0]
 
     @torch.no_grad()
-    def whole_state(self, optimizer: ManifoldOptimizer, member: Member) -> State:
-        """Return the state of a parameter in the form of a checkpoint: DTensors, or whole tensors. A collective."""
-        outer = optimizer.state.get(member.parameter, {})
-        if not isinstance(outer, ShardedState) or pending_keys(outer):
-            return dict(outer)  # it has not been taken up
-        own = {} if member.part is None else self.inner.state.get(member.part, {})
-        forms = {key: _form(value, member.part) for key, value in own.items() if key not in _OUTER}
-        for known in self._gather_objects(forms):
-            forms = {**known, **forms}
-        found = dict(outer)
-        for key, (kind, shape, dtype, value) in sorted(forms.items()):
-            if kind == "value":
-                found[key] = value
-            elif kind == "shard":
-                shards = torch.empty_like(local(member.parameter), dtype=dtype)
-                part = own[key] if key in own else member.empty.to(dtype)
-                self.spread([member], [part], [shards])
-                found[key] = from_local(shards, member.parameter)
-            else:
-                found[key] = self._whole_points(member, own.get(key), shape, dtype)
+    def states(self, optimizer: ManifoldOptimizer) -> dict[Member, State]:
+        """Return the states in the form of a checkpoint: DTensors, or whole tensors. A collective."""
+        found = {member: dict(optimizer.state.get(member.parameter, {})) for member in self.members}
+        held = [member for member in self.members if not pending_keys(found[member])]  # others were not taken up yet
+        own: dict[Member, State] = {m: {} if m.part is None else self.inner.state.get(m.part, {}) for m in held}
+        forms: dict[tuple[int, str], Form] = {}
+        for some in self._gather_objects(
+            {(k, key): _form(x, m.part) for k, m in enumerate(held) for key, x in own[m].items() if key not in _OUTER}
+        ):
+            forms.update(some)
+        for key in sorted({key for _, key in forms}):
+            sharded = []
+            for k, member in enumerate(held):
+                kind, shape, dtype, value = forms.get((k, key), (None, None, None, None))
+                if kind == "value":
+                    found[member][key] = value
+                elif kind == "points":
+                    found[member][key] = self._whole_points(member, own[member].get(key), shape, dtype)
+                elif kind == "shard":
+                    sharded.append(member)
+                    found[member][key] = torch.empty_like(local(member.parameter), dtype=dtype)
+            parts = [own[m][key] if key in own[m] else m.empty.to(found[m][key].dtype) for m in sharded]
+            self.spread(sharded, parts, [found[member][key] for member in sharded])
+            for member in sharded:
+                found[member][key] = from_local(found[member][key], member.parameter)
         return found
 
     def _gather_objects(self, own: Any) -> list[Any]:
@@ -256,8 +270,7 @@ class OwnedBlocks:
     def _whole_points(self, member: Member, own: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return an entry with one tensor for every point, whole on every rank. A collective."""
         count = sum(unit.points for unit in member.ownership.units)
-        found = member.empty.new_zeros((count, *shape), dtype=dtype)
-        position = 0
+        found, position = member.empty.new_zeros((count, *shape), dtype=dtype), 0
         for start, length in member.ownership.owned_points(self.rank) if own is not None else ():
             found[start : start + length] = own[position : position + length]  # type: ignore[index]
             position += length
@@ -294,7 +307,7 @@ def _zero_step(group: Group, parameter: Any) -> Tensor:
     return torch.zeros((), dtype=dtype, device=parameter.device if group.get("capturable", True) else "cpu")
 
 
-def _form(value: Any, part: Tensor | None) -> tuple[str, Any, Any, Any]:
+def _form(value: Any, part: Tensor | None) -> Form:
     """Return how an entry of the state is gathered: its kind, the shape for a point, its dtype, and a plain value."""
     if not isinstance(value, Tensor) or not value.ndim:
         return "value", None, None, value

@@ -22,7 +22,7 @@ from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
 from .agreement import NOTHING, PARAMETERS, VALUES, Agreement, Description
 from .counters import NAMES
 from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
-from .owned import Member, OwnedBlocks, State, pending_keys
+from .owned import OwnedBlocks, State, pending_keys
 
 Prepare = Callable[[ManifoldOptimizer], Any]
 
@@ -45,11 +45,6 @@ class Sharded:
             by_ranks.setdefault(ranks_of(p), []).append((position, p))
         self.owned = [OwnedBlocks(optimizer, some, _process_group(some[0][1])) for _, some in sorted(by_ranks.items())]
 
-    def members(self) -> list[tuple[OwnedBlocks, Member]]:
-        """Return all members, in the order of the parameters."""
-        found = {id(member.parameter): (owned, member) for owned in self.owned for member in owned.members}
-        return [found[id(p)] for _, p in self.parameters]
-
     def changes(self, optimizer: ManifoldOptimizer) -> int:
         """Return VALUES if a shard was written to, a state was loaded or an inner plan must be made; else NOTHING."""
         for owned in self.owned:
@@ -70,7 +65,7 @@ class Sharded:
 
     def states(self, optimizer: ManifoldOptimizer) -> dict[Tensor, State]:
         """Return the states of all parameters in the form of a checkpoint. A collective."""
-        return {m.parameter: owned.whole_state(optimizer, m) for owned, m in self.members()}
+        return {m.parameter: state for owned in self.owned for m, state in owned.states(optimizer).items()}
 
     def total(self, name: str) -> float:
         """Return a count of the inner optimizers of all ranks. A collective."""
@@ -190,8 +185,9 @@ def release(optimizer: ManifoldOptimizer, sharded: Sharded) -> None:
 
 def _key(optimizer: ManifoldOptimizer) -> list[Any]:
     """Return what the assignment to owners depends on."""
-    parameters = sharded_parameters(optimizer)
-    return [(position, id(p), getattr(p, TAG, None), p.placements, p.shape, p.dtype) for position, p in parameters]
+    known = sharded_parameters(optimizer)
+    facts = [(position, id(p), getattr(p, TAG, None), p.placements, p.shape, p.dtype) for position, p in known]
+    return [len(optimizer.param_groups), *facts]
 
 
 def _process_group(parameter: Any) -> Any:
