@@ -9,7 +9,6 @@ of the outer optimizer has the step count and the record of the constraint only.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,58 +21,12 @@ from ...manifolds.records import is_record_of, record_from_tensor, record_to_ten
 from ...manifolds.shards import box_at, coordinate_of, from_local, local, placed, whole
 from .convert import converted_state
 from .exchange import Exchange
+from .member import OUTER, Member, ShardedState, checksum, pending_keys
 from .optimizer import GRAD_SCALER_ATTRIBUTES, Group, ManifoldOptimizer
 from .owners import Ownership, assign_owners
 
 State = dict[str, Any]
 Form = tuple[str | None, Any, Any, Any]  # kind, shape for a point, dtype, plain value
-_OUTER = ("step", CONSTRAINED)  # entries of the state that the outer optimizer has
-
-
-class ShardedState(dict[str, Any]):
-    """State of a sharded parameter in the outer optimizer: its step count and the record of its constraint."""
-
-    def __missing__(self, key: str) -> Any:
-        raise KeyError(
-            f"{key!r} of a sharded parameter is held by the ranks that own its blocks. opt.state_dict(), which every "
-            "rank has to call, returns it as a DTensor."
-        )
-
-
-@dataclass(eq=False)
-class Member:
-    """A sharded parameter, and the part of it that this rank owns.
-
-    Attributes:
-        parameter: the parameter, a DTensor.
-        position: position of its group.
-        ownership: its blocks and their owners.
-        part: what this rank owns; None if it owns nothing.
-        empty: an empty tensor in place of a part.
-        shard: the shard that this rank has; set at the begin of a step.
-        stamp: address and version of the shard after it was last read or written.
-    """
-
-    parameter: Any
-    position: int
-    ownership: Ownership
-    part: nn.Parameter | None
-    empty: Tensor
-    shard: Tensor
-    stamp: tuple[int, int] = (0, -1)
-
-    def part_or_empty(self) -> Tensor:
-        """Return the part, without its graph."""
-        return self.empty if self.part is None else self.part.detach()
-
-    def is_written(self) -> bool:
-        """Find the shard again, and return True if other code has written to it or replaced it."""
-        self.shard = local(self.parameter)
-        return (self.shard.data_ptr(), self.shard._version) != self.stamp
-
-    def remember(self) -> None:
-        """Store address and version of the shard."""
-        self.stamp = (self.shard.data_ptr(), self.shard._version)
 
 
 class OwnedBlocks:
@@ -131,10 +84,18 @@ class OwnedBlocks:
         if members:
             self.exchange(members).spread(parts, shards)
 
-    def find_active(self) -> list[Member]:
-        """Return and store the members that have gradients."""
+    def find_active(self) -> None:
+        """Store the members that have gradients, and their shards."""
         self.active = [member for member in self.members if member.parameter.grad is not None]
-        return self.active
+        for member in self.active:
+            member.shard = local(member.parameter)
+
+    def is_written(self) -> bool:
+        """Return True if other code has written to an active shard or replaced it."""
+        if not self.active or any(member.current_stamp() != member.stamp for member in self.active):
+            return bool(self.active)
+        known = [member.checksum for member in self.active if member.checksum is not None]
+        return not torch.equal(torch.stack(known), torch.stack([checksum(member.shard) for member in self.active]))
 
     def collect_values(self, members: list[Member]) -> None:
         """Write the values of the shards to the parts. A collective."""
@@ -210,7 +171,7 @@ class OwnedBlocks:
     def _collect_state(self, states: dict[Member, State]) -> dict[Member, State]:
         """Return the part of every entry that this rank owns. A collective."""
         found: dict[Member, State] = {member: {} for member in states}
-        for key in sorted({key for state in states.values() for key in state if key not in _OUTER}):
+        for key in sorted({key for state in states.values() for key in state if key not in OUTER}):
             sharded = []
             for member, state in states.items():
                 value = state.get(key)
@@ -240,7 +201,7 @@ class OwnedBlocks:
         own: dict[Member, State] = {m: {} if m.part is None else self.inner.state.get(m.part, {}) for m in held}
         forms: dict[tuple[int, str], Form] = {}
         for some in self._gather_objects(
-            {(k, key): _form(x, m.part) for k, m in enumerate(held) for key, x in own[m].items() if key not in _OUTER}
+            {(k, key): _form(x, m.part) for k, m in enumerate(held) for key, x in own[m].items() if key not in OUTER}
         ):
             forms.update(some)
         for key in sorted({key for _, key in forms}):
@@ -277,11 +238,6 @@ class OwnedBlocks:
         if self.group is not None:
             dist.all_reduce(found, group=self.group)
         return found
-
-
-def pending_keys(state: State) -> list[str]:
-    """Return the keys of moments that were loaded and have not been moved to the owners yet."""
-    return sorted(key for key in state if key not in _OUTER)
 
 
 def _constraint(parameter: Tensor) -> Manifold:

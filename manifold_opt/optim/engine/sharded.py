@@ -21,8 +21,9 @@ from ...manifolds.shards import is_dtensor, local, ranks_of, sharded_mesh_dims
 from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
 from .agreement import NOTHING, PARAMETERS, VALUES, Agreement, Description
 from .counters import NAMES
+from .member import pending_keys
 from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
-from .owned import OwnedBlocks, State, pending_keys
+from .owned import OwnedBlocks, State
 
 Prepare = Callable[[ManifoldOptimizer], Any]
 
@@ -50,8 +51,8 @@ class Sharded:
         for owned in self.owned:
             owned.update_options(optimizer)
             plan = owned.inner._engine.plan
-            written = [member.is_written() for member in owned.find_active()]
-            if any(written) or plan is None or not plan.is_current(owned.inner):
+            owned.find_active()
+            if owned.is_written() or plan is None or not plan.is_current(owned.inner):
                 return VALUES
         loaded = any(pending_keys(optimizer.state.get(p, {})) or p not in optimizer.state for _, p in self.parameters)
         return VALUES if loaded else NOTHING

@@ -1,0 +1,75 @@
+"""A sharded parameter, the part of it that this rank owns, and what the outer optimizer has of its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...constraints.tag import CONSTRAINED
+from .owners import Ownership
+
+OUTER = ("step", CONSTRAINED)  # entries of the state that the outer optimizer has
+
+
+class ShardedState(dict[str, Any]):
+    """State of a sharded parameter in the outer optimizer: its step count and the record of its constraint."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(
+            f"{key!r} of a sharded parameter is held by the ranks that own its blocks. opt.state_dict(), which every "
+            "rank has to call, returns it as a DTensor."
+        )
+
+
+@dataclass(eq=False)
+class Member:
+    """A sharded parameter, and the part of it that this rank owns.
+
+    Attributes:
+        parameter: the parameter, a DTensor.
+        position: position of its group.
+        ownership: its blocks and their owners.
+        part: what this rank owns; None if it owns nothing.
+        empty: an empty tensor in place of a part.
+        shard: the shard that this rank has; set at the begin of a step.
+        stamp: address and versions of the shard after it was last read or written.
+        checksum: its checksum then, which changes also when other code writes through ``.data``.
+    """
+
+    parameter: Any
+    position: int
+    ownership: Ownership
+    part: nn.Parameter | None
+    empty: Tensor
+    shard: Tensor
+    stamp: tuple[int, ...] = ()
+    checksum: Tensor | None = None
+
+    def part_or_empty(self) -> Tensor:
+        """Return the part, without its graph."""
+        return self.empty if self.part is None else self.part.detach()
+
+    def current_stamp(self) -> tuple[int, ...]:
+        """Return address and versions of the shard. An operation on the DTensor changes its own version only."""
+        return self.shard.data_ptr(), self.shard._version, self.parameter._version
+
+    def remember(self) -> None:
+        """Store the stamp and the checksum of the shard."""
+        self.stamp, self.checksum = self.current_stamp(), checksum(self.shard)
+
+
+def pending_keys(state: dict[str, Any]) -> list[str]:
+    """Return the keys of moments that were loaded and have not been moved to the owners yet."""
+    return sorted(key for key in state if key not in OUTER)
+
+
+def checksum(shard: Tensor) -> Tensor:
+    """Return the sum of the entries, read as integers."""
+    real = torch.view_as_real(shard) if shard.is_complex() else shard
+    return real.view(_INTEGERS[real.itemsize]).sum()
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
