@@ -35,6 +35,14 @@ class Failure(AssertionError):
     """What went wrong on each rank."""
 
 
+def _report(failures: dict[int, str]) -> str:
+    """What has failed, once if it is the same on several ranks."""
+    texts: dict[str, list[int]] = {}
+    for rank, text in failures.items():
+        texts.setdefault(text, []).append(rank)
+    return "\n".join(f"--- rank {', '.join(map(str, ranks))}:\n{text}" for text, ranks in texts.items())
+
+
 class Pool:
     """Processes of one group.
 
@@ -63,7 +71,7 @@ class Pool:
         failures = {rank: text for rank, (well, text) in failures.items() if not well}
         if failures:
             self.stop()
-            raise Failure("\n".join(f"--- rank {rank}:\n{text}" for rank, text in failures.items()))
+            raise Failure(_report(failures))
         return [found[rank][1] for rank in range(len(self.processes))]
 
     def outcomes(self, case: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> dict[int, tuple[bool, Any]]:
