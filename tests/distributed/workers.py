@@ -28,7 +28,15 @@ TIMEOUT = 60.0  # seconds for one function; a collective that waits for a rank e
 PATIENCE = timedelta(seconds=30)
 GRACE = 5.0  # seconds for the other ranks once one has failed
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "geoopt"]
+PRELOADED = [  # by the server, for what each process would import in seconds
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+    "geoopt",
+    "pytest",
+]
 
 
 class Failure(AssertionError):
