@@ -1,0 +1,193 @@
+"""Every rank takes the same step, or every rank raises an error: none waits for another, and none goes its own way."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from manifold_opt import SGD, Adam, constraint_of, mark_orthogonal, orthogonality_error, unmark
+
+from .layouts import LAYOUTS, Gradients, build, rows, train, whole
+from .workers import Pool, run
+
+BLOCKS = {"aligned": (0, 4), "cut": (1, 3), "Shard(1)": (1, 3)}  # a weight with several blocks, and their number
+
+
+def values(net):
+    return [whole(p) for p in net.parameters()]
+
+
+def with_a_nan(layout, world, nonfinite):
+    """A step in which one entry of a gradient on the last rank is NaN, and the next one."""
+    net = build(layout)
+    net.append(nn.Linear(8, 8))
+    LAYOUTS[layout].shard(net, world)
+    opt = Adam(net.parameters(), nonfinite=nonfinite)
+    gradients = Gradients(list(net.parameters()))
+    gradients.give(0)
+    opt.step()
+    found, before = [values(net)], opt.state_dict()["state"]
+    before = [{key: whole(value) for key, value in entry.items()} for entry in before.values()]
+    gradients.give(1)
+    if dist.get_rank() == world - 1:
+        net[BLOCKS[layout][0]].weight.grad.to_local()[-1, -1] = torch.nan
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="is not finite"):
+            opt.step()
+        after = [{key: whole(value) for key, value in entry.items()} for entry in opt.state_dict()["state"].values()]
+        assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(before, after, strict=True))
+    else:
+        opt.step()
+    found.append(values(net))
+    counts = opt.metrics()["skipped_blocks"]
+    gradients.give(2)
+    opt.step()
+    return [*found, values(net)], counts, max(orthogonality_error(net).values())
+
+
+@pytest.mark.parametrize(("layout", "world"), [("aligned", 4), ("cut", 4), ("Shard(1)", 2)])
+def test_a_block_whose_gradient_is_not_finite_on_one_rank_is_skipped_on_all(layout, world):
+    index, blocks = BLOCKS[layout]
+    ranks = run(world, with_a_nan, layout, world, "skip")
+    for (first, second, third), skipped, error in ranks:
+        for k, (a, b, c) in enumerate(zip(first, second, third, strict=True)):
+            pieces = zip(a.chunk(blocks), b.chunk(blocks), strict=True) if k == index else [(a, b)]
+            still = [torch.equal(x, y) for x, y in pieces]
+            assert still == ([False] * (blocks - 1) + [True] if k == index else [False])
+            assert not torch.equal(b[-1], c[-1])
+        assert skipped == 1
+        assert error < 1e-5
+        assert all(map(torch.equal, third, ranks[0][0][2]))
+
+
+@pytest.mark.parametrize(("layout", "world"), [("aligned", 4), ("cut", 2)])
+def test_or_raises_on_all_ranks_before_anything_is_written(layout, world):
+    for (first, second, third), _, _ in run(world, with_a_nan, layout, world, "raise"):
+        assert all(map(torch.equal, first, second))
+        assert not any(map(torch.equal, second, third))
+
+
+def net_of_two():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 24))
+    mark_orthogonal(net, "1.weight")
+    return net
+
+
+def disagreeing(how):
+    """What goes wrong on one rank, the error of a step, and how it goes on once that has been put right."""
+    net, odd = net_of_two(), dist.get_rank() == 1
+    if how in ("not marked", "blocks", "gain"):
+        mark_orthogonal(net, "0.weight", blocks=1 if how == "blocks" and odd else 3, gain=2.0 if how == "gain" and odd else 1.0)
+        if how == "not marked" and odd:
+            unmark(net, "0.weight")
+    else:
+        mark_orthogonal(net, "0.weight", blocks=3)
+    rows(net, dist.get_world_size())
+    names = [(name, p) for name, p in net.named_parameters() if not (how == "left out" and odd and name == "0.weight")]
+    opt = SGD(names, lr=0.1)
+    gradients = Gradients(list(net.parameters()))
+    gradients.give(0)
+    if how == "no gradient" and odd:
+        net[0].weight.grad = None
+    if how == "later":
+        opt.step()
+        gradients.give(1)
+        if odd:
+            unmark(net, "0.weight")
+    before = values(net)
+    with pytest.raises(ValueError, match="ranks disagree") as error:
+        opt.step()
+    assert all(map(torch.equal, before, values(net)))
+    unmark(net, "0.weight")
+    if how == "left out" and odd:
+        opt.add_param_group({"params": [("0.weight", net[0].weight)]})
+    if how != "left out":
+        mark_orthogonal(net, "0.weight", blocks=3)
+        gradients.give(2)
+        opt.step()
+        assert max(orthogonality_error(net).values()) < 1e-5
+        assert list(constraint_of(net)) == ["0.weight", "1.weight"]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("how", ["not marked", "blocks", "gain", "left out", "no gradient", "later"])
+def test_a_rank_that_disagrees_raises_on_all_with_the_name(how):
+    messages = run(4, disagreeing, how)
+    assert len(set(messages)) == 1
+    assert "0.weight" in messages[0]
+
+
+def only_one_is_marked(how):
+    """Nothing is marked on the other ranks, or they have no gradient at all."""
+    net = nn.Sequential(nn.Linear(8, 24))
+    if how != "marked" or dist.get_rank() == 1:
+        mark_orthogonal(net, "0.weight", blocks=3)
+    rows(net, dist.get_world_size())
+    opt = Adam(net.named_parameters())
+    if how != "gradients" or dist.get_rank() == 1:
+        Gradients(list(net.parameters())).give(0)
+    with pytest.raises(ValueError, match="ranks disagree") as error:
+        opt.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("how", ["marked", "gradients"])
+def test_one_rank_alone_does_something(how):
+    messages = run(4, only_one_is_marked, how)
+    assert len(set(messages)) == 1
+    assert "0.weight" in messages[0]
+
+
+def an_error_of_one_rank():
+    """An option that is out of range on one rank only."""
+    net = net_of_two()
+    rows(net, dist.get_world_size())
+    opt = SGD(net.named_parameters(), lr=0.1)
+    train(net.parameters(), opt, 1)
+    before = values(net)
+    if dist.get_rank() == 1:
+        opt.param_groups[0]["retraction"] = "none such"
+    Gradients(list(net.parameters())).give(1)
+    with pytest.raises(ValueError, match="none such"):
+        opt.step()
+    return all(map(torch.equal, before, values(net)))
+
+
+def test_an_error_of_one_rank_is_raised_on_all():
+    assert all(run(4, an_error_of_one_rank))
+
+
+def killed(when):
+    """One rank ends in the middle of training; the others say how long they wait for an error."""
+    net = net_of_two()
+    rows(net, dist.get_world_size())
+    opt = SGD(net.parameters(), lr=0.1)
+    train(net.parameters(), opt, 2)
+    if dist.get_rank() == 2:
+        if when == "between":
+            os._exit(1)
+        dist.all_to_all_single = lambda *_: os._exit(1)
+    start = time.monotonic()
+    try:
+        train(net.parameters(), opt, 3, first=2)
+    except RuntimeError:
+        return time.monotonic() - start
+    raise AssertionError("nothing has gone wrong")
+
+
+@pytest.mark.parametrize("when", ["between", "within"])
+def test_when_a_rank_dies_the_others_end_with_an_error(when):
+    """At once, because its connections are closed, or after the time that the process group allows."""
+    pool = Pool(4, patience=timedelta(seconds=5))
+    try:
+        found = pool.outcomes(killed, when, timeout=40)
+    finally:
+        pool.stop()
+    assert found.pop(2)[0] is False
+    assert sorted(found) == [0, 1, 3]
+    assert all(well and waited < 30 for well, waited in found.values()), found
