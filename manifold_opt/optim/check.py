@@ -202,7 +202,8 @@ def _next_step_errors(ours: list[Any]) -> dict[int | None, list[str]]:
         name = type(opt).__name__
         attempt(None, track_constraints, opt, [p for group in opt.param_groups for p in group["params"]])
         for k, group in enumerate(opt.param_groups):
-            lacking = [key for key in opt.defaults if key not in group]
+            # torch adds "differentiable" to the defaults, but not to the groups, when a state is loaded.
+            lacking = [key for key in opt.defaults if key not in group and key != "differentiable"]
             if lacking:
                 found.setdefault(None, []).append(f"group {k} of the optimizer lacks {', '.join(lacking)}.")
                 continue

@@ -40,12 +40,14 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     >>> opt.metrics()["skipped_blocks"]
     1.0
     """
+    # DTensors are gathered, so the order has to be the same on every rank.
     marked = [p for group in self.param_groups for p in group["params"] if constraint_of(p) is not None]
     sharded = self._engine.sharded
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
+    others = [p for p in marked if not isinstance(constraint_of(p), Orthogonal)]
     return {
         "orthogonality_error": max_or_nan(map(orthogonality_error, orthogonal)),
-        "manifold_error": max_or_nan(_manifold_error(p) for p in set(marked) - set(orthogonal)),
+        "manifold_error": max_or_nan(_manifold_error(p) for p in others),
         "tangent_norm": max_or_nan(map(_tangent_norm, marked)),
         **{name: self._engine.counters.total(name) + (sharded.total(name) if sharded else 0) for name in NAMES},
     }

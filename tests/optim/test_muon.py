@@ -750,3 +750,14 @@ def test_many_small_blocks_share_a_batch():
         opt.step()
     assert len(opt._engine.plan.work) < 5
     assert float(max(map(orthogonality_error, weights))) < 1e-5
+
+
+def test_check_finds_nothing_after_loading():
+    """torch adds a key to the defaults of the optimizer then, which its groups do not have."""
+    layer = nn.Linear(4, 4, bias=False)
+    mark_orthogonal(layer, "weight")
+    opt = Muon(layer.parameters())
+    layer(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert check(layer, opt) == []
