@@ -39,7 +39,9 @@ def with_a_nan(layout, world, nonfinite):
         with pytest.raises(FloatingPointError, match="is not finite"):
             opt.step()
         after = [{key: whole(value) for key, value in entry.items()} for entry in opt.state_dict()["state"].values()]
-        assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(before, after, strict=True))
+        assert all(
+            a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(before, after, strict=True)
+        )
     else:
         opt.step()
     found.append(values(net))
@@ -82,7 +84,9 @@ def disagreeing(how):
     """What goes wrong on one rank, the error of a step, and how it goes on once that has been put right."""
     net, odd = net_of_two(), dist.get_rank() == 1
     if how in ("not marked", "blocks", "gain"):
-        mark_orthogonal(net, "0.weight", blocks=1 if how == "blocks" and odd else 3, gain=2.0 if how == "gain" and odd else 1.0)
+        mark_orthogonal(
+            net, "0.weight", blocks=1 if how == "blocks" and odd else 3, gain=2.0 if how == "gain" and odd else 1.0
+        )
         if how == "not marked" and odd:
             unmark(net, "0.weight")
     else:

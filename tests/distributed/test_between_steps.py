@@ -126,7 +126,9 @@ def gradients_are_replicated(net, opt):
         for k, p in enumerate(net.parameters()):
             grad = gaussian(*p.shape, dtype=torch.float32, seed=50 * step + k)
             everywhere = [Replicate()] * p.device_mesh.ndim if isinstance(p, DTensor) else None
-            p.grad = grad if everywhere is None else DTensor.from_local(grad, p.device_mesh, everywhere, run_check=False)
+            p.grad = (
+                grad if everywhere is None else DTensor.from_local(grad, p.device_mesh, everywhere, run_check=False)
+            )
         opt.step()
 
 

@@ -1,7 +1,6 @@
 """What moves between ranks in a step: how many collectives, and how many bytes."""
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

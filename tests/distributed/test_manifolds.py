@@ -128,7 +128,9 @@ def test_every_constraint(way, world, rule, marked_first):
             for name, one, other in zip(expected["marks"], expected[key], found[key], strict=True):
                 # Rounding of sums and products in batches of other sizes; lengths up to the gain of 2.
                 atol = 2 * 8 * torch.finfo(one.dtype).eps * math.sqrt(max(one.shape))
-                torch.testing.assert_close(other, one, rtol=0, atol=atol, msg=lambda text, at=(key, name): f"{at}: {text}")
+                torch.testing.assert_close(
+                    other, one, rtol=0, atol=atol, msg=lambda text, at=(key, name): f"{at}: {text}"
+                )
         assert found["orthogonality"] == pytest.approx(expected["orthogonality"], abs=1e-5)
 
 

@@ -9,7 +9,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from manifold_opt import Adam, check, constraint_of, mark_attention, mark_orthogonal, mark_recurrent, orthogonality_error
+from manifold_opt import (
+    Adam,
+    check,
+    constraint_of,
+    mark_attention,
+    mark_orthogonal,
+    mark_recurrent,
+    orthogonality_error,
+)
 
 from ..helpers import gaussian
 from .layouts import hybrid, rows, whole

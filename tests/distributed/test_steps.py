@@ -14,6 +14,7 @@ from ..helpers import each, pairs, rounding
 from .layouts import LAYOUTS, OPTIMIZERS, OPTIONS, PLACES, build, optimizer, train, whole
 from .workers import run
 
+DTYPES = [torch.float32, torch.bfloat16]
 RETRACTIONS = ["orthographic", "polar", "qr", "cayley"]
 
 
@@ -52,17 +53,18 @@ def compare(layout, world, rule, first, dtype):
         assert all(map(torch.equal, found, ranks[0][0]))
 
 
-@pytest.mark.parametrize("rule", OPTIMIZERS)
+@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_weights_are_those_of_one_rank(layout, rule):
-    """Any layout with any optimizer; numbers of ranks, dtypes and retractions of weights take turns."""
-    turn = list(LAYOUTS).index(layout) + list(OPTIMIZERS).index(rule)
+def test_the_weights_are_those_of_one_rank(layout, second):
+    """Every layout with two optimizers; these, numbers of ranks, dtypes and retractions of weights take turns."""
+    turn = list(LAYOUTS).index(layout)
     worlds = LAYOUTS[layout].worlds
-    compare(layout, worlds[turn % len(worlds)], rule, turn % 4, [torch.float32, torch.bfloat16][turn // 2 % 2])
+    rule = list(OPTIMIZERS)[(turn + 2 * second) % 4]
+    compare(layout, worlds[-1 - second * (len(worlds) > 1)], rule, turn % 4, DTYPES[(turn // 4 + second) % 2])
 
 
 @pytest.mark.slow
-@pairs(place=PLACES, rule=OPTIMIZERS, first=range(4), dtype=[torch.float32, torch.bfloat16])
+@pairs(place=PLACES, rule=OPTIMIZERS, first=range(4), dtype=DTYPES)
 def test_the_weights_are_those_of_one_rank_on_any_number_of_ranks(place, rule, first, dtype):
     compare(*PLACES[place], rule, first, dtype)
 
@@ -75,7 +77,8 @@ def unmarked(layout, rule):
         net.append(nn.Linear(8, 8, bias=rule != "Muon"))
         with torch.no_grad():
             [nn.init.normal_(p, generator=torch.Generator().manual_seed(0)) for p in net[-1].parameters()]
-        LAYOUTS[layout].shard(net, 4)
+        world = LAYOUTS[layout].worlds[-1]
+        LAYOUTS[layout].shard(net, world)
         parameters = net.parameters() if kind is OPTIMIZERS[rule] else net[-1].parameters()
         opt = kind(parameters, **OPTIONS[rule])
         train(net.parameters(), opt, 5)
@@ -85,5 +88,5 @@ def unmarked(layout, rule):
 
 @each(layout=LAYOUTS, rule=OPTIMIZERS)
 def test_unmarked_weights_are_those_of_torch(layout, rule):
-    for ours, others in run(4, unmarked, layout, rule):
+    for ours, others in run(LAYOUTS[layout].worlds[-1], unmarked, layout, rule):
         assert all(map(torch.equal, ours, others))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from . import workers
-from .workers import Failure, run
+from .workers import RankError, run
 
 
 def rank_and_sum(x):
@@ -41,7 +41,7 @@ def one_rank(does):
 def test_a_rank_that_fails_fails_the_test_and_no_other(does, says, monkeypatch):
     monkeypatch.setattr(workers, "GRACE", 0.1)
     start = time.monotonic()
-    with pytest.raises(Failure, match=says):
+    with pytest.raises(RankError, match=says):
         run(2, one_rank, does, timeout=1.0 if does == "sleeps" else 20.0)
     assert time.monotonic() - start < 10
     assert [rank for rank, _, _ in run(2, rank_and_sum, torch.ones(1))] == [0, 1]

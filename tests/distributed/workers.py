@@ -39,7 +39,7 @@ PRELOADED = [  # by the server, for what each process would import in seconds
 ]
 
 
-class Failure(AssertionError):
+class RankError(AssertionError):
     """What went wrong on each rank."""
 
 
@@ -73,20 +73,20 @@ class Pool:
             self.connections.append(ours)
 
     def run(self, case: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """Return the result of every rank; raise a Failure if one has none, and kill all."""
+        """Return the result of every rank; raise a RankError if one has none, and kill all."""
         found = self.outcomes(case, *args, timeout=timeout)
         failures = {rank: found.get(rank, (False, "no answer in time")) for rank in range(len(self.processes))}
         failures = {rank: text for rank, (well, text) in failures.items() if not well}
         if failures:
             self.stop()
-            raise Failure(_report(failures))
+            raise RankError(_report(failures))
         return [found[rank][1] for rank in range(len(self.processes))]
 
     def outcomes(self, case: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> dict[int, tuple[bool, Any]]:
         """Return, for every rank that has ended in time, whether it has returned, and its result or its traceback."""
         request = pickle.dumps((case, args))
         waiting = {ours: rank for rank, ours in enumerate(self.connections)}
-        for rank, ours in enumerate(self.connections):
+        for ours in self.connections:
             try:
                 ours.send_bytes(request)
             except OSError:
