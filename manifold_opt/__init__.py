@@ -15,7 +15,7 @@ from .constraints.from_parametrized import from_parametrized
 from .constraints.mark import mark_fixed_spectrum, mark_manifold, mark_positive, mark_spectral, mark_unit_norm
 from .constraints.modules import mark_attention, mark_orthogonal, mark_recurrent
 from .constraints.orthogonalize import orthogonalize_
-from .constraints.tag import constraint_of
+from .constraints.persistence import constraint_of
 from .constraints.validation import unmark
 from .linalg.nearest import nearest_orthogonal
 from .manifolds import MANIFOLDS, Manifold, Orthogonal

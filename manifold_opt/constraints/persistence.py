@@ -14,14 +14,16 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.serialization import add_safe_globals
 
 from ..manifolds import MANIFOLDS, Manifold
-from .tag import constraint_of, free, is_flattened, set_constraint, was_unmarked
+from ..manifolds.shards import is_dtensor
+from . import tag
+from .tag import TAG, free, is_flattened, set_constraint, was_unmarked
 
 _RECORD = "_manifold_opt_record"
 _lock = threading.RLock()  # guards _records and _tables: threads may copy and mark modules concurrently
@@ -114,7 +116,7 @@ def restore_constraints(module: nn.Module, *_: Any) -> None:
         return
     for name, constraint in known.constraints.items():
         current = module._parameters.get(name)
-        if current is None or constraint_of(current) is not None or was_unmarked(current) or is_flattened(current):
+        if current is None or tag.constraint_of(current) is not None or was_unmarked(current) or is_flattened(current):
             continue
         if constraint is None:
             free(current)
@@ -151,6 +153,42 @@ def _find_records(parameters: Iterable[Tensor]) -> list[tuple[ModuleRecord, str]
         ]
 
 
+@overload
+def constraint_of(x: Tensor) -> Manifold | None: ...
+@overload
+def constraint_of(x: nn.Module) -> dict[str, Manifold]: ...
+def constraint_of(x: Any) -> Any:
+    """Return the constraint of a parameter, or those of all marked parameters of a module.
+
+    A DTensor that has replaced a parameter marked by name, as ``fully_shard`` replaces them, is marked first.
+
+    Args:
+        x: any tensor, or a module.
+
+    Returns:
+        An :class:`~manifold_opt.Orthogonal` or another :class:`~manifold_opt.Manifold`; None for an unmarked parameter.
+        For a module, ``{name: constraint}`` for its marked parameters.
+
+    Raises:
+        TypeError: ``x`` is neither a tensor nor a module.
+
+    >>> import torch
+    >>> from manifold_opt import constraint_of, mark_orthogonal
+    >>> gru = torch.nn.GRU(4, 4)
+    >>> constraint_of(mark_orthogonal(gru, "weight_hh_l0"))
+    Orthogonal(blocks=3, dim=0, gain=1.0)
+    >>> constraint_of(gru)
+    {'weight_hh_l0': Orthogonal(blocks=3, dim=0, gain=1.0)}
+    """
+    for p in x.parameters() if isinstance(x, nn.Module) else (x,):
+        if is_dtensor(p) and not hasattr(p, TAG):
+            for known, name in _find_records([p]):
+                constraint = known.constraints[name]
+                if constraint is not None:
+                    set_constraint(p, constraint)
+    return tag.constraint_of(x)
+
+
 def forget_constraints(parameters: Iterable[Tensor]) -> None:
     """Unmark parameters, and set their entries in module records and optimizer tables to None."""
     parameters = list(parameters)
@@ -161,13 +199,13 @@ def forget_constraints(parameters: Iterable[Tensor]) -> None:
                 table.constraints[p] = None
                 known.add(id(p))
     for p in parameters:
-        if constraint_of(p) is not None or id(p) in known:
+        if tag.constraint_of(p) is not None or id(p) in known:
             free(p)
 
 
 def update_records(parameter: Tensor) -> None:
     """Store the current constraint of a parameter in the module records that contain it."""
-    _set_in_records([parameter], constraint_of(parameter))
+    _set_in_records([parameter], tag.constraint_of(parameter))
 
 
 def _set_in_records(parameters: list[Tensor], constraint: Manifold | None) -> list[tuple[ModuleRecord, str]]:
@@ -208,7 +246,7 @@ _deepcopy = nn.Parameter.__deepcopy__
 @functools.wraps(_deepcopy)
 def _deepcopy_with_mark(self: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
     copied: nn.Parameter = _deepcopy(self, memo)  # type: ignore[no-untyped-call]
-    constraint = constraint_of(self)
+    constraint = tag.constraint_of(self)
     if constraint is not None:
         set_constraint(copied, copy.deepcopy(constraint, memo))  # learnable tensors of a manifold are copied too
     elif was_unmarked(self):
@@ -217,7 +255,7 @@ def _deepcopy_with_mark(self: nn.Parameter, memo: dict[int, Any]) -> nn.Paramete
 
 
 def _reduce_with_mark(parameter: nn.Parameter) -> Any:
-    constraint, unmarked = constraint_of(parameter), was_unmarked(parameter)
+    constraint, unmarked = tag.constraint_of(parameter), was_unmarked(parameter)
     if constraint is None and not unmarked:
         return reduce_tensor(parameter)  # type: ignore[no-untyped-call]
     return _rebuild_with_mark, (constraint, *reduce_tensor(parameter))  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ The tag is an attribute. The parameter remains an ordinary ``nn.Parameter`` with
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -119,31 +119,8 @@ def was_unmarked(parameter: Tensor) -> bool:
     return hasattr(parameter, TAG) and constraint_of(parameter) is None
 
 
-@overload
-def constraint_of(x: Tensor) -> Manifold | None: ...
-@overload
-def constraint_of(x: nn.Module) -> dict[str, Manifold]: ...
 def constraint_of(x: Any) -> Any:
-    """Return the constraint of a parameter, or those of all marked parameters of a module.
-
-    Args:
-        x: any tensor, or a module.
-
-    Returns:
-        An :class:`~manifold_opt.Orthogonal` or another :class:`~manifold_opt.Manifold`; None for an unmarked parameter.
-        For a module, ``{name: constraint}`` for its marked parameters.
-
-    Raises:
-        TypeError: ``x`` is neither a tensor nor a module.
-
-    >>> import torch
-    >>> from manifold_opt import constraint_of, mark_orthogonal
-    >>> gru = torch.nn.GRU(4, 4)
-    >>> constraint_of(mark_orthogonal(gru, "weight_hh_l0"))
-    Orthogonal(blocks=3, dim=0, gain=1.0)
-    >>> constraint_of(gru)
-    {'weight_hh_l0': Orthogonal(blocks=3, dim=0, gain=1.0)}
-    """
+    """Return the constraint of a parameter by its tag, or those of all parameters of a module by name."""
     found = getattr(x, TAG, None)
     if type(found) is tuple:
         found = constraint_from_tag(found)

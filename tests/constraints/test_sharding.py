@@ -24,6 +24,7 @@ from manifold_opt import (
     riemannian_gradient,
     unmark,
 )
+from manifold_opt.constraints.tag import TAG
 
 try:
     from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -126,9 +127,20 @@ def test_loading_marks_a_sharded_weight(way, mesh):
     net = build()
     marks = constraint_of(net)
     WAYS[way](net, mesh)
-    assert constraint_of(net) == {}
     net.load_state_dict(net.state_dict())
+    assert getattr(net[0].weight, TAG, None) is not None
     assert constraint_of(net) == marks
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sharded_weight_knows_its_mark_at_once(way, mesh):
+    """Groups of parameters are often chosen by their marks, before there is an optimizer."""
+    net = build()
+    (constraint,) = constraint_of(net).values()
+    WAYS[way](net, mesh)
+    assert [constraint_of(p) for p in net.parameters()] == [constraint, None, None, None]
+    unmark(net)
+    assert constraint_of(net) == {}
 
 
 def test_a_mark_on_a_bare_parameter_is_not_carried_over(mesh):
