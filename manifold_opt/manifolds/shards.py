@@ -6,6 +6,7 @@ part of a rank is a box: an offset and a length along every dimension.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,12 +77,6 @@ def sharded_mesh_dims(tensor: Any) -> list[int]:
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
-def coordinate_of(tensor: Any, rank: int) -> list[int]:
-    """Return the coordinates of a rank in the mesh of a DTensor."""
-    found: list[int] = (tensor.device_mesh.mesh == rank).nonzero()[0].tolist()
-    return found
-
-
 def ranks_of(tensor: Any) -> tuple[int, ...]:
     """Return the ranks that have the other shards of the copy of which this rank has one, in the order of the mesh."""
     coordinate, split = tensor.device_mesh.get_coordinate(), sharded_mesh_dims(tensor)
@@ -97,6 +92,13 @@ def unsharded_like(tensor: Tensor) -> Tensor:
 def local_box(tensor: Any) -> Box:
     """Return the box of this rank."""
     return box_at(tensor, tensor.device_mesh.get_coordinate())
+
+
+def boxes_of(tensor: Any, ranks: Sequence[int]) -> list[Box]:
+    """Return the boxes of some ranks of the mesh of a DTensor."""
+    mesh = tensor.device_mesh.mesh  # reading it takes longer than a box
+    coordinates = dict(zip(mesh.flatten().tolist(), itertools.product(*map(range, mesh.shape)), strict=True))
+    return [box_at(tensor, coordinates[rank]) for rank in ranks]
 
 
 def box_at(tensor: Any, coordinate: Sequence[int]) -> Box:

@@ -76,15 +76,14 @@ class Exchange:
     def __init__(self, members: list[Ownership], group: Any, ranks: int, rank: int) -> None:
         self.group, self.ranks, self.rank = group, ranks, rank
         self.moves = any(_is_cut(member) for member in members)
-        shares = [[member.owned(owner) for owner in range(ranks)] for member in members]
-        self._sent = [
-            [piece for k, member in enumerate(members) for piece in _pieces(k, member, shares[k][owner], rank)]
-            for owner in range(ranks)
-        ]
-        self._received = [
-            [piece for k, member in enumerate(members) for piece in _pieces(k, member, shares[k][rank], holder)]
-            for holder in range(ranks)
-        ]
+        self._sent: list[list[Piece]] = [[] for _ in range(ranks)]
+        self._received: list[list[Piece]] = [[] for _ in range(ranks)]
+        for k, member in enumerate(members):
+            shares = member.shares()
+            for owner, intervals in shares.items():
+                self._sent[owner] += _pieces(k, member, intervals, rank)
+            for holder in range(ranks) if rank in shares else ():
+                self._received[holder] += _pieces(k, member, shares[rank], holder)
         self._own, self._sent[rank], self._received[rank] = self._sent[rank], [], []
         self._buffers: tuple[list[torch.dtype], Buffer, Buffer] | None = None
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...constraints.tag import CONSTRAINED, constraint_of, set_constraint
 from ...manifolds import Manifold
 from ...manifolds.records import is_record_of, record_from_tensor, record_to_tensor, serialize
-from ...manifolds.shards import box_at, coordinate_of, from_local, local, placed, whole
+from ...manifolds.shards import boxes_of, from_local, local, placed, whole
 from .convert import converted_state
 from .exchange import Exchange
 from .member import OUTER, Member, ShardedState, checksum, pending_keys
@@ -44,9 +44,9 @@ class OwnedBlocks:
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         order = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
-        boxes = [[box_at(p, coordinate_of(p, rank)) for rank in order] for _, p in parameters]
-        constraints = [_constraint(p) for _, p in parameters]
-        owned = [(p, constraint, box) for (_, p), constraint, box in zip(parameters, constraints, boxes, strict=True)]
+        layouts = {_layout(p): p for _, p in parameters}
+        boxes = {layout: boxes_of(p, order) for layout, p in layouts.items()}  # shared: on many ranks they are large
+        owned = [(p, _constraint(p), boxes[_layout(p)]) for _, p in parameters]
         ownerships = assign_owners(owned, [0.0] * self.ranks)
         self.members = [
             self._member(p, position, ownership)
@@ -244,6 +244,11 @@ def _constraint(parameter: Tensor) -> Manifold:
     constraint = constraint_of(parameter)
     assert constraint is not None
     return constraint
+
+
+def _layout(parameter: Any) -> tuple[Any, ...]:
+    """Return what the boxes of a parameter depend on."""
+    return parameter.device_mesh, parameter.placements, tuple(parameter.shape)
 
 
 def _record(constraint: Manifold | None) -> Any:

@@ -6,7 +6,11 @@ far, the most expensive ones first. Every rank computes the same assignment.
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,16 +40,20 @@ class Ownership:
     owners: list[int]
     boxes: list[Box]
 
+    def shares(self) -> dict[int, list[Interval]]:
+        """Return start and length along ``dim`` of what each owner has; adjacent units are merged."""
+        found: dict[int, list[Interval]] = defaultdict(list)
+        for unit, owner in zip(self.units, self.owners, strict=True):
+            intervals = found[owner]
+            if intervals and sum(intervals[-1]) == unit.start:
+                intervals[-1] = (intervals[-1][0], intervals[-1][1] + unit.length)
+            else:
+                intervals.append((unit.start, unit.length))
+        return dict(found)
+
     def owned(self, rank: int) -> list[Interval]:
         """Return start and length along ``dim`` of what a rank owns; adjacent units are merged."""
-        found: list[Interval] = []
-        for unit, owner in zip(self.units, self.owners, strict=True):
-            if owner == rank:
-                if found and sum(found[-1]) == unit.start:
-                    found[-1] = (found[-1][0], found[-1][1] + unit.length)
-                else:
-                    found.append((unit.start, unit.length))
-        return found
+        return self.shares().get(rank, [])
 
     def owned_points(self, rank: int) -> Iterator[Interval]:
         """Yield start and length, among the points of the parameter, of those that a rank owns."""
@@ -73,34 +81,67 @@ def assign_owners(parameters: list[tuple[Any, Manifold, list[Box]]], loads: list
         loads: estimated operations of each rank. They are increased.
     """
     found, cut = [], []
+    known: dict[tuple[int, int], _Holders] = {}
     for parameter, constraint, boxes in parameters:
         shape = tuple(parameter.shape)
         dim, parts = units(constraint.layouts(shape), shape)
-        owners = [_holder(unit, dim, shape, boxes) for unit in parts]
+        if (id(boxes), dim) not in known:
+            known[id(boxes), dim] = _Holders(boxes, dim)
+        holders = known[id(boxes), dim]
+        owners = [holders.of_whole(unit, shape) for unit in parts]
         for unit, owner in zip(parts, owners, strict=True):
             if owner is not None:
                 loads[owner] += unit.cost
         ownership = Ownership(constraint, shape, dim, parts, owners, boxes)  # type: ignore[arg-type]
         found.append(ownership)
-        cut += [(ownership, run) for run in _runs_without_owner(ownership, len(loads))]
-    costs = [sum(ownership.units[k].cost for k in run) for ownership, run in cut]
+        cut += [(ownership, holders, run) for run in _runs_without_owner(ownership, len(loads))]
+    costs = [sum(ownership.units[k].cost for k in run) for ownership, _, run in cut]
+    least = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(least)
     for index in sorted(range(len(cut)), key=lambda index: -costs[index]):
-        ownership, run = cut[index]
-        owner = min(range(len(loads)), key=lambda rank: (loads[rank], -_held(ownership, run, rank), rank))
+        ownership, holders, run = cut[index]
+        while least[0][0] != loads[least[0][1]]:
+            heapq.heappop(least)  # the rank's load has increased since
+        load, first = least[0]
+        held = {rank: entries for rank, entries in holders.of_run(ownership, run) if loads[rank] == load}
+        owner = max(held, key=lambda rank: (held[rank], -rank), default=first)
         loads[owner] += costs[index]
+        heapq.heappush(least, (loads[owner], owner))
         for k in run:
             ownership.owners[k] = owner
     return found
 
 
-def _holder(unit: Unit, dim: int, shape: tuple[int, ...], boxes: list[Box]) -> int | None:
-    """Return the first rank whose shard contains a unit; None if no shard does."""
-    for rank, box in enumerate(boxes):
-        start, length = box[dim]
-        inside = start <= unit.start and unit.start + unit.length <= start + length
-        if inside and all(box[d] == (0, n) for d, n in enumerate(shape) if d != dim):
-            return rank
-    return None
+class _Holders:
+    """The ranks whose shards of a parameter are not empty, in the order of their starts along a dimension."""
+
+    def __init__(self, boxes: list[Box], dim: int) -> None:
+        self.boxes, self.dim = boxes, dim
+        filled = (rank for rank, box in enumerate(boxes) if all(length for _, length in box))
+        self.ranks = sorted(filled, key=lambda rank: (boxes[rank][dim], rank))
+        self.starts = [boxes[rank][dim][0] for rank in self.ranks]
+        self.ends = [sum(boxes[rank][dim]) for rank in self.ranks]  # sorted too: intervals are equal or disjoint
+
+    def between(self, start: int, end: int) -> list[int]:
+        """Return the ranks that hold something between two positions along the dimension."""
+        return self.ranks[bisect_right(self.ends, start) : bisect_left(self.starts, end)]
+
+    def of_whole(self, unit: Unit, shape: tuple[int, ...]) -> int | None:
+        """Return the rank whose shard contains a unit; None if no shard does."""
+        ranks = self.between(unit.start, unit.start + unit.length)
+        if len(ranks) == 1 and all(self.boxes[ranks[0]][d] == (0, n) for d, n in enumerate(shape) if d != self.dim):
+            return ranks[0]
+        return None
+
+    def of_run(self, ownership: Ownership, run: list[int]) -> Iterator[tuple[int, int]]:
+        """Yield ranks, and how many entries of a run of units each holds and need not send if it is the owner."""
+        first, last = ownership.units[run[0]], ownership.units[run[-1]]
+        end = last.start + last.length
+        for rank in self.between(first.start, end):
+            box = self.boxes[rank]
+            start, length = box[self.dim]
+            inside = min(start + length, end) - max(start, first.start)
+            yield rank, math.prod(n for _, n in box) // length * inside
 
 
 def _runs_without_owner(ownership: Ownership, ranks: int) -> Iterator[list[int]]:
@@ -111,14 +152,3 @@ def _runs_without_owner(ownership: Ownership, ranks: int) -> Iterator[list[int]]
             shares = min(ranks, len(run))
             bounds = [len(run) * share // shares for share in range(shares + 1)]
             yield from (run[a:b] for a, b in itertools.pairwise(bounds))
-
-
-def _held(ownership: Ownership, run: list[int], rank: int) -> int:
-    """Return how many entries of a run of units lie in a rank's shard, which need not be sent if it is the owner."""
-    box, numel = ownership.boxes[rank], 1
-    for d, (start, length) in enumerate(box):
-        if d == ownership.dim:
-            first, last = ownership.units[run[0]], ownership.units[run[-1]]
-            length = min(start + length, last.start + last.length) - max(start, first.start)
-        numel *= max(length, 0)
-    return numel
