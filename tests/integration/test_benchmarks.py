@@ -1,5 +1,6 @@
 """benchmarks/step.py at toy size: its tables and JSON are well formed, and a row that raises says so."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -121,3 +122,24 @@ def test_a_bad_option_is_refused_in_one_line(step, options, valid, capsys):
     error = capsys.readouterr().err
     assert valid in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_model_of_sharded_steps_moves_what_is_counted(monkeypatch):
+    """benchmarks/sharding_plan.py on 4 gloo ranks: collective calls and bytes of every rank, exactly."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))  # its processes import it by name
+    plan = importlib.import_module("sharding_plan")
+    ranks = plan.counted()
+    for name, layout in plan.CHECKS.items():
+        predicted = plan.predict(*layout)
+        assert [rank[name][:2] for rank in ranks[: len(predicted)]] == predicted, name
+        assert all(rank[name][2] == rank[name][0] + 1 for rank in ranks), name  # and the agreement of all ranks
+    weights, (size,), _ = plan.CHECKS["cut evenly, 4 matrices on 4 ranks"]
+    cost = plan.owners((weights,), plan.MACHINES["NVLink node"], plan.assign((weights,), size))
+    assert cost.nbytes == 2 * (size - 1) / size**2 * weights.entries * plan.FLOAT
+    assert plan.owners(*_aligned(plan)).nbytes == 0
+
+
+def _aligned(plan):
+    work = plan.WORKS["attention heads"][:1]
+    return work, plan.MACHINES["NVLink node"], plan.assign(work, 32)

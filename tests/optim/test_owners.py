@@ -105,8 +105,8 @@ def test_every_entry_of_a_block_reaches_its_owner(work):
         for owner, exchange in enumerate(exchanges):
             part = torch.full(ownership.part_shape(owner), -1)
             for holder, other in enumerate(exchanges):
-                own = exchange._own if holder == owner else exchange._received[holder]
-                sent = exchange._own if holder == owner else other._sent[owner]
+                own = exchange.own if holder == owner else exchange.received[holder]
+                sent = exchange.own if holder == owner else other.sent[owner]
                 assert own == sent
                 for piece in own:
                     if piece.member == k:

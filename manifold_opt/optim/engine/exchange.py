@@ -71,20 +71,22 @@ class Exchange:
         ranks: number of ranks in it.
         rank: position of this process.
         moves: whether any rank sends a piece to another.
+        sent, received: pieces to the owner, and from the holder, at each position in the group.
+        own: pieces that this process holds and owns.
     """
 
     def __init__(self, members: list[Ownership], group: Any, ranks: int, rank: int) -> None:
         self.group, self.ranks, self.rank = group, ranks, rank
         self.moves = any(_is_cut(member) for member in members)
-        self._sent: list[list[Piece]] = [[] for _ in range(ranks)]
-        self._received: list[list[Piece]] = [[] for _ in range(ranks)]
+        self.sent: list[list[Piece]] = [[] for _ in range(ranks)]
+        self.received: list[list[Piece]] = [[] for _ in range(ranks)]
         for k, member in enumerate(members):
             shares = member.shares()
             for owner, intervals in shares.items():
-                self._sent[owner] += _pieces(k, member, intervals, rank)
+                self.sent[owner] += _pieces(k, member, intervals, rank)
             for holder in range(ranks) if rank in shares else ():
-                self._received[holder] += _pieces(k, member, shares[rank], holder)
-        self._own, self._sent[rank], self._received[rank] = self._sent[rank], [], []
+                self.received[holder] += _pieces(k, member, shares[rank], holder)
+        self.own, self.sent[rank], self.received[rank] = self.sent[rank], [], []
         self._buffers: tuple[list[torch.dtype], Buffer, Buffer] | None = None
 
     def collect(self, shards: list[Tensor], parts: list[Tensor]) -> None:
@@ -93,7 +95,7 @@ class Exchange:
         _copy(sent.views, (shards[piece.member][piece.shard] for piece in sent.pieces))
         self._all_to_all(received, sent)
         _copy([parts[piece.member][piece.part] for piece in received.pieces], received.views)
-        _copy([parts[p.member][p.part] for p in self._own], (shards[p.member][p.shard] for p in self._own))
+        _copy([parts[p.member][p.part] for p in self.own], (shards[p.member][p.shard] for p in self.own))
 
     def spread(self, parts: list[Tensor], shards: list[Tensor]) -> None:
         """Write the parts of all owners to the shards. A collective."""
@@ -101,7 +103,7 @@ class Exchange:
         _copy(sent.views, (parts[piece.member][piece.part] for piece in sent.pieces))
         self._all_to_all(received, sent)
         _copy([shards[piece.member][piece.shard] for piece in received.pieces], received.views)
-        _copy([shards[p.member][p.shard] for p in self._own], (parts[p.member][p.part] for p in self._own))
+        _copy([shards[p.member][p.shard] for p in self.own], (parts[p.member][p.part] for p in self.own))
 
     def _all_to_all(self, received: Buffer, sent: Buffer) -> None:
         if self.moves:
@@ -112,7 +114,7 @@ class Exchange:
         dtypes = [shard.dtype for shard in shards]
         if self._buffers is None or self._buffers[0] != dtypes:
             device = shards[0].device
-            self._buffers = (dtypes, Buffer(self._sent, dtypes, device), Buffer(self._received, dtypes, device))
+            self._buffers = (dtypes, Buffer(self.sent, dtypes, device), Buffer(self.received, dtypes, device))
         return self._buffers[1:]
 
 
