@@ -120,7 +120,7 @@ class Manifold:
     def part(self, shape: Shape, kept: list[Interval]) -> Manifold:  # noqa: ARG002
         """Return the constraint of a part of a parameter of this shape: the rows ``kept`` along the cut dimension.
 
-        The dimension is that of :func:`~manifold_opt.manifolds.layout.units`, which also tells where cuts are possible.
+        The dimension is that of ``manifold_opt.manifolds.layout.units``, which also tells where cuts are possible.
         Override it if a field depends on the length of that dimension.
         """
         return self
