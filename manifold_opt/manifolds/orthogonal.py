@@ -44,7 +44,7 @@ class Orthogonal(Manifold):
     (Orthogonal(blocks=3, dim=0, gain=1.0, which=(2,)), (8, 8, 8), [(0, 16)])
     """
 
-    allows_complex = uses_retraction = True
+    allows_complex = uses_retraction = frame_is_bounded = True
     point_name = "block"
     blocks: int | tuple[int, ...] = 1
     dim: int = 0

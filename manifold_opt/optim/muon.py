@@ -54,9 +54,10 @@ class Muon(BaseOptimizer, torch.optim.Muon if IS_AVAILABLE else _Missing):  # ty
         weight_decay, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch.optim.Muon, for unmarked parameters.
             They have no effect on orthogonal blocks.
         orthogonal_lr_scale: factor for the learning rate of orthogonal blocks, at least 0.
-        nonfinite: behavior for a block whose gradient is non-finite or overflows when squared. ``"skip"`` leaves the
-            block and its momentum unchanged and counts it (:meth:`metrics`). ``"raise"`` raises a FloatingPointError
-            before anything is modified; it synchronizes with an accelerator, and acts as ``"skip"`` in a compiled step.
+        nonfinite: behavior for a block whose gradient is non-finite or overflows when squared, as it is or in the
+            coordinates of its momentum (:math:`G W^\top` for fixed singular values). ``"skip"`` leaves both unchanged
+            and counts the block (:meth:`metrics`). ``"raise"`` raises a FloatingPointError before anything is modified;
+            it synchronizes with an accelerator, and acts as ``"skip"`` in a compiled step.
 
     All options can also be set per parameter group.
 

@@ -20,7 +20,8 @@ from ..constraints.tag import (
     tag_geoopt_parameter,
     was_unmarked,
 )
-from ..linalg.precision import working_dtype
+from ..linalg.precision import full_precision, working_dtype
+from ..linalg.products import Workspace
 from ..manifolds import FixedSpectrum, Manifold
 from ..manifolds.layout import get_points, overlap_problem, point_norm
 from ..manifolds.shards import is_dtensor, placement_problem, unsharded_like, whole
@@ -261,30 +262,46 @@ def validate_gradients(name: str, group: Group, parameters: list[Tensor], gradie
 def validate_finite_gradients(
     name: str, group: Group, parameters: list[Tensor], gradients: list[Tensor], scale: Tensor | None
 ) -> None:
-    """Raise a FloatingPointError for the first block with a non-finite gradient. Synchronizes with the device.
+    """Raise a FloatingPointError for the first point with a gradient that is not finite or overflows when squared.
 
-    Gradients are first divided by ``scale`` if a GradScaler left that to the step.
+    The gradient is tested as it is and, for manifolds whose coordinates may make it longer, also in the coordinates of
+    its moments. Synchronizes with the device. Gradients are first divided by ``scale`` if a GradScaler left that to
+    the step.
     """
     for p, scaled in zip(parameters, gradients, strict=True):
         g = whole(scaled).to(working_dtype(scaled.dtype))
         g = g if scale is None else g / scale.to(g)
-        limit = MAX_GRAD_NORM[g.dtype]
-        if float(torch.linalg.vector_norm(g)) <= limit:
-            continue
-        constraint = constraint_of(p)
+        limit, constraint = MAX_GRAD_NORM[g.dtype], constraint_of(p)
         assert constraint is not None
+        if constraint.frame_is_bounded and float(torch.linalg.vector_norm(g)) <= limit:
+            continue
         offset = 0
         for layout in constraint.layouts(p.shape):
             points = get_points(layout, g)
-            finite = point_norm(points, layout.point_ndim) <= limit
-            if not bool(finite.all()):
-                index = constraint.index_of(offset + int((~finite).nonzero()[0, 0]))
+            in_range = point_norm(points, layout.point_ndim) <= limit
+            problem = "is not finite or overflows when squared"
+            if bool(in_range.all()) and not constraint.frame_is_bounded:
+                values = get_points(layout, p.detach()).to(g.dtype)
+                in_range = _is_in_range_in_frame(constraint, values, points, layout.point_ndim)
+                problem = "overflows in the coordinates of its moments"
+            if not bool(in_range.all()):
+                index = constraint.index_of(offset + int((~in_range).nonzero()[0, 0]))
                 raise FloatingPointError(
                     f"{name}: the gradient of {constraint.point_name} {index} of a marked parameter of shape "
-                    f"{describe_param(group, p)} is not finite or overflows when squared (nonfinite='raise'). Nothing "
-                    "was changed."
+                    f"{describe_param(group, p)} {problem} (nonfinite='raise'). Nothing was changed."
                 )
             offset += len(points)
+
+
+def _is_in_range_in_frame(constraint: Manifold, x: Tensor, g: Tensor, point_ndim: int) -> Tensor:
+    """Return a mask of the points whose gradient can be squared in the coordinates of its moments.
+
+    Points that are not finite are not judged: they have an error of their own.
+    """
+    with full_precision({x.device.type}):
+        a = constraint.frame_gradient(x, g, Workspace(None, x))
+    in_range = point_norm(a, point_ndim) <= MAX_GRAD_NORM[x.dtype]
+    return in_range | ~(point_norm(x, point_ndim) < math.inf)
 
 
 def fill_options(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> None:

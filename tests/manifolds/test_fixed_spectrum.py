@@ -13,6 +13,7 @@ from manifold_opt import (
     Adam,
     AdamW,
     Muon,
+    check,
     constraint_of,
     mark_fixed_spectrum,
     mark_orthogonal,
@@ -24,6 +25,7 @@ from manifold_opt.manifolds import FixedSpectrum
 from manifold_opt.manifolds.layout import get_points
 
 from ..helpers import FIELDS, each, gaussian, never_read, pairs
+from ..optim.test_faults import assert_unchanged, everything
 
 SHAPES = [(4, 7), (7, 4), (5, 5), (1, 3)]
 SIDES = ["left", "right", "both"]
@@ -221,6 +223,48 @@ def test_a_block_with_a_gradient_that_is_not_finite_stays(side, name, reads, mon
     torch.testing.assert_close(points_of(weight)[[0, 2]], points_of(twin)[[0, 2]], rtol=0, atol=1e-13)
     assert opt.metrics()["skipped_blocks"] == 1
     assert all(bool(x.isfinite().all()) for x in opt.state[weight].values())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pairs(side=SIDES, name=MAKE)
+def test_a_gradient_that_overflows_in_the_frame_is_skipped(side, name, reads, monkeypatch):
+    """G and W are in range, G W^T is not."""
+    if not reads:
+        never_read(monkeypatch)
+    weight = marked(12, 5, blocks=3, side=side, dtype=torch.float32)
+    with torch.no_grad():
+        weight[4:8] *= 1e10
+    before = points_of(weight).clone()
+    opt = MAKE[name]([weight])
+    weight.grad = gaussian(12, 5, dtype=torch.float32)
+    weight.grad[4:8] *= 1e10
+    opt.step()
+    assert opt.metrics()["skipped_blocks"] == 1
+    assert (points_of(weight) == before).all(-1).all(-1).tolist() == [False, True, False]
+
+
+@pairs(side=SIDES, name=MAKE, dtype=[torch.float32, torch.bfloat16])
+def test_a_gradient_that_overflows_in_the_frame_can_be_made_an_error(side, name, dtype):
+    weight = marked(12, 5, blocks=3, side=side, dtype=dtype)
+    with torch.no_grad():
+        weight[4:8] *= 1e10
+    opt = MAKE[name]([weight])
+    opt.param_groups[0]["nonfinite"] = "raise"
+    train([weight], opt, 2)
+    before = everything(opt)
+    weight.grad = gaussian(12, 5, dtype=dtype)
+    weight.grad[4:8] *= 1e10
+    message = r"the gradient of block 1 .*\(12, 5\) overflows in the coordinates of its moments.*Nothing was changed"
+    with pytest.raises(FloatingPointError, match=message):
+        opt.step()
+    assert_unchanged(opt, before)
+    module = nn.Module()
+    module.weight = weight
+    assert any("overflows in the coordinates" in problem for problem in check(module, opt))
+    with torch.no_grad():
+        weight[4:8] = math.nan
+    with pytest.raises(ValueError, match="has been written to"):  # a value that is not finite is named itself
+        opt.step()
 
 
 @pytest.mark.parametrize("reads", [True, False])

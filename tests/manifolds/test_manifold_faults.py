@@ -189,6 +189,22 @@ def test_a_gradient_that_overflows_in_the_metric_goes_no_further():
     assert torch.equal(p[1], torch.zeros(3))
     assert torch.equal(opt.state[p]["exp_avg"][1], torch.zeros(3))
     assert opt.metrics()["skipped_blocks"] == 1
+    opt.param_groups[0]["nonfinite"] = "raise"
+    with pytest.raises(FloatingPointError, match=r"point 1 .*\(2, 3\) overflows in the coordinates of its moments"):
+        opt.step()
+
+
+def test_a_gradient_that_overflows_beside_a_large_number_can_be_made_an_error():
+    p = mark_manifold(nn.Parameter(torch.tensor([1.0, 1e15])), Positive())
+    opt = build("adam", [p])
+    opt.param_groups[0]["nonfinite"] = "raise"
+    p.grad = torch.tensor([1e15, 1.0])
+    opt.step()
+    before = everything(opt)
+    p.grad = torch.tensor([1.0, 1e15])
+    with pytest.raises(FloatingPointError, match=r"point 1 .*\(2,\) overflows in the coordinates of its moments"):
+        opt.step()
+    assert_unchanged(opt, before)
 
 
 # Low precision.
