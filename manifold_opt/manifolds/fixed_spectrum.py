@@ -21,7 +21,7 @@ from torch import Tensor
 from ..linalg.matrices import float64
 from ..linalg.products import Workspace, norm
 from ..stiefel.geometry import to_frame
-from ..stiefel.step import Settings, count_nothing, retract_
+from ..stiefel.step import Settings, retract_
 from .base import Manifold
 from .layout import BlockLayout, Shape, is_writable, point_any, point_norm
 from .orthogonal import Orthogonal
@@ -140,9 +140,14 @@ class FixedSpectrum(Manifold):
         if options.finite is not None:
             moving = moving & options.finite
         spaces, count = self.workspaces(x, ws), options.count
+
+        def count_clamped(*, clamped: Tensor | None = None, **others: Tensor) -> None:  # noqa: ARG001
+            if clamped is not None:
+                options.count(clamped=clamped)
+
         for q, omega, space in zip(self.parts(x, rotation), self.parts(x, v), spaces, strict=True):
             retract_(q, omega, space, replace(options, count=count))
-            count = count_nothing  # a block is counted with its first rotation
+            count = count_clamped  # a block that is skipped is counted with its first rotation
         y = self.rotated(rotation, base)
         x.copy_(y if ws.readable and bool(moving.all()) else torch.where(moving, y, x))
 

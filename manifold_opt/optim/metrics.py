@@ -29,7 +29,8 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
           NaN if a gradient is not finite.
         - ``skipped_blocks``: number of block updates that were skipped, because the gradient was non-finite or
           overflowed when squared, or the result was not finite.
-        - ``clamped_steps``: number of block updates whose step was shortened to the longest one of its retraction.
+        - ``clamped_steps``: number of block updates whose step was shortened to the longest one of its retraction. A
+          block that is rotated on both sides has two steps.
 
     >>> import torch
     >>> from manifold_opt import SGD, mark_orthogonal

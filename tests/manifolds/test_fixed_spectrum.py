@@ -268,6 +268,23 @@ def test_a_gradient_that_overflows_in_the_frame_can_be_made_an_error(side, name,
 
 
 @pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_each_rotation_that_is_shortened_is_counted(transposed, reads, monkeypatch):
+    """For W = diag(s, 1) and G = e1 e2^T by lr / 2 on the left and lr s / 2 on the right; for e2 e1^T vice versa."""
+    if not reads:
+        never_read(monkeypatch)
+    for s, lr, count in ((1.0, 0.1, 0), (100.0, 0.1, 1), (100.0, 10.0, 2)):
+        value = torch.block_diag(torch.diag(torch.tensor([s, 1.0])), torch.eye(2))
+        weight = mark_fixed_spectrum(nn.Parameter(value), side="both")
+        weight.grad = torch.zeros(4, 4)
+        weight.grad[(1, 0) if transposed else (0, 1)] = 1.0
+        opt = SGD([weight], lr=lr, retraction="cayley_iterative")  # steps of at most 0.5, read or not
+        opt.step()
+        assert opt.metrics()["clamped_steps"] == count
+        assert opt.metrics()["skipped_blocks"] == 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.parametrize("side", SIDES)
 def test_a_zero_gradient_keeps_the_bits(side, reads, monkeypatch):
     if not reads:
