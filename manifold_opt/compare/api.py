@@ -136,7 +136,7 @@ def compare(
         optimizer: ``"adam"``, ``"sgd"`` without momentum, or ``"muon"``, with Adam for parameters that are not marked.
         lr: learning rate, above 0. If several are given, the summary of a scheme uses its best one.
         orthogonal_lr_scale: learning rate of marked parameters as a multiple of ``lr``, at least 0.
-        metric: ``"euclidean"`` or ``"canonical"``.
+        metric: ``"euclidean"`` or, not for Muon, ``"canonical"``.
         second_moment: of this package's Adam, ``"element"`` or ``"block"``.
         penalty: weight of :math:`\|I - W W^\top\|_F^2` for the scheme ``"penalty"``, at least 0.
         steps: training steps per run, at least 1.
@@ -152,7 +152,8 @@ def compare(
         and ``results.interrupted`` is set.
 
     Raises:
-        ValueError: a name is unknown, a value is out of range, or the model has no marked parameters.
+        ValueError: a name is unknown, a value is out of range or has no effect with the optimizer, or the model has no
+            marked parameters.
 
     >>> import torch
     >>> from manifold_opt import mark_orthogonal
@@ -208,7 +209,7 @@ def validate(
     seeds: Sequence[int],
     measure: str = "loss",
 ) -> None:
-    """Raise a ValueError that names the valid choices if an argument is out of range."""
+    """Raise a ValueError that names the valid choices if an argument is out of range or has no effect."""
     for name, value, choices in (
         ("optimizer", optimizer, OPTIMIZERS),
         *(("scheme", scheme, schemes_of(optimizer)) for scheme in schemes),
@@ -218,6 +219,15 @@ def validate(
     ):
         if value not in choices:
             raise ValueError(f"compare: {name} must be one of {', '.join(choices)}, got {value!r}.")
+    for name, value, default, users in (
+        ("metric", metric, "euclidean", ("adam", "sgd")),
+        ("second_moment", second_moment, "element", ("adam",)),
+    ):
+        if value != default and optimizer not in users:
+            raise ValueError(
+                f"compare: {name}={value!r} has no effect with the optimizer {optimizer}; leave it out, or use "
+                f"{' or '.join(users)}."
+            )
     for name, values in (("learning rate", rates), ("seed", seeds)):
         if len(set(values)) < len(values):
             raise ValueError(f"compare: every {name} once, got {list(values)}.")

@@ -50,7 +50,7 @@ def parser() -> Parser:
         "unconstrained; 'none' for none")  # fmt: skip
     add("--optimizer", default="adam", help="adam (the default), sgd without momentum, or muon for marked parameters "
         "with adam for the others")  # fmt: skip
-    add("--metric", default="euclidean", help="euclidean (the default) or canonical")
+    add("--metric", default="euclidean", help="euclidean (the default) or, not for muon, canonical")
     add("--second-moment", default="element", help="of our Adam: element (the default) or block, one a block "
         "as geoopt's and POGO's")  # fmt: skip
     rates = result.add_mutually_exclusive_group()

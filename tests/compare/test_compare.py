@@ -440,6 +440,7 @@ def test_the_largest_error_of_all_steps_counts():
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd"),
         ({"second_moment": "row"}, "second_moment must be one of element, block"),
         ({"metric": "flat"}, "metric must be one of euclidean, canonical"),
+        ({"second_moment": "block", "optimizer": "sgd"}, "second_moment='block' has no effect .* sgd; .* or use adam"),
         ({"measure": "f1"}, "measure must be one of loss, gap, accuracy"),
         ({"lr": -1.0}, "learning rates"),
         ({"lr": []}, "learning rates"),
@@ -470,6 +471,25 @@ def test_muon_is_compared_with_that_of_torch():
     assert exact.final_loss < exact.curve.loss[0] / 2
     with pytest.raises(ValueError, match="scheme must be one of spectral, penalty, unconstrained"):
         compare(linear, reversal, BATCHES, schemes=("qr",), optimizer="muon")
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--metric", "canonical"],
+            "metric='canonical' has no effect with the optimizer muon; leave it out, or use",
+        ),
+        (["--second-moment", "block"], "second_moment='block' has no effect with the optimizer muon; leave it out"),
+        (["--retractions", "qr"], "--retractions knows spectral, not 'qr'"),
+        (["--peers", "geoopt"], "--peers knows penalty, unconstrained, not 'geoopt'"),
+    ],
+)
+def test_options_without_effect_on_muon_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--optimizer", "muon", *words])
+    assert said in capsys.readouterr().err
 
 
 def test_a_loader_with_a_generator_of_its_own_is_refused():
