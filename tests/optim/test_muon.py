@@ -168,6 +168,19 @@ def test_momentum_of_low_rank_ends_on_the_manifold(shape, dtype, lr, monkeypatch
         never_read(monkeypatch)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("shape", [(16, 6), (6, 40), (100, 16)])
+def test_momentum_of_low_rank_turns_by_the_angle(shape, rank, monkeypatch):
+    """In float32: where rounding is all of M, nothing is turned. What Z Z^T does not see is of size sqrt(eps)."""
+    x, bound = point(*shape), 8 * torch.finfo(torch.float32).eps ** 0.5
+    m = gaussian(shape[0], rank) @ gaussian(rank, shape[1], seed=3)
+    for lr in (1.2, 0.7):
+        expected = reference.train(x, [m], "Muon", {"lr": lr}, "")
+        moved = step_along(x.float(), m.float(), lr).double()
+        assert float(torch.linalg.matrix_norm(moved - expected, 2)) < bound
+        never_read(monkeypatch)  # where 0.75 is the longest
+
+
 @pytest.mark.parametrize("shape", [(7, 7), (9, 5), (40, 6)])
 def test_near_an_optimum(shape, monkeypatch):
     """M = X S and a little more, of which the step is made: 1e-4 of M, so that float32 has three digits of it."""

@@ -108,11 +108,13 @@ def muon_long(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: Muon
         size = norm(m, keepdim=True)
     a = matmul(m, w.mH, out=ws.a)
     z = matmul_add(m, a, w, out=ws.x, alpha=-1)
-    cholesky = _shifted_cholesky(gram(z, out=ws.b), size)
+    c = gram(z, out=ws.b)
+    cholesky = _shifted_cholesky(c, size)
     square = ws.of_size(2 * p)
     k = square.e.zero_()
     k[:, :p, :p] = a - a.mH
-    k[:, :p, p:] = cholesky * (size > 0)  # the shift is no reason to move
+    # L is that of a shifted Z Z^T: in directions where rounding is all of Z, Z Z^T L^-T is nearly 0, and L is not.
+    k[:, :p, p:] = torch.linalg.solve_triangular(cholesky.mH, c, upper=True, left=False)
     k[:, p:, :p] = -k[:, :p, p:].mH
     change = rotation_by_angle(k, options.angle, square)[:, :p]
     along = torch.linalg.solve_triangular(cholesky, change[:, :, p:], upper=False, left=False)
@@ -121,14 +123,15 @@ def muon_long(w: Tensor, g: Tensor, state: Moments, ws: Workspace, options: Muon
 
 
 def _shifted_cholesky(c: Tensor, size: Tensor) -> Tensor:
-    """Return the Cholesky factor of ``c = Z Z^T``, plus a shift by the rounding of C and of Z; C is overwritten.
+    """Return the Cholesky factor of ``c = Z Z^T``, plus a shift by the rounding of C and of Z.
 
     ``size`` is the norm of M, ``(B, 1, 1)``, whose rounding is that of Z.
     """
-    eps, tiny, diagonal = torch.finfo(c.dtype).eps, torch.finfo(c.dtype).tiny, c.diagonal(dim1=-2, dim2=-1)
+    eps, tiny, shifted = torch.finfo(c.dtype).eps, torch.finfo(c.dtype).tiny, c.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.real.sum(-1, keepdim=True)
     diagonal.add_(_SHIFT * (eps * trace + (eps * size[..., 0]) ** 2) + tiny)
-    return torch.linalg.cholesky_ex(c)[0]
+    return torch.linalg.cholesky_ex(shifted)[0]
 
 
 def _rounding_is_visible(along: Tensor, size: Tensor) -> bool:
