@@ -124,8 +124,10 @@ def matrix_sign_(y: Tensor, spare: Tensor, ws: Workspace, schedule: Schedule, *,
     x.div_(squared)
     multiply = functools.partial(symmetric_matmul_add, sign=-1) if is_skew else matmul_add
     for k, (middle, first, *others) in enumerate(schedule.steps):
-        x = x if k == 0 else gram(y, out=ws.b)
-        x.diagonal(dim1=-2, dim2=-1).sub_(middle)
+        if k == 0:  # with the identity, since a view of the diagonal and a scalar are slower for small matrices
+            x.add_(ws.identity, alpha=-middle)
+        else:
+            symmetric_matmul_add(ws.identity, y, y.mH, out=x, beta=-middle)
         s, scale = gram(x, out=ws.c, adjoint=x), others[-1]
         if len(others) == 3:
             x.add_(s, alpha=others[1] / others[0])

@@ -195,6 +195,7 @@ class Workspace:
         self._adjoints: dict[str, tuple[Tensor, Tensor]] = {}
         self._others: dict[int, Workspace] = {}
         self._zero: Tensor | None = None
+        self._identity: Tensor | None = None
         self._square, self._wide = (*shape[:2], shape[1]) if len(shape) == 3 else (), shape
         if pool is not None:
             pool.reserve(like, math.prod(self._square), math.prod(shape))
@@ -214,6 +215,14 @@ class Workspace:
         if self._zero is None:
             self._zero = self._like.new_zeros(())
         return self._zero
+
+    @property
+    def identity(self) -> Tensor:
+        """Return the identity as a view ``(B, p, p)`` of one matrix."""
+        if self._identity is None:
+            one = torch.eye(self._wide[1], dtype=self._like.dtype, device=self._like.device)
+            self._identity = one.expand(self._square)
+        return self._identity
 
     def adjoint(self, name: str, x: Tensor) -> Tensor:
         """Return the view ``x.mH``, cached under ``name`` for as long as it is asked for the same tensor."""
