@@ -2,10 +2,14 @@
 
 import copy
 import os
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -22,6 +26,7 @@ from manifold_opt import (
     project_to_manifold_,
 )
 
+from ..distributed.workers import run
 from ..helpers import gaussian, rounding
 
 STEPS = 4  # an epoch
@@ -56,6 +61,17 @@ def _left_as_it_was():
     state._reset_state(reset_partial_state=True)
     os.environ.clear()
     os.environ.update(before)
+
+
+def on_rank(environment):
+    """The variables that torchrun sets, in a worker that has joined a group already."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0}
+    os.environ.update({key: str(value) for key, value in values.items()} | environment)
+
+
+def whole(model):
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in model.parameters()]
 
 
 # Lightning.
@@ -170,6 +186,70 @@ def test_lightnings_averages(kind, ours, tmp_path):
     assert off(project_to_manifold_(module)) < 1
 
 
+def sharded_in_lightning(folder, parallel):
+    """Train with ModelParallelStrategy, and once more from the checkpoint of the first epoch."""
+    lightning = wanted("lightning")
+    warnings.simplefilter("ignore")  # Lightning's, and torch's of a mesh of one rank
+    before = dict(os.environ)
+    on_rank({})
+    data = 1 if parallel else 2
+
+    class Sharded(type(lightning_module())):
+        def __init__(self):
+            super().__init__()
+            self.tail = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+            mark_orthogonal(self.tail[0], "weight", blocks=2)
+
+        def configure_model(self):
+            if isinstance(self.head.weight, DTensor):
+                return
+            if parallel:
+                plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+                parallelize_module(self.tail, self.device_mesh["tensor_parallel"], plan)
+            for module in (self.lstm, self.head, self.tail):  # Lightning calls no forward of the whole
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch, _):
+            return cross_entropy(self.tail(self.head(self.lstm(batch[0])[0][:, -1])), batch[1])
+
+    def fit(seed, resume=None):
+        torch.manual_seed(seed)
+        module = Sharded()
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            devices=2,
+            strategy=lightning.pytorch.strategies.ModelParallelStrategy(data, 2 // data),
+            callbacks=[lightning.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(sequences(), 8), ckpt_path=resume)
+        return module, trainer.optimizers[0]
+
+    try:
+        module, opt = fit(0)
+        assert all(isinstance(p, DTensor) for p in module.parameters())
+        assert module.problems == check(module, opt) == []
+        other, resumed = fit(1, folder / "epoch=0.ckpt")
+        assert check(other, resumed) == []
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert max(orthogonality_error(module).values()) < 1e-5
+    return [whole(one) for one in (module, other)]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_lightning_shards_and_resumes(parallel, tmp_path):
+    """By FSDP2, and by tensor parallelism. The resumed run ends with the same bits, on both ranks."""
+    wanted("lightning")
+    results = [weights for rank in run(2, sharded_in_lightning, tmp_path, parallel) for weights in rank]
+    for weights in results:
+        assert all(map(torch.equal, weights, results[0]))
+
+
 # Accelerate.
 
 
@@ -212,6 +292,62 @@ def test_accelerate_trains_and_resumes(precision, tmp_path):
     assert off(run.plain) < 1
     assert run.opt.optimizer is run.inner
     assert check(run.model, run.inner) == []
+
+
+def sharded_by_accelerate(folder, meta):
+    """Train with FSDP2. Accelerate shards after the optimizer is made, and gives it the new parameters."""
+    accelerate, states = wanted("accelerate"), wanted("accelerate.state")
+    before = dict(os.environ)
+    on_rank({"ACCELERATE_USE_CPU": "1"})
+    states.AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 3))
+    mark_orthogonal(plain[1], "weight", blocks=2)
+    alone = copy.deepcopy(plain)
+    try:
+        plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=meta, state_dict_type="SHARDED_STATE_DICT"
+        )
+        accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+        # It shards on accelerators only, and chooses DDP on a CPU. The code that shards runs on a CPU too.
+        kind = accelerate.DistributedType.FSDP
+        accelerator.state.distributed_type = states.PartialState._shared_state["distributed_type"] = kind
+        accelerator.state.fsdp_plugin = plugin
+        model, opt = accelerator.prepare(plain, Adam(plain.parameters(), lr=0.02))
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+
+        def train(model, opt, backward, rank, ranks):
+            for x, y in DataLoader(sequences(), 8):
+                opt.zero_grad()
+                backward(cross_entropy(model(x.chunk(ranks)[rank]), y.chunk(ranks)[rank]))
+                opt.step()
+
+        train(model, opt, accelerator.backward, accelerator.process_index, 2)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        assert check(model, opt.optimizer) == []
+        assert max(orthogonality_error(model).values()) < 1e-5
+        train(alone, Adam(alone.parameters(), lr=0.02), torch.Tensor.backward, 0, 1)
+        for one, other in zip(whole(model), whole(alone), strict=True):
+            torch.testing.assert_close(
+                one, other, rtol=0, atol=1e-5
+            )  # gradients of a few 1e-3 are divided by their size
+        accelerator.save_state(folder)
+        train(model, opt, accelerator.backward, accelerator.process_index, 2)
+        through = whole(model)
+        accelerator.load_state(folder)
+        train(model, opt, accelerator.backward, accelerator.process_index, 2)
+    finally:
+        states.AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(before)
+    return all(map(torch.equal, through, whole(model)))
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_accelerate_shards_and_resumes(meta, tmp_path):
+    """With the weights on each rank, and with those of the first rank only."""
+    wanted("accelerate")
+    assert run(2, sharded_by_accelerate, str(tmp_path), meta) == [True, True]
 
 
 # transformers.
