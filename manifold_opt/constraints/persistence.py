@@ -12,7 +12,7 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol, overload
 
@@ -125,9 +125,21 @@ def restore_constraints(module: nn.Module, *_: Any) -> None:
 
 
 def restore_model(model: nn.Module) -> None:
-    """Apply :func:`restore_constraints` to every module of a model."""
+    """Apply :func:`restore_constraints` to every module of a model, after :func:`reshard`."""
+    reshard(model)
     for module in model.modules():
         restore_constraints(module)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free parameters that FSDP2 has gathered, so that the modules have their sharded ones again.
+
+    After a forward pass without a backward pass, the outermost module keeps temporary, unmarked copies in their place.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # of torch.distributed.fsdp.FSDPModule
+            free_gathered: Callable[[], None] = module.reshard  # type: ignore[assignment]
+            free_gathered()
 
 
 def remembered_constraints(parameters: Iterable[Tensor]) -> dict[int, tuple[str, Manifold | None]]:
@@ -180,6 +192,8 @@ def constraint_of(x: Any) -> Any:
     >>> constraint_of(gru)
     {'weight_hh_l0': Orthogonal(blocks=3, dim=0, gain=1.0)}
     """
+    if isinstance(x, nn.Module):
+        reshard(x)
     for p in x.parameters() if isinstance(x, nn.Module) else (x,):
         if is_dtensor(p) and not hasattr(p, TAG):
             for known, name in _find_records([p]):

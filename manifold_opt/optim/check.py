@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer
 
-from ..constraints.persistence import has_records, module_records
+from ..constraints.persistence import has_records, module_records, reshard
 from ..constraints.tag import constraint_of, find_off_manifold, is_flattened, was_unmarked
 from ..linalg.precision import MASTER, working_dtype
 from ..manifolds import Manifold, Orthogonal
@@ -67,6 +67,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
             f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
             f"{type(opt).__name__}."
         )
+    reshard(model)
     ours = [one for one in opts if isinstance(one, ManifoldOptimizer)]
     owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
     refusals = _next_step_errors(ours)

@@ -15,6 +15,7 @@ from manifold_opt import (
     constraint_of,
     init,
     mark_orthogonal,
+    mark_recurrent,
     mark_unit_norm,
     nearest_orthogonal,
     orthogonality_error,
@@ -141,6 +142,28 @@ def test_a_sharded_weight_knows_its_mark_at_once(way, mesh):
     assert [constraint_of(p) for p in net.parameters()] == [constraint, None, None, None]
     unmark(net)
     assert constraint_of(net) == {}
+
+
+def test_an_evaluation_hides_no_mark(mesh):
+    """The outermost module keeps its gathered weights after a forward pass without a backward pass."""
+    if not TRAINS:
+        pytest.skip("FSDP2 runs on a CPU from torch 2.7 on")
+    rnn = nn.GRU(4, 4)
+    mark_recurrent(rnn)
+    fully_shard(rnn, mesh=mesh)
+    opt = Adam(rnn.parameters())
+    with torch.no_grad():
+        rnn(torch.ones(3, 2, 4))
+    assert list(constraint_of(rnn)) == ["weight_hh_l0"]
+    with torch.no_grad():
+        rnn(torch.ones(3, 2, 4))
+    assert check(rnn, opt) == []
+    with torch.no_grad():
+        rnn(torch.ones(3, 2, 4))
+        for p in rnn.parameters():
+            p.mul_(2)
+    project_to_manifold_(rnn)
+    assert orthogonality_error(rnn)["weight_hh_l0"] < 1e-6
 
 
 def test_a_mark_on_a_bare_parameter_is_not_carried_over(mesh):
