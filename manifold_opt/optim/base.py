@@ -105,7 +105,7 @@ class BaseOptimizer(ManifoldOptimizer):
             return loss
         plan, sharded = self._engine.plan, None
         is_current = plan is not None and plan.is_current(self)
-        if plan.has_dtensors if is_current else has_dtensors(self):
+        if self._engine.sharded is not None or (plan.has_dtensors if is_current else has_dtensors(self)):
             sharded = begin_step(self, _check(self, is_current), _prepare, is_current=is_current)
         inputs = _collect(self, plan) if is_current else _replan(self)
         _step_unconstrained(self, inputs)

@@ -111,9 +111,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def like(value: Tensor, p: Tensor) -> Tensor:
     """Return a tensor that every rank has whole, sharded as a parameter is."""
-    if not isinstance(p, DTensor):
-        return value
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return sharded(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+
+
+def sharded(value: Tensor, where: Any, placements: Any) -> Tensor:
+    """Return a tensor that every rank has whole, sharded without sending anything."""
+    return distribute_tensor(value, where, placements, src_data_rank=None)
 
 
 class Gradients:

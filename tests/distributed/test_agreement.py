@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
 
 from manifold_opt import SGD, Adam, constraint_of, mark_orthogonal, orthogonality_error, unmark
 
-from .layouts import LAYOUTS, Gradients, build, rows, train, whole
+from .layouts import LAYOUTS, Gradients, build, rows, sharded, train, whole
 from .workers import Pool, run
 
 BLOCKS = {"aligned": (0, 4), "cut": (1, 3), "Shard(1)": (1, 3)}  # a weight with several blocks, and their number
@@ -164,6 +166,53 @@ def an_error_of_one_rank():
 
 def test_an_error_of_one_rank_is_raised_on_all():
     assert all(run(4, an_error_of_one_rank))
+
+
+def on_parts_of_a_mesh(together):
+    """Weights on one dimension of a mesh each, as in a stage of a pipeline; the gradient of the last rank is NaN."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))
+    meshes = [both["columns"], both["rows"]] if together else [both["columns"]]
+    weights = [mark_orthogonal(nn.Parameter(sharded(torch.eye(8), mesh, [Shard(0)]))) for mesh in meshes]
+    opt = SGD(weights, lr=0.1, nonfinite="raise")
+    train(weights, opt, 1)
+    Gradients(weights).give(1)
+    if dist.get_rank() == 3:
+        weights[0].grad.to_local()[0, 0] = torch.nan
+    try:
+        opt.step()
+    except FloatingPointError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_error_reaches_all_ranks_that_are_connected(together):
+    assert run(4, on_parts_of_a_mesh, together) == ([True] * 4 if together else [False, False, True, True])
+
+
+def beside_a_mesh():
+    """The weight is on the first two ranks, a replicated one on all; then only the replicated one is left."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(sharded(torch.eye(8), DeviceMesh("cpu", [0, 1]), [Shard(0)]))
+    other = mark_orthogonal(nn.Parameter(torch.eye(4)))
+    inside = dist.get_rank() < 2
+    if inside:
+        mark_orthogonal(weight)
+    opt = SGD([weight, other], lr=0.1)
+    for step in range(4):
+        if step == 3:
+            opt.param_groups[0]["params"].remove(weight)
+        elif inside:
+            Gradients([weight]).give(step)
+        other.grad = torch.randn(4, 4)
+        opt.step()
+    return other.detach(), opt._engine.sharded is None
+
+
+def test_a_rank_outside_the_mesh_steps_the_other_weights():
+    found = run(3, beside_a_mesh)
+    assert all(torch.equal(other, found[0][0]) for other, _ in found)
+    assert all(is_released for _, is_released in found)
 
 
 def killed(when):

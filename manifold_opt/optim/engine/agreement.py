@@ -34,7 +34,8 @@ class Agreement:
     """Process groups that connect all ranks of the meshes of some DTensors.
 
     Attributes:
-        groups: the groups, in an order that all ranks share.
+        groups: the groups, in an order that all ranks share. Reducing over one after the other reaches every rank of a
+            mesh from every other, because the groups along one dimension come before those along the next.
         device: device of the vector.
     """
 
@@ -48,7 +49,7 @@ class Agreement:
         for mesh in meshes:
             for group in (mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1):
                 found[tuple(dist.get_process_group_ranks(group))] = group
-        self.groups = [found[ranks] for ranks in sorted(found)]
+        self.groups = [found[ranks] for ranks in sorted(found, key=lambda ranks: (ranks[1] - ranks[0], ranks))]
 
     def agree(self, description: Description, error: Exception | None = None, changes: int = NOTHING) -> int:
         """Return the largest of the changes on all ranks. A collective.

@@ -133,11 +133,13 @@ def begin_step(
         parameters, agreement, description = known.parameters, known.agreement, known.describe(optimizer)
     else:
         parameters = sharded_parameters(optimizer)
-        if not parameters and old is None and engine.has_agreed:
+        dtensors = _dtensors(optimizer)
+        if old is None and (not dtensors or (engine.has_agreed and not parameters)):
             if error is not None:
                 raise error
             return None
-        agreement, description = Agreement(_dtensors(optimizer)), _describe(optimizer, parameters)
+        agreement = Agreement(dtensors) if old is None or dtensors else old.agreement
+        description = _describe(optimizer, parameters)
     engine.has_agreed = True
     changes = agreement.agree(description, error, changes)
     if changes == PARAMETERS:
