@@ -168,6 +168,31 @@ def test_an_error_of_one_rank_is_raised_on_all():
     assert all(run(4, an_error_of_one_rank))
 
 
+def with_another_history(how):
+    """Two steps on every rank, but one rank then has a new optimizer, or no state."""
+    net = net_of_two()
+    rows(net, dist.get_world_size())
+    opt = Adam(net.named_parameters())
+    train(net.parameters(), opt, 2)
+    if dist.get_rank() == 1:
+        if how == "a new optimizer":
+            opt = Adam(net.named_parameters())
+        else:
+            opt.state.clear()
+    before = values(net)
+    with pytest.raises(ValueError, match="ranks disagree") as error:
+        train(net.parameters(), opt, 1)
+    assert all(map(torch.equal, before, values(net)))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("how", "says"), [("a new optimizer", "the optimizer"), ("no state", "1.weight")])
+def test_a_rank_with_another_history_raises_on_all(how, says):
+    messages = run(2, with_another_history, how)
+    assert len(set(messages)) == 1
+    assert says in messages[0]
+
+
 def on_parts_of_a_mesh(together):
     """Weights on one dimension of a mesh each, as in a stage of a pipeline; the gradient of the last rank is NaN."""
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "columns"))

@@ -148,6 +148,12 @@ def the_state_is_cleared(_, opt):
     opt.state.clear()
 
 
+@event
+def the_state_is_cleared_and_looked_at(_, opt):
+    opt.state.clear()
+    assert not any(len(opt.state[p]) for group in opt.param_groups for p in group["params"])
+
+
 def happened(layout, world, name):
     net = build("Shard(1)")
     unmark(net, "3.weight")
@@ -280,6 +286,32 @@ def test_a_model_that_is_marked_on_meta():
     for names, error in run(4, marked_on_meta):
         assert names == ["0.weight", "1.weight"]
         assert error < 1e-5
+
+
+def failed(world):
+    """Momentum after a step that fails once it has been agreed on."""
+    net, other = build("aligned"), mark_orthogonal(nn.Parameter(torch.eye(4)))
+    if world:
+        LAYOUTS["aligned"].shard(net, world)
+    opt = Adam([*net.parameters(), other], lr=0.02)
+    other.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    train(net.parameters(), opt, 2)
+    value = other.detach().clone()
+    with torch.no_grad():
+        other.fill_(torch.nan)
+    opt.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="not finite"):
+        train(net.parameters(), opt, 1, first=2)
+    with torch.no_grad():
+        other.copy_(value)
+    train(net.parameters(), opt, 2, first=2)
+    return values(net)
+
+
+def test_moments_survive_a_step_that_fails():
+    for found in run(2, failed, 2):
+        for one, other in zip(failed(0), found, strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=16 * 2**-23 * math.sqrt(max(one.shape)))
 
 
 def copied():

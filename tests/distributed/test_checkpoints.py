@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from manifold_opt import Adam, check, constraint_of, orthogonality_error, unmark
+from manifold_opt import SGD, Adam, check, constraint_of, orthogonality_error, unmark
 
 from .layouts import LAYOUTS, OPTIMIZERS, build, optimizer, train, whole
 from .workers import run
@@ -205,6 +205,26 @@ def test_an_optimizer_that_has_stepped_goes_back(name, form):
     for expected, *found in run(4, loaded, name, form):
         for one in found:
             agree(expected, one, exact=True)
+
+
+def loaded_without_momentum():
+    """A checkpoint of SGD without momentum, loaded into an optimizer that has some: it starts anew."""
+    plain = SGD(model("aligned", 2).parameters(), lr=0.05)
+    train(plain.param_groups[0]["params"], plain, 1)
+    net = model("aligned", 2)
+    opt = SGD(net.parameters(), lr=0.05, momentum=0.9)
+    train(net.parameters(), opt, 2)
+    state = plain.state_dict()
+    state["param_groups"][0]["momentum"] = 0.9
+    opt.load_state_dict(state)
+    entries = list(opt.state_dict()["state"].values())[:-1]
+    assert not any("momentum_buffer" in entry for entry in entries)
+    train(net.parameters(), opt, 1)
+    return [float(opt.state[p]["step"]) for p in list(net.parameters())[:-1]]
+
+
+def test_a_state_without_momentum_replaces_the_momentum():
+    assert all(set(counts) == {2.0} for counts in run(2, loaded_without_momentum))
 
 
 def unsaved(layout, world):

@@ -101,6 +101,7 @@ def _raise_disagreement(first: int, one: Entries, second: int, other: Entries) -
         if left.get(name) != right.get(name):
             raise ValueError(
                 f"the ranks disagree about {name}: on rank {first} it is {left.get(name, 'not marked')}; on rank "
-                f"{second} it is {right.get(name, 'not marked')}. Mark the same parameters in the same way on every "
-                "rank, give every optimizer the same groups, and compute a gradient of the same parameters."
+                f"{second} it is {right.get(name, 'not marked')}. On every rank, mark the same parameters in the same "
+                "way, create and load the optimizer at the same time, give it the same groups, and compute a gradient "
+                "of the same parameters."
             )

@@ -66,6 +66,11 @@ def pending_keys(state: dict[str, Any]) -> list[str]:
     return sorted(key for key in state if key not in OUTER)
 
 
+def is_held(state: dict[str, Any]) -> bool:
+    """Return True if the owners have the moments; False if a state was loaded or cleared since the last step."""
+    return isinstance(state, ShardedState) and not pending_keys(state)
+
+
 def checksum(shard: Tensor) -> Tensor:
     """Return the sum of the entries, read as integers."""
     real = torch.view_as_real(shard) if shard.is_complex() else shard

@@ -21,7 +21,7 @@ from ...manifolds.records import is_record_of, record_from_tensor, record_to_ten
 from ...manifolds.shards import boxes_of, from_local, local, placed, whole
 from .convert import converted_state
 from .exchange import Exchange
-from .member import OUTER, Member, ShardedState, checksum, pending_keys
+from .member import OUTER, Member, ShardedState, checksum, is_held
 from .optimizer import GRAD_SCALER_ATTRIBUTES, Group, ManifoldOptimizer
 from .owners import Ownership, assign_owners
 
@@ -146,7 +146,7 @@ class OwnedBlocks:
         loaded: dict[Member, State] = {}
         for member in self.members:
             state = optimizer.state.get(member.parameter, {})
-            if not isinstance(state, ShardedState) or pending_keys(state):
+            if not is_held(state):
                 loaded[member] = self._converted(optimizer, member, dict(state))
         parts = self._collect_state(loaded)
         for member, known in loaded.items():
@@ -197,7 +197,7 @@ class OwnedBlocks:
     def states(self, optimizer: ManifoldOptimizer) -> dict[Member, State]:
         """Return the states in the form of a checkpoint: DTensors, or whole tensors. A collective."""
         found = {member: dict(optimizer.state.get(member.parameter, {})) for member in self.members}
-        held = [member for member in self.members if not pending_keys(found[member])]  # others were not taken up yet
+        held = [member for member in self.members if is_held(optimizer.state.get(member.parameter, {}))]
         own: dict[Member, State] = {m: {} if m.part is None else self.inner.state.get(m.part, {}) for m in held}
         forms: dict[tuple[int, str], Form] = {}
         for some in self._gather_objects(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from operator import attrgetter, itemgetter
@@ -202,7 +203,7 @@ class StateBackup:
     def __init__(self, optimizer: ManifoldOptimizer, *, entries: bool) -> None:
         self._optimizer = optimizer
         pairs = optimizer.state.items()
-        self._state = [(p, dict(state)) for p, state in pairs] if entries else list(pairs)
+        self._state = [(p, copy.copy(state)) for p, state in pairs] if entries else list(pairs)
 
     def roll_back(self) -> None:
         """Restore the state, and discard the plan."""

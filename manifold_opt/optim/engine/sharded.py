@@ -21,7 +21,7 @@ from ...manifolds.shards import is_dtensor, local, ranks_of, sharded_mesh_dims
 from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
 from .agreement import NOTHING, PARAMETERS, VALUES, Agreement, Description
 from .counters import NAMES
-from .member import pending_keys
+from .member import is_held, pending_keys
 from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
 from .owned import OwnedBlocks, State
 
@@ -54,12 +54,12 @@ class Sharded:
             owned.find_active()
             if owned.is_written() or plan is None or not plan.is_current(owned.inner):
                 return VALUES
-        loaded = any(pending_keys(optimizer.state.get(p, {})) or p not in optimizer.state for _, p in self.parameters)
-        return VALUES if loaded else NOTHING
+        return NOTHING if all(is_held(optimizer.state.get(p, {})) for _, p in self.parameters) else VALUES
 
     def describe(self, optimizer: ManifoldOptimizer) -> Description:
         """Describe a step with the groups and marks of the last one."""
-        facts = [(p.grad is None, len(optimizer.state.get(p, ()))) for _, p in self.parameters]
+        states = [optimizer.state.get(p, {}) for _, p in self.parameters]
+        facts = [(p.grad is None, is_held(s), len(s)) for (_, p), s in zip(self.parameters, states, strict=True)]
         if self._description is None or self._description[0] != facts:
             self._description = facts, _describe(optimizer, self.parameters)
         return self._description[1]
@@ -208,15 +208,17 @@ def _process_group(parameter: Any) -> Any:
 
 def _describe(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> Description:
     """Describe what this rank is about to do with each parameter."""
-    entries = []
+    entries = [("the optimizer", "new" if optimizer._engine.sharded is None else "one that has stepped")]
     for position, p in parameters:
         group = optimizer.param_groups[position]
         index = next(k for k, member in enumerate(group["params"]) if member is p)
         name = group["param_names"][index] if "param_names" in group else f"parameter {index} of group {position}"
         facts = [f"marked as {constraint_of(p)}", f"shape {tuple(p.shape)}", str(p.dtype), str(p.placements)]
         facts += ["without a gradient"] if p.grad is None else [f"with a gradient in {p.grad.dtype}"]
-        loaded = pending_keys(optimizer.state.get(p, {}))
-        entries.append((name, ", ".join([*facts, *([f"with loaded {loaded}"] if loaded else [])])))
+        state = optimizer.state.get(p, {})
+        if not is_held(state):
+            facts += [f"with loaded {pending_keys(state)}" if state else "without a state"]
+        entries.append((name, ", ".join(facts)))
     return Description(entries)
 
 
