@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,20 @@ OUTER = ("step", CONSTRAINED)  # entries of the state that the outer optimizer h
 
 
 class ShardedState(dict[str, Any]):
-    """State of a sharded parameter in the outer optimizer: its step count and the record of its constraint."""
+    """State of a sharded parameter in the outer optimizer: its step count and the record of its constraint.
+
+    Iteration yields the keys of the moments too: torch.distributed.checkpoint loads a flattened state by iterating over
+    the state of the optimizer. ``keys()`` and ``items()`` have only what is here.
+
+    Attributes:
+        moments: keys of what the owners have.
+    """
+
+    moments: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.keys()
+        yield from self.moments
 
     def __missing__(self, key: str) -> Any:
         raise KeyError(
@@ -63,7 +77,7 @@ class Member:
 
 def pending_keys(state: dict[str, Any]) -> list[str]:
     """Return the keys of moments that were loaded and have not been moved to the owners yet."""
-    return sorted(key for key in state if key not in OUTER)
+    return sorted(key for key in state.keys() if key not in OUTER)  # noqa: SIM118
 
 
 def is_held(state: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...constraints.tag import CONSTRAINED, constraint_of, set_constraint
+from ...linalg.precision import LOW_PRECISION, MASTER
 from ...manifolds import Manifold
 from ...manifolds.records import is_record_of, record_from_tensor, record_to_tensor, serialize
 from ...manifolds.shards import boxes_of, from_local, local, placed, whole
@@ -130,6 +131,12 @@ class OwnedBlocks:
                 setattr(self.inner, key, getattr(optimizer, key))
             elif hasattr(self.inner, key):
                 delattr(self.inner, key)
+
+    def moments(self, optimizer: ManifoldOptimizer, member: Member) -> tuple[str, ...]:
+        """Return the keys of what the owners keep for a member."""
+        keys, _ = optimizer._algorithm.moments(optimizer.param_groups[member.position])
+        master = (MASTER,) if member.parameter.dtype in LOW_PRECISION else ()
+        return *keys, *master, *member.ownership.constraint.state_keys
 
     def total(self, name: str) -> float:
         """Return the sum of a count of the inner optimizers over the ranks. A collective."""

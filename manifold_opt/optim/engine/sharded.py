@@ -80,8 +80,9 @@ class Sharded:
             step_constrained(owned.inner)
             owned.spread_values()
             for member in owned.active:
-                count = optimizer.state[member.parameter]["step"]
-                count += 1 if found_inf is None else 1 - found_inf.to(count)
+                state = optimizer.state[member.parameter]
+                state.moments = owned.moments(optimizer, member)
+                state["step"] += 1 if found_inf is None else 1 - found_inf.to(state["step"])
 
 
 def sharded_parameters(optimizer: ManifoldOptimizer) -> list[tuple[int, Any]]:
