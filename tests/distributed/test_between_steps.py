@@ -197,8 +197,9 @@ def scaled(world, kind):
     nn.init.normal_(net[-1].weight, generator=torch.Generator().manual_seed(9))
     if world:
         LAYOUTS["aligned"].shard(net, world)
-    opt = Adam(net.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler if kind == "plain" else ShardedGradScaler
+    options = {"fused": True, "nonfinite": "raise"} if kind == "fused" else {}
+    opt = Adam(net.parameters(), lr=0.02, **options)
+    scaler = ShardedGradScaler if kind == "sharded" else torch.amp.GradScaler
     scaler = scaler(device="cpu", init_scale=4.0, growth_interval=1000)
     gradients, still = Gradients(list(net.parameters())), []
     for step in range(6):
@@ -221,7 +222,7 @@ def scaled(world, kind):
     return values(net), still, scaler.get_scale(), [float(opt.state[p]["step"]) for p in net.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("kind", ["plain", "sharded", "fused"])
 def test_a_gradient_scaler(kind):
     """All ranks skip a step if the gradient of one of them is infinite."""
     weights, still, scale, steps = scaled(0, "plain")

@@ -225,13 +225,15 @@ def _describe(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -
 
 def _check_gradients(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> None:
     """Raise the errors of gradients on this rank."""
-    name, scale = type(optimizer).__name__, getattr(optimizer, GRAD_SCALER_ATTRIBUTES[0], None)
+    name = type(optimizer).__name__
+    scale, found_inf = (getattr(optimizer, key, None) for key in GRAD_SCALER_ATTRIBUTES)
+    skips = found_inf is not None and float(found_inf) != 0  # the GradScaler skips this step
     for position, p in parameters:
         if p.grad is None:
             continue
         group = optimizer.param_groups[position]
         validate_gradients(name, group, [p], [p.grad])
-        if group["nonfinite"] == "raise":
+        if group["nonfinite"] == "raise" and not skips:
             g = local(p.grad).to(working_dtype(p.dtype))
             g = g if scale is None else g / scale.to(g)
             if not float(torch.linalg.vector_norm(g)) <= MAX_GRAD_NORM[g.dtype]:
