@@ -103,11 +103,13 @@ class BaseOptimizer(ManifoldOptimizer):
         if torch.compiler.is_compiling():
             _step_traced(self)
             return loss
-        plan, sharded = self._engine.plan, None
+        plan = self._engine.plan
         is_current = plan is not None and plan.is_current(self)
+        prepare = partial(_collect, self, plan) if is_current else partial(_replan, self)
         if self._engine.sharded is not None or (plan.has_dtensors if is_current else has_dtensors(self)):
-            sharded = begin_step(self, _check(self, is_current), _prepare, is_current=is_current)
-        inputs = _collect(self, plan) if is_current else _replan(self)
+            sharded, inputs = begin_step(self, _check(self, is_current), prepare, _prepare, is_current=is_current)
+        else:
+            sharded, inputs = None, prepare()
         _step_unconstrained(self, inputs)
         _step_constrained_eager(self)
         if sharded is not None:

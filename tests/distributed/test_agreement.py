@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 
 from manifold_opt import SGD, Adam, constraint_of, mark_orthogonal, orthogonality_error, unmark
+from manifold_opt.optim import base
 
 from .layouts import LAYOUTS, Gradients, build, rows, sharded, train, whole
 from .workers import Pool, run
@@ -166,6 +167,55 @@ def an_error_of_one_rank():
 
 def test_an_error_of_one_rank_is_raised_on_all():
     assert all(run(4, an_error_of_one_rank))
+
+
+def an_error_in_a_whole_weight(is_new):
+    """A weight beside the shards cannot be projected on one rank; it is put right, and the step is taken again."""
+    net, other = net_of_two(), mark_orthogonal(nn.Parameter(torch.eye(4)))
+    rows(net, dist.get_world_size())
+    opt = SGD([*net.parameters(), other], lr=0.1)
+    other.grad = torch.ones(4, 4).tril()
+    if not is_new:
+        train(net.parameters(), opt, 2)
+    before = [*values(net), other.detach().clone()]
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            other[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        train(net.parameters(), opt, 1, first=2)
+    with torch.no_grad():
+        other.copy_(before[-1])
+    assert all(map(torch.equal, before, [*values(net), other]))
+    train(net.parameters(), opt, 1, first=2)
+    assert not any(map(torch.equal, before, [*values(net), other]))
+    return max(orthogonality_error(net).values())
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_an_error_in_a_weight_beside_the_shards_is_raised_on_all(is_new):
+    assert max(run(2, an_error_in_a_whole_weight, is_new)) < 1e-5
+
+
+def an_error_within_the_step():
+    """The rank that owns the block fails while it steps it."""
+    net = net_of_two()
+    rows(net, dist.get_world_size())
+    opt = SGD(net.parameters(), lr=0.1)
+    train(net.parameters(), opt, 1)
+    step, before, raised = base._step_constrained, values(net), False
+    if dist.get_rank() == 0:
+        base._step_constrained = lambda *_: 1 / 0
+    try:
+        train(net.parameters(), opt, 1, first=1)
+    except ZeroDivisionError:
+        raised = True
+    base._step_constrained = step
+    train(net.parameters(), opt, 1, first=2)
+    return raised, not torch.equal(values(net)[2], before[2]), max(orthogonality_error(net).values()) < 1e-5
+
+
+def test_an_error_within_the_step_does_not_keep_the_others_waiting():
+    assert run(2, an_error_within_the_step) == [(True, True, True), (False, True, True)]
 
 
 def with_another_history(how):

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from ...manifolds.shards import local
 
-# What may have changed since the last step, from less to more: values or states were written, or options changed; the
-# marked parameters are others.
-NOTHING, VALUES, PARAMETERS = range(3)
+# What may have changed since the last step, from less to more: the plan of the parameters that are not sharded; values
+# or states were written, or options changed; the marked parameters are others.
+NOTHING, PLAN, VALUES, PARAMETERS = range(4)
 Entries = list[tuple[str, str]]
 
 

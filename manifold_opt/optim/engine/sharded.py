@@ -19,13 +19,14 @@ from ...constraints.tag import TAG, constraint_of
 from ...linalg.precision import working_dtype
 from ...manifolds.shards import is_dtensor, local, ranks_of, sharded_mesh_dims
 from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
-from .agreement import NOTHING, PARAMETERS, VALUES, Agreement, Description
+from .agreement import NOTHING, PARAMETERS, PLAN, VALUES, Agreement, Description
 from .counters import NAMES
 from .member import is_held, pending_keys
 from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
 from .owned import OwnedBlocks, State
 
-Prepare = Callable[[ManifoldOptimizer], Any]
+Inputs = Any  # of torch's step of the unmarked parameters
+Prepare = Callable[[ManifoldOptimizer], Inputs]
 
 
 class Sharded:
@@ -75,14 +76,19 @@ class Sharded:
     @torch.no_grad()
     def step(self, optimizer: ManifoldOptimizer, step_constrained: Prepare) -> None:
         """Step the parts, and write them to the shards. A collective."""
-        found_inf = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None)
+        found_inf, error = getattr(optimizer, GRAD_SCALER_ATTRIBUTES[1], None), None
         for owned in self.owned:
-            step_constrained(owned.inner)
+            try:
+                step_constrained(owned.inner)
+            except Exception as problem:
+                error = problem  # raised at the end: the other ranks wait for the parts
             owned.spread_values()
             for member in owned.active:
                 state = optimizer.state[member.parameter]
                 state.moments = owned.moments(optimizer, member)
                 state["step"] += 1 if found_inf is None else 1 - found_inf.to(state["step"])
+        if error is not None:
+            raise error
 
 
 def sharded_parameters(optimizer: ManifoldOptimizer) -> list[tuple[int, Any]]:
@@ -108,26 +114,34 @@ def _dtensors(optimizer: ManifoldOptimizer) -> list[Any]:
 
 @torch.no_grad()
 def begin_step(
-    optimizer: ManifoldOptimizer, check: Callable[[], None], prepare: Prepare, *, is_current: bool
-) -> Sharded | None:
+    optimizer: ManifoldOptimizer,
+    check: Callable[[], None],
+    prepare_others: Callable[[], Inputs],
+    prepare: Prepare,
+    *,
+    is_current: bool,
+) -> tuple[Sharded | None, Inputs]:
     """Agree with the other ranks, and send the gradients of marked DTensors to their owners. A collective.
 
     Args:
         optimizer: the optimizer, with DTensors.
         check: raises the errors of the step on this rank, before anything is written.
+        prepare_others: prepares the step of the parameters that are not sharded, and returns its inputs. It may send
+            something unless ``is_current``.
         prepare: prepares the step of an inner optimizer.
         is_current: whether groups and marks are those of the last step.
 
     Returns:
-        The sharded parameters; None if none is marked.
+        The sharded parameters, None if none is marked; and the inputs of the step of the others.
     """
-    engine, error, changes = optimizer._engine, None, PARAMETERS
+    engine, error, changes, inputs = optimizer._engine, None, PARAMETERS, None
     old: Sharded | None = engine.sharded
     try:  # an error is raised on all ranks: the others wait in the agreement
         check()  # marks parameters again that have replaced marked ones
         known = old if old is not None and (is_current or old.key == _key(optimizer)) else None
         _check_gradients(optimizer, sharded_parameters(optimizer) if known is None else known.parameters)
-        changes = PARAMETERS if known is None else known.changes(optimizer)
+        changes = PARAMETERS if known is None else max(known.changes(optimizer), NOTHING if is_current else PLAN)
+        inputs = prepare_others() if is_current else None
     except Exception as problem:
         error, known = problem, None
     if known is not None:
@@ -138,7 +152,7 @@ def begin_step(
         if old is None and (not dtensors or (engine.has_agreed and not parameters)):
             if error is not None:
                 raise error
-            return None
+            return None, prepare_others() if inputs is None else inputs
         agreement = Agreement(dtensors) if old is None or dtensors else old.agreement
         description = _describe(optimizer, parameters)
     engine.has_agreed = True
@@ -149,26 +163,33 @@ def begin_step(
         engine.sharded = Sharded(optimizer, agreement) if parameters else None
     sharded: Sharded | None = engine.sharded
     if sharded is None:
-        return None
+        return None, prepare_others() if inputs is None else inputs
     for owned in sharded.owned:
         owned.find_active()
         owned.update_options(optimizer)
     if changes:
-        error = _look_closer(optimizer, sharded, prepare)
+        error = _look_closer(optimizer, sharded, prepare, is_written=changes >= VALUES)
+        try:
+            inputs = prepare_others() if inputs is None else inputs
+        except Exception as problem:
+            error = problem
         agreement.agree(Description([]), error)
     else:
         for owned in sharded.owned:
             owned.collect_gradients()
             prepare(owned.inner)
-    return sharded
+    return sharded, inputs
 
 
-def _look_closer(optimizer: ManifoldOptimizer, sharded: Sharded, prepare: Prepare) -> Exception | None:
+def _look_closer(
+    optimizer: ManifoldOptimizer, sharded: Sharded, prepare: Prepare, *, is_written: bool
+) -> Exception | None:
     """Take up values and states that were written, and prepare the step; return the error of this rank."""
     error = None
     for owned in sharded.owned:
-        owned.collect_values(owned.active)
-        owned.take_state(optimizer)
+        if is_written:
+            owned.collect_values(owned.active)
+            owned.take_state(optimizer)
         owned.collect_gradients()
         try:
             prepare(owned.inner)
