@@ -1,13 +1,16 @@
 """What moves between ranks in a step: how many collectives, and how many bytes."""
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manifold_opt import Adam, mark_orthogonal, mark_unit_norm
+from manifold_opt import Adam, mark_orthogonal, mark_unit_norm, unmark
 
-from .layouts import Gradients, columns, rows
+from .layouts import Gradients, columns, rows, sharded
 from .workers import run
 
 
@@ -89,6 +92,28 @@ def test_as_many_bytes_as_owners_have_to_get(way, world):
     for calls, numel in run(world, stepped, shapes, way, world):
         moved = sum(sent for name, sent in calls if name == "alltoall_base_")
         assert moved == pytest.approx(4 * numel * 2 * (world - 1) / world**2, rel=0.1)
+
+
+def groups_of_processes():
+    """Calls of new_group while a weight, split over both dimensions of a mesh of four ranks, is marked and unmarked."""
+    where, calls, new_group = DeviceMesh("cpu", [[0, 1], [2, 3]]), [], dist.new_group
+    if dist.get_rank() == 4:
+        return calls
+    weights = [nn.Parameter(sharded(torch.eye(8), where, [Shard(0), Shard(1)])) for _ in range(2)]
+    opt = Adam([mark_orthogonal(weights[0]), weights[1]])
+    dist.new_group = lambda *args, **kwargs: calls.append(args) or new_group(*args, **kwargs)
+    try:
+        for step in range(4):
+            (unmark if step % 2 else mark_orthogonal)(weights[1])
+            Gradients(weights).give(step)
+            opt.step()
+    finally:
+        dist.new_group = new_group
+    return calls
+
+
+def test_a_group_of_processes_is_created_once():
+    assert run(5, groups_of_processes) == [[([0, 1, 2, 3],)]] * 4 + [[]]
 
 
 def test_unmarked_weights_send_nothing():

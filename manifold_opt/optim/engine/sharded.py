@@ -36,16 +36,22 @@ class Sharded:
         parameters: position of the group, and parameter.
         key: what the assignment to owners depends on.
         agreement: that of all DTensors of the optimizer.
+        groups: process groups by ranks; those of ``old`` are used again.
         owned: their blocks, one entry per group of ranks.
     """
 
-    def __init__(self, optimizer: ManifoldOptimizer, agreement: Agreement) -> None:
+    def __init__(self, optimizer: ManifoldOptimizer, agreement: Agreement, old: Sharded | None) -> None:
         self.parameters, self.key, self.agreement = sharded_parameters(optimizer), _key(optimizer), agreement
         self._description: tuple[Any, Description] | None = None
         by_ranks: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
         for position, p in self.parameters:
             by_ranks.setdefault(ranks_of(p), []).append((position, p))
-        self.owned = [OwnedBlocks(optimizer, some, _process_group(some[0][1])) for _, some in sorted(by_ranks.items())]
+        self.groups: dict[tuple[int, ...], Any] = {} if old is None else old.groups
+        self.owned = []
+        for ranks, some in sorted(by_ranks.items()):
+            if ranks not in self.groups:
+                self.groups[ranks] = _process_group(some[0][1])
+            self.owned.append(OwnedBlocks(optimizer, some, self.groups[ranks]))
 
     def changes(self, optimizer: ManifoldOptimizer) -> int:
         """Return VALUES if a shard was written to, a state was loaded or an inner plan must be made; else NOTHING."""
@@ -160,7 +166,7 @@ def begin_step(
     if changes == PARAMETERS:
         if old is not None:
             release(optimizer, old)
-        engine.sharded = Sharded(optimizer, agreement) if parameters else None
+        engine.sharded = Sharded(optimizer, agreement, old) if parameters else None
     sharded: Sharded | None = engine.sharded
     if sharded is None:
         return None, prepare_others() if inputs is None else inputs
