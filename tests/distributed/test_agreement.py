@@ -319,3 +319,20 @@ def test_when_a_rank_dies_the_others_end_with_an_error(when):
     assert found.pop(2)[0] is False
     assert sorted(found) == [0, 1, 3]
     assert all(well and waited < 30 for well, waited in found.values()), found
+
+
+def another_learning_rate():
+    """A scheduler that follows the loss of its own rank would do this."""
+    net = net_of_two()
+    rows(net, dist.get_world_size())
+    opt = SGD(net.named_parameters(), lr=0.1)
+    train(net.parameters(), opt, 2)
+    opt.param_groups[0]["lr"] = 0.1 if dist.get_rank() else 0.2
+    Gradients(list(net.parameters())).give(2)
+    with pytest.raises(ValueError, match="the ranks disagree about the options of group 0"):
+        opt.step()
+    return True
+
+
+def test_options_that_differ_are_refused():
+    assert all(run(2, another_learning_rate))

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = 60.0  # seconds for one function; a collective that waits for a rank ends with an error before
 PATIENCE = timedelta(seconds=30)
-GRACE = 5.0  # seconds for the other ranks once one has failed
+GRACE = 15.0  # seconds for the other ranks once one has failed
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [  # by the server, for what each process would import in seconds
     "torch._dynamo",

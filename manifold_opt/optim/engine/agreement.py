@@ -20,14 +20,20 @@ from ...manifolds.shards import local
 # or states were written, or options changed; the marked parameters are others.
 NOTHING, PLAN, VALUES, PARAMETERS = range(4)
 Entries = list[tuple[str, str]]
+_BUILTIN = ("FloatingPointError", "KeyError", "RuntimeError", "TypeError", "ValueError")
 
 
 class Description:
-    """What a rank is about to do: names of parameters, each with a text. Equal descriptions have equal checksums."""
+    """What a rank is about to do: names of parameters, each with a text. Equal descriptions have equal checksums.
 
-    def __init__(self, entries: Entries) -> None:
-        self.entries = entries
-        self.checksum = zlib.crc32(repr(entries).encode())
+    Args:
+        entries: names and texts.
+        start: another description, to which they are added.
+    """
+
+    def __init__(self, entries: Entries, start: Description | None = None) -> None:
+        self.entries: Entries = entries if start is None else [*start.entries, *entries]
+        self.checksum: int = zlib.crc32(repr(entries).encode(), 0 if start is None else start.checksum)
 
 
 class Agreement:
@@ -86,7 +92,7 @@ def _raise_first(groups: list[Any], description: Description, error: Exception |
         raise error
     for rank, (problem, _) in sorted(known.items()):
         if problem is not None:
-            kind = getattr(builtins, problem[0], RuntimeError)
+            kind = getattr(builtins, problem[0]) if problem[0] in _BUILTIN else RuntimeError
             raise kind(f"{problem[1]} (This is the error of rank {rank}; nothing was changed on any rank.)")
     ranks = sorted(known)
     for first, second in itertools.pairwise(ranks):
@@ -102,6 +108,6 @@ def _raise_disagreement(first: int, one: Entries, second: int, other: Entries) -
             raise ValueError(
                 f"the ranks disagree about {name}: on rank {first} it is {left.get(name, 'not marked')}; on rank "
                 f"{second} it is {right.get(name, 'not marked')}. On every rank, mark the same parameters in the same "
-                "way, create and load the optimizer at the same time, give it the same groups, and compute a gradient "
-                "of the same parameters."
+                "way, create and load the optimizer at the same time, give it the same groups and options, and compute "
+                "a gradient of the same parameters."
             )

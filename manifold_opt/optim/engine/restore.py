@@ -47,7 +47,7 @@ def restore_overwritten(optimizer: ManifoldOptimizer, plan: Plan, seen: Stamps) 
         pending += off
         messages += far
     for message in messages:  # after the loop: a step that raises must not warn
-        warnings.warn(message, stacklevel=7)  # the caller of opt.step(), above its hooks and decorators
+        warnings.warn(message, stacklevel=6)  # the caller of opt.step(), above its hooks and decorators
     for bucket, tensors, mask, values in pending:
         masks = mask.split(bucket.points_per_param)  # type: ignore[no-untyped-call]
         new = values.split([int(m.sum()) for m in masks])  # type: ignore[no-untyped-call]

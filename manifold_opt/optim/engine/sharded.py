@@ -69,7 +69,7 @@ class Sharded:
         facts = [(p.grad is None, is_held(s), len(s)) for (_, p), s in zip(self.parameters, states, strict=True)]
         if self._description is None or self._description[0] != facts:
             self._description = facts, _describe(optimizer, self.parameters)
-        return self._description[1]
+        return Description(_options(optimizer), self._description[1])
 
     def states(self, optimizer: ManifoldOptimizer) -> dict[Tensor, State]:
         """Return the states of all parameters in the form of a checkpoint. A collective."""
@@ -140,54 +140,75 @@ def begin_step(
     Returns:
         The sharded parameters, None if none is marked; and the inputs of the step of the others.
     """
-    engine, error, changes, inputs = optimizer._engine, None, PARAMETERS, None
-    old: Sharded | None = engine.sharded
+    engine, error, inputs = optimizer._engine, None, None
+    known, changes = None, PARAMETERS
     try:  # an error is raised on all ranks: the others wait in the agreement
         check()  # marks parameters again that have replaced marked ones
-        known = old if old is not None and (is_current or old.key == _key(optimizer)) else None
-        _check_gradients(optimizer, sharded_parameters(optimizer) if known is None else known.parameters)
-        changes = PARAMETERS if known is None else max(known.changes(optimizer), NOTHING if is_current else PLAN)
+        known, changes = _find_changes(optimizer, is_current)
         inputs = prepare_others() if is_current else None
     except Exception as problem:
         error, known = problem, None
-    if known is not None:
-        parameters, agreement, description = known.parameters, known.agreement, known.describe(optimizer)
-    else:
-        parameters = sharded_parameters(optimizer)
-        dtensors = _dtensors(optimizer)
-        if old is None and (not dtensors or (engine.has_agreed and not parameters)):
-            if error is not None:
-                raise error
-            return None, prepare_others() if inputs is None else inputs
-        agreement = Agreement(dtensors) if old is None or dtensors else old.agreement
-        description = _describe(optimizer, parameters)
+    agreement, description = _agreement(optimizer, known)
+    if agreement is None:
+        if error is not None:
+            raise error
+        return None, prepare_others() if inputs is None else inputs
     engine.has_agreed = True
     changes = agreement.agree(description, error, changes)
     if changes == PARAMETERS:
-        if old is not None:
-            release(optimizer, old)
-        engine.sharded = Sharded(optimizer, agreement, old) if parameters else None
+        _assign_again(optimizer, agreement)
     sharded: Sharded | None = engine.sharded
     if sharded is None:
         return None, prepare_others() if inputs is None else inputs
     for owned in sharded.owned:
         owned.find_active()
         owned.update_options(optimizer)
-    if changes:
-        error = _look_closer(optimizer, sharded, prepare, is_written=changes >= VALUES)
-        try:
-            inputs = prepare_others() if inputs is None else inputs
-        except Exception as problem:
-            error = problem
-        agreement.agree(Description([]), error)
-    else:
+    if not changes:
         for owned in sharded.owned:
             owned.collect_gradients()
             prepare(owned.inner)
+        return sharded, inputs
+    error = _take_changes(optimizer, sharded, prepare, is_written=changes >= VALUES)
+    try:
+        inputs = prepare_others() if inputs is None else inputs
+    except Exception as problem:
+        error = problem
+    agreement.agree(Description([]), error)
     return sharded, inputs
 
 
-def _look_closer(
+def _find_changes(optimizer: ManifoldOptimizer, is_current: bool) -> tuple[Sharded | None, int]:
+    """Return the sharded parameters if they are those of the last step, and what has changed since."""
+    known: Sharded | None = optimizer._engine.sharded
+    if known is not None and not is_current and known.key != _key(optimizer):
+        known = None
+    _check_gradients(optimizer, sharded_parameters(optimizer) if known is None else known.parameters)
+    if known is None:
+        return None, PARAMETERS
+    return known, max(known.changes(optimizer), NOTHING if is_current else PLAN)
+
+
+def _agreement(optimizer: ManifoldOptimizer, known: Sharded | None) -> tuple[Agreement | None, Description]:
+    """Return the agreement of the ranks, None if nothing is to be agreed on, and what this rank is about to do."""
+    engine = optimizer._engine
+    if known is not None:
+        return known.agreement, known.describe(optimizer)
+    parameters, dtensors, old = sharded_parameters(optimizer), _dtensors(optimizer), engine.sharded
+    description = Description(_options(optimizer), _describe(optimizer, parameters))
+    if old is None and (not dtensors or (engine.has_agreed and not parameters)):
+        return None, description
+    return Agreement(dtensors) if old is None or dtensors else old.agreement, description
+
+
+def _assign_again(optimizer: ManifoldOptimizer, agreement: Agreement) -> None:
+    """Assign the blocks to owners anew. A collective."""
+    old: Sharded | None = optimizer._engine.sharded
+    if old is not None:
+        release(optimizer, old)
+    optimizer._engine.sharded = Sharded(optimizer, agreement, old) if sharded_parameters(optimizer) else None
+
+
+def _take_changes(
     optimizer: ManifoldOptimizer, sharded: Sharded, prepare: Prepare, *, is_written: bool
 ) -> Exception | None:
     """Take up values and states that were written, and prepare the step; return the error of this rank."""
@@ -245,9 +266,21 @@ def _describe(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -
         facts += ["without a gradient"] if p.grad is None else [f"with a gradient in {p.grad.dtype}"]
         state = optimizer.state.get(p, {})
         if not is_held(state):
-            facts += [f"with loaded {pending_keys(state)}" if state else "without a state"]
+            facts += [f"with loaded {', '.join(pending_keys(state))}" if state else "without a state"]
         entries.append((name, ", ".join(facts)))
     return Description(entries)
+
+
+def _options(optimizer: ManifoldOptimizer) -> list[tuple[str, str]]:
+    """Return the options of every group that are numbers, strings or tuples of numbers."""
+    plain = [{key: x for key, x in group.items() if _is_plain(x)} for group in optimizer.param_groups]
+    return [(f"the options of group {k}", repr(options)) for k, options in enumerate(plain)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _check_gradients(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -> None:
