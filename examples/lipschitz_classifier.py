@@ -139,7 +139,7 @@ def certified_radii(logits: Tensor, classes: Tensor, lipschitz: float) -> Tensor
     return margins(logits, classes).clamp_min(0) / (math.sqrt(2) * lipschitz)
 
 
-def falls(net: nn.Module, x: Tensor, classes: Tensor, radii: Tensor, steps: int) -> Tensor:
+def falls(net: nn.Module, x: Tensor, classes: Tensor, radii: Tensor, steps: int, start: Tensor | None = None) -> Tensor:
     """Which answers a projected gradient attack gets wrong: it descends the margin within balls of these radii.
 
     Args:
@@ -148,12 +148,14 @@ def falls(net: nn.Module, x: Tensor, classes: Tensor, radii: Tensor, steps: int)
         classes: the true ones, ``(batch,)``.
         radii: one an image, ``(batch,)``.
         steps: how many gradients; a step is four times a radius, over the number of steps.
+        start: what is added to the images at first, of any length; by default nothing.
 
     Returns:
         True where any of the images on the way was wrong, ``(batch,)``.
     """
     radii = radii.view(-1, 1, 1, 1)
-    moved, fallen = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool)
+    moved = torch.zeros_like(x) if start is None else start * (radii / length(start)).clamp_max(1)
+    fallen = torch.zeros(len(x), dtype=torch.bool)
     for _ in range(steps + 1):
         moved.requires_grad_()
         left = margins(net(x + moved), classes)

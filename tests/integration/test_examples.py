@@ -53,6 +53,9 @@ def test_the_attack_finds_the_nearest_boundary_of_a_linear_classifier(example):
     distance = lipschitz_classifier.margins(logits, classes) / apart
     assert not lipschitz_classifier.falls(net, x, classes, 0.999 * distance, steps=10).any()
     assert lipschitz_classifier.falls(net, x, classes, 1.001 * distance, steps=10).all()
+    start = torch.randn_like(x)
+    assert not lipschitz_classifier.falls(net, x, classes, 0.999 * distance, steps=50, start=start).any()
+    assert lipschitz_classifier.falls(net, x, classes, 1.01 * distance, steps=50, start=start).all()
 
 
 def test_groupsort_sorts_pairs_and_keeps_lengths(example):
