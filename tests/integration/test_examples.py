@@ -80,6 +80,139 @@ def test_the_classifier_is_as_lipschitz_as_the_product_of_its_norms(example):
         assert float(torch.linalg.matrix_norm(steepest, 2)) <= bound
 
 
+@pytest.fixture
+def recurrent(example):
+    pytest.importorskip("sklearn")
+    return example("lipschitz_recurrent")
+
+
+def spread_(module, scale):
+    """Entries of all parameters, biases too, with this standard deviation."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=scale)
+    return module.double()
+
+
+CELLS = {
+    "relu": lambda _: nn.RNN(3, 6, nonlinearity="relu", batch_first=True),
+    "tanh": lambda _: nn.RNN(3, 6, batch_first=True),
+    "joint": lambda recurrent: recurrent.JointRNN(3, 6),
+    "gru": lambda _: nn.GRU(3, 6, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_bounds_are_at_least_every_jacobian(recurrent, cell, scale):
+    """Of the logits in a whole sequence, at any scale of weights and inputs."""
+    torch.manual_seed(0)
+    for _ in range(5):
+        net = spread_(recurrent.Reader(CELLS[cell](recurrent), 6), scale)
+        x = torch.randn(50, 1, 7, 3).double() * torch.rand(50, 1, 1, 1) * 3
+        assert recurrent.jacobian_norms(net, x).max() <= recurrent.lipschitz(net, 7) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_bounds_of_one_step(recurrent, cell, scale):
+    """In the pair (state, row), for states with entries from -1 to 1."""
+    torch.manual_seed(1)
+    for _ in range(5):
+        made = spread_(CELLS[cell](recurrent), scale)
+        if cell == "joint":
+            made = as_rnn(made)
+        pairs = torch.cat((2 * torch.rand(50, 6) - 1, scale * torch.randn(50, 3)), 1).double()
+        step = Step(made)
+        assert recurrent.jacobian_norms(step, pairs).max() <= recurrent.lipschitz_after_row(made, 1.0) * (1 + 1e-12)
+
+
+class Step(nn.Module):
+    """One step of a cell with six hidden units, of (state, row) side by side."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, pairs):
+        return self.cell(pairs[:, None, 6:], pairs[None, :, :6].contiguous())[1][0]
+
+
+def as_rnn(joint):
+    """The nn.RNN with the two parts of a JointRNN."""
+    hidden, both = joint.weight.shape
+    cell = nn.RNN(both - hidden, hidden, nonlinearity="relu", batch_first=True).to(joint.weight.dtype)
+    parts = {"weight_hh_l0": joint.weight_hh_l0, "weight_ih_l0": joint.weight_ih_l0, "bias_ih_l0": joint.bias}
+    cell.load_state_dict({**parts, "bias_hh_l0": torch.zeros(hidden)})
+    return cell
+
+
+def test_a_joint_rnn_is_an_nn_rnn(recurrent):
+    joint = spread_(recurrent.JointRNN(3, 6), 0.5)
+    x = torch.randn(4, 7, 3).double()
+    torch.testing.assert_close(joint(x), as_rnn(joint)(x))
+
+
+def test_the_bound_of_two_marks_is_attained(recurrent):
+    """W_hh = I and one input, which every row adds to the state: the norm is sqrt(T) |W_ih|."""
+    net = recurrent.Reader(nn.RNN(1, 2, nonlinearity="relu", batch_first=True), 2).double()
+    net.cell.weight_hh_l0.data = torch.eye(2).double()
+    net.cell.weight_ih_l0.data = torch.tensor([[0.5], [0.0]]).double()
+    assert recurrent.lipschitz(net, 9) == pytest.approx(1.5)
+    assert recurrent.jacobian_norms(net, torch.ones(1, 1, 9, 1).double()).tolist() == pytest.approx([1.5])
+
+
+def test_the_bound_of_one_matrix_is_attained(recurrent):
+    """By a shift register, which keeps every row: the bound is 1 for any number of rows, and all of it is used."""
+    net = recurrent.Reader(recurrent.JointRNN(1, 9), 9).double()
+    net.cell.weight.data = torch.eye(10)[1:].double()
+    for rows in (1, 2, 9, 30):
+        assert recurrent.lipschitz(net, rows) == pytest.approx(1)
+        assert recurrent.jacobian_norms(net, torch.ones(1, 1, rows, 1).double()).tolist() == pytest.approx([1])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "recurrents", "biases", "new_bias", "row", "state"),
+    [
+        ((-0.21, 1.23, -0.13), (-0.33, -1.84, -0.2), (-2.28, 1.57, 1.92), 0.06, -2.33, -0.82),
+        ((-0.66, -0.88, -0.62), (-2.14, 0.68, -0.77), (3.18, -16.97, -6.52), 17.74, 3.17, 0.51),
+    ],
+    ids=["update gate", "reset gate"],
+)
+def test_the_bound_of_a_gru_has_no_room_for_smaller_constants(
+    recurrent, inputs, recurrents, biases, new_bias, row, state
+):
+    """GRUs of one unit, found by search, whose Jacobian is most of the bound; 1/8 for 1/2, 1/10 for 1/4 would fail."""
+    gru = nn.GRU(1, 1).double()
+    values = (inputs, recurrents, biases, (0.0, 0.0, new_bias))  # gates r, z, n
+    for parameter, gates in zip(gru.parameters(), values, strict=True):
+        parameter.data = torch.tensor(gates).double().view_as(parameter)
+    h, x = (torch.full((1, 1, 1), value).double().requires_grad_() for value in (state, row))
+    slopes = torch.autograd.grad(gru(x, h)[1], (h, x))
+    bound = recurrent.lipschitz_after_row(gru, 1.0)
+    assert 0.75 * bound < float(torch.hypot(*slopes)) <= bound
+
+
+def test_the_inequality_behind_the_bound_of_a_gru():
+    """z^2 + (1 - z)^2 + 8 z^2 (1 - z)^2 <= 1: the three coefficients of a, b and w / sqrt(2)."""
+    z = torch.linspace(0, 1, 10_001).double()
+    assert float((z**2 + (1 - z) ** 2 + 8 * (z * (1 - z)) ** 2).max()) <= 1 + 1e-15
+
+
+@pytest.mark.parametrize("name", ["RNN, unconstrained", "RNN, two marks", "RNN, one matrix", "GRU, gain 0.25"])
+def test_trained_recurrent_nets_keep_their_certificates(recurrent, name, tmp_path):
+    args = recurrent.parse(["--toy", "--steps", "60", "--plot", str(tmp_path / "plot.png")])
+    data = recurrent.digits()
+    with recurrent.Runs() as runs:
+        result = recurrent.judge(recurrent.train(name, args, data, 0, runs), args, data)
+    assert result.accuracy > 0.2  # of ten classes
+    assert result.steepest <= result.bound
+    assert result.fell == 0
+    for radius, left in zip(recurrent.RADII, result.attacked, strict=True):
+        assert recurrent.certified([result], radius) <= left
+    if name in ("RNN, two marks", "RNN, one matrix"):  # c_8 and the head to the rounding of float32
+        assert result.bound <= 1 + 1e-4
+
+
 def test_attention_logits_are_those_of_torch(example):
     attention_heads = example("attention_heads")
     attention = nn.MultiheadAttention(12, 3, bias=False, batch_first=True)
