@@ -11,6 +11,8 @@ from manifold_opt import check, orthogonality_error
 
 from .workers import run
 
+pytestmark = pytest.mark.slow  # .ci/run runs them
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
