@@ -6,6 +6,7 @@ same gradients to the bit.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,9 +115,13 @@ def like(value: Tensor, p: Tensor) -> Tensor:
     return sharded(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
 
 
+# Not in torch 2.6, which sends the value of the first rank.
+_SEND_NOTHING = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
+
+
 def sharded(value: Tensor, where: Any, placements: Any) -> Tensor:
     """Return a tensor that every rank has whole, sharded without sending anything."""
-    return distribute_tensor(value, where, placements, src_data_rank=None)
+    return distribute_tensor(value, where, placements, **_SEND_NOTHING)
 
 
 class Gradients:
