@@ -179,7 +179,7 @@ def overlap_problem(tensor: Tensor) -> str | None:
 
 
 def units(layouts: Sequence[Layout], shape: Shape) -> tuple[int, list[Unit]]:
-    """Return a dimension along which a parameter of this shape can be cut, and its units, which cover the parameter.
+    """Return the dimension along which a parameter of this shape is cut, and its units in order. They cover it.
 
     Rows outside every layout belong to the unit that follows them, at the end to the last one.
     """

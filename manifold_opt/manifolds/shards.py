@@ -23,19 +23,15 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """Return the local part of a DTensor, in the same memory, or another tensor itself, without its graph.
-
-    It has the version counter of the DTensor, which changes when other code writes to it.
-    """
+    """Return the local part of a DTensor, in the same memory and without its graph. Only detach other tensors."""
     if not is_dtensor(tensor):
         return tensor.detach()
     with torch.no_grad():
-        part = tensor.to_local()  # not of a detached DTensor, which has a version counter of its own
-    return part.detach()
+        return tensor.to_local().detach()
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return the whole of a DTensor on every rank, a collective, or another tensor itself, without its graph."""
+    """Gather a DTensor, a collective, and return it without its graph. Only detach other tensors."""
     with torch.no_grad():
         gathered: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return gathered.detach()
@@ -47,16 +43,16 @@ def write_whole_(tensor: Any, value: Tensor) -> None:
     part.copy_(value[slices(local_box(tensor))])
 
 
-def shard(value: Tensor, like: Any) -> Any:
+def shard_like(value: Tensor, like: Any) -> Any:
     """Return a DTensor with the mesh and the placements of ``like``, given its whole value on every rank."""
     part = value[slices(local_box(like))].clone(memory_format=torch.contiguous_format)
     return from_local(part, like)
 
 
-def placed(tensor: Any, like: Any) -> Any:
+def placed_like(tensor: Any, like: Any) -> Any:
     """Return a tensor of the shape of the DTensor ``like`` with its mesh and placements. A collective."""
     if not is_dtensor(tensor) or tensor.device_mesh != like.device_mesh:
-        return shard(whole(tensor).to(like.device), like)
+        return shard_like(whole(tensor).to(like.device), like)
     return tensor if tensor.placements == like.placements else tensor.redistribute(placements=like.placements)
 
 
@@ -85,7 +81,7 @@ def ranks_of(tensor: Any) -> tuple[int, ...]:
 
 
 def unsharded_like(tensor: Tensor) -> Tensor:
-    """Return a tensor without values that has the shape and dtype of the whole of a DTensor; another tensor itself."""
+    """Return a tensor without values, with the shape and dtype of a DTensor. Return other tensors themselves."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_dtensor(tensor) else tensor
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from manifold_opt import Adam, check, constraint_of, mark_orthogonal, mark_unit_norm, orthogonality_error, unmark
 
 from ..helpers import gaussian
-from .layouts import LAYOUTS, Gradients, build, like, train, whole
+from .layouts import LAYOUTS, Gradients, build, like, optimizer, train, whole
 from .workers import mesh, run
 
 EVENTS = {}
@@ -327,3 +327,24 @@ def copied():
 
 def test_an_optimizer_of_shards_is_not_copied():
     run(2, copied)
+
+
+def reordered(world):
+    """Write the rows in another order through ``.data``: every sum of the entries stays what it was."""
+    net = build("cut")
+    LAYOUTS["cut"].shard(net, world)
+    opt = optimizer("SGD", net.parameters())
+    train(net.parameters(), opt, 2)
+    p = next(iter(net.parameters()))
+    expected = whole(p).flip(0)
+    p.to_local().data.copy_(like(expected, p).to_local())
+    for q in net.parameters():
+        q.grad = torch.zeros_like(q)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step()
+    return expected, whole(p)
+
+
+def test_rows_that_are_reordered_are_taken_up():
+    for expected, found in run(2, reordered, 2):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ from ...manifolds.records import (
     record_to_tensor,
     serialize,
 )
-from ...manifolds.shards import is_dtensor, shard, unsharded_like, whole
+from ...manifolds.shards import is_dtensor, shard_like, unsharded_like, whole
 from ..options import describe_param
 from .optimizer import Algorithm, Group, ManifoldOptimizer
 
@@ -85,7 +85,7 @@ def _converted_whole(
     if new is None:
         return None
     same = {key for key, x in new.items() if isinstance(x, Tensor) and x.shape == parameter.shape}
-    return {key: shard(x, parameter) if key in same else x for key, x in new.items()}
+    return {key: shard_like(x, parameter) if key in same else x for key, x in new.items()}
 
 
 def _leave_frame(

@@ -5,7 +5,8 @@ One collective call moves the pieces of all parameters: ``collect`` from shards 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class Exchange:
 
     def __init__(self, members: list[Ownership], group: Any, ranks: int, rank: int) -> None:
         self.group, self.ranks, self.rank = group, ranks, rank
-        self.moves = any(_is_cut(member) for member in members)
+        self.moves = any(member.is_cut for member in members)
         self.sent: list[list[Piece]] = [[] for _ in range(ranks)]
         self.received: list[list[Piece]] = [[] for _ in range(ranks)]
         for k, member in enumerate(members):
@@ -92,22 +93,27 @@ class Exchange:
     def collect(self, shards: list[Tensor], parts: list[Tensor]) -> None:
         """Write the pieces of all shards to the parts of their owners. A collective."""
         sent, received = self._get_buffers(shards)
-        _copy(sent.views, (shards[piece.member][piece.shard] for piece in sent.pieces))
-        self._all_to_all(received, sent)
-        _copy([parts[piece.member][piece.part] for piece in received.pieces], received.views)
-        _copy([parts[p.member][p.part] for p in self.own], (shards[p.member][p.shard] for p in self.own))
+        self._move((shards, _in_shard, sent), (parts, _in_part, received))
 
     def spread(self, parts: list[Tensor], shards: list[Tensor]) -> None:
         """Write the parts of all owners to the shards. A collective."""
         received, sent = self._get_buffers(shards)
-        _copy(sent.views, (parts[piece.member][piece.part] for piece in sent.pieces))
-        self._all_to_all(received, sent)
-        _copy([shards[piece.member][piece.shard] for piece in received.pieces], received.views)
-        _copy([shards[p.member][p.shard] for p in self.own], (parts[p.member][p.part] for p in self.own))
+        self._move((parts, _in_part, sent), (shards, _in_shard, received))
 
-    def _all_to_all(self, received: Buffer, sent: Buffer) -> None:
+    def is_as_spread(self, parts: list[Tensor], shards: list[Tensor]) -> bool:
+        """Return True if the shards have the values that the last call, :meth:`spread`, has written."""
+        written, _ = self._get_buffers(shards)
+        known = [*written.views, *_pick(parts, _in_part, self.own)]
+        return all(map(torch.equal, known, _pick(shards, _in_shard, written.pieces + self.own)))
+
+    def _move(self, source: Side, destination: Side) -> None:
+        """Write the pieces of the tensors of one side to those of the other."""
+        (tensors, index, sent), (targets, target_index, received) = source, destination
+        _copy(sent.views, _pick(tensors, index, sent.pieces))
         if self.moves:
             dist.all_to_all_single(received.memory, sent.memory, received.sizes, sent.sizes, self.group)
+        _copy(_pick(targets, target_index, received.pieces), received.views)
+        _copy(_pick(targets, target_index, self.own), _pick(tensors, index, self.own))
 
     def _get_buffers(self, shards: list[Tensor]) -> tuple[Buffer, Buffer]:
         """Return the buffers of a holder and of an owner for shards of these dtypes; the last ones are kept."""
@@ -118,18 +124,18 @@ class Exchange:
         return self._buffers[1:]
 
 
-def _copy(destinations: list[Tensor], sources: Iterable[Tensor]) -> None:
+_in_shard, _in_part = attrgetter("shard"), attrgetter("part")
+Side = tuple[list[Tensor], Callable[[Piece], Index], Buffer]  # tensors, index of a piece in them, and its buffer
+
+
+def _pick(tensors: list[Tensor], index: Callable[[Piece], Index], pieces: list[Piece]) -> list[Tensor]:
+    """Return views of some pieces."""
+    return [tensors[piece.member][index(piece)] for piece in pieces]
+
+
+def _copy(destinations: list[Tensor], sources: list[Tensor]) -> None:
     if destinations:
-        torch._foreach_copy_(destinations, list(sources))
-
-
-def _is_cut(member: Ownership) -> bool:
-    """Return True if a unit does not lie whole in its owner's shard."""
-    return any(
-        sum(torch.Size(p.shape).numel() for p in _pieces(0, member, [(unit.start, unit.length)], owner))
-        < unit.length * torch.Size(member.shape).numel() // member.shape[member.dim]
-        for unit, owner in zip(member.units, member.owners, strict=True)
-    )
+        torch._foreach_copy_(destinations, sources)
 
 
 def _pieces(position: int, member: Ownership, owned: list[tuple[int, int]], holder: int) -> list[Piece]:

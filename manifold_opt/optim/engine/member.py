@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...constraints.tag import CONSTRAINED
 from .owners import Ownership
 
-OUTER = ("step", CONSTRAINED)  # entries of the state that the outer optimizer has
+OUTER_KEYS = ("step", CONSTRAINED)  # entries of the state that the outer optimizer has
 
 
 class ShardedState(dict[str, Any]):
@@ -49,8 +48,6 @@ class Member:
         part: what this rank owns; None if it owns nothing.
         empty: an empty tensor in place of a part.
         shard: the shard that this rank has; set at the begin of a step.
-        stamp: address and versions of the shard after it was last read or written.
-        checksum: its checksum then, which changes also when other code writes through ``.data``.
     """
 
     parameter: Any
@@ -59,36 +56,17 @@ class Member:
     part: nn.Parameter | None
     empty: Tensor
     shard: Tensor
-    stamp: tuple[int, ...] = ()
-    checksum: Tensor | None = None
 
     def part_or_empty(self) -> Tensor:
         """Return the part, without its graph."""
         return self.empty if self.part is None else self.part.detach()
 
-    def current_stamp(self) -> tuple[int, ...]:
-        """Return address and versions of the shard. An operation on the DTensor changes its own version only."""
-        return self.shard.data_ptr(), self.shard._version, self.parameter._version
 
-    def remember(self) -> None:
-        """Store the stamp and the checksum of the shard."""
-        self.stamp, self.checksum = self.current_stamp(), checksum(self.shard)
-
-
-def pending_keys(state: dict[str, Any]) -> list[str]:
+def loaded_keys(state: dict[str, Any]) -> list[str]:
     """Return the keys of moments that were loaded and have not been moved to the owners yet."""
-    return sorted(key for key in state.keys() if key not in OUTER)  # noqa: SIM118
+    return sorted(key for key in state.keys() if key not in OUTER_KEYS)  # noqa: SIM118
 
 
 def is_held(state: dict[str, Any]) -> bool:
     """Return True if the owners have the moments; False if a state was loaded or cleared since the last step."""
-    return isinstance(state, ShardedState) and not pending_keys(state)
-
-
-def checksum(shard: Tensor) -> Tensor:
-    """Return the sum of the entries, read as integers."""
-    real = torch.view_as_real(shard) if shard.is_complex() else shard
-    return real.view(_INTEGERS[real.itemsize]).sum()
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
+    return isinstance(state, ShardedState) and not loaded_keys(state)

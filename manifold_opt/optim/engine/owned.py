@@ -19,10 +19,10 @@ from ...constraints.tag import CONSTRAINED, constraint_of, set_constraint
 from ...linalg.precision import LOW_PRECISION, MASTER
 from ...manifolds import Manifold
 from ...manifolds.records import is_record_of, record_from_tensor, record_to_tensor, serialize
-from ...manifolds.shards import boxes_of, from_local, local, placed, whole
+from ...manifolds.shards import boxes_of, from_local, local, placed_like, whole
 from .convert import converted_state
 from .exchange import Exchange
-from .member import OUTER, Member, ShardedState, checksum, is_held
+from .member import OUTER_KEYS, Member, ShardedState, is_held
 from .optimizer import GRAD_SCALER_ATTRIBUTES, Group, ManifoldOptimizer
 from .owners import Ownership, assign_owners
 
@@ -55,6 +55,7 @@ class OwnedBlocks:
         ]
         self.active: list[Member] = []
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
+        self._spread_by: Exchange | None = None  # its buffers have the values that the last step has written
         self.collect_values(self.members)
         self.inner = _inner_optimizer(optimizer, self.members)
 
@@ -77,11 +78,13 @@ class OwnedBlocks:
 
     def collect(self, members: list[Member], shards: list[Tensor], parts: list[Tensor]) -> None:
         """Write shards to the parts of their owners. A collective."""
+        self._spread_by = None
         if members:
             self.exchange(members).collect(shards, parts)
 
     def spread(self, members: list[Member], parts: list[Tensor], shards: list[Tensor]) -> None:
         """Write parts to the shards. A collective."""
+        self._spread_by = None
         if members:
             self.exchange(members).spread(parts, shards)
 
@@ -92,17 +95,16 @@ class OwnedBlocks:
             member.shard = local(member.parameter)
 
     def is_written(self) -> bool:
-        """Return True if other code has written to an active shard or replaced it."""
-        if not self.active or any(member.current_stamp() != member.stamp for member in self.active):
-            return bool(self.active)
-        known = [member.checksum for member in self.active if member.checksum is not None]
-        return not torch.equal(torch.stack(known), torch.stack([checksum(member.shard) for member in self.active]))
+        """Return True if an active shard has not the value that the last step has written to it."""
+        if not self.active:
+            return False
+        exchange, shards = self.exchange(self.active), [member.shard for member in self.active]
+        parts = [member.part_or_empty() for member in self.active]
+        return exchange is not self._spread_by or not exchange.is_as_spread(parts, shards)
 
     def collect_values(self, members: list[Member]) -> None:
         """Write the values of the shards to the parts. A collective."""
         self.collect(members, [m.shard for m in members], [m.part_or_empty() for m in members])
-        for member in members:
-            member.remember()
 
     def collect_gradients(self) -> None:
         """Write the gradients of the shards to those of the parts. A collective."""
@@ -118,8 +120,7 @@ class OwnedBlocks:
     def spread_values(self) -> None:
         """Write the parts to the shards. A collective."""
         self.spread(self.active, [m.part_or_empty() for m in self.active], [m.shard for m in self.active])
-        for member in self.active:
-            member.remember()
+        self._spread_by = self.exchange(self.active) if self.active else None
 
     def update_options(self, optimizer: ManifoldOptimizer) -> None:
         """Copy the options of the outer groups to the inner ones."""
@@ -178,7 +179,7 @@ class OwnedBlocks:
     def _collect_state(self, states: dict[Member, State]) -> dict[Member, State]:
         """Return the part of every entry that this rank owns. A collective."""
         found: dict[Member, State] = {member: {} for member in states}
-        for key in sorted({key for state in states.values() for key in state if key not in OUTER}):
+        for key in sorted({key for state in states.values() for key in state if key not in OUTER_KEYS}):
             sharded = []
             for member, state in states.items():
                 value = state.get(key)
@@ -189,7 +190,7 @@ class OwnedBlocks:
                     found[member][key] = self._owned_points(member, whole(value))
                 elif key in state:
                     found[member][key] = value
-            shards = [local(placed(states[member][key], member.parameter)) for member in sharded]
+            shards = [local(placed_like(states[member][key], member.parameter)) for member in sharded]
             self.collect(sharded, shards, [found[member][key] for member in sharded])
         return found
 
@@ -207,9 +208,8 @@ class OwnedBlocks:
         held = [member for member in self.members if is_held(optimizer.state.get(member.parameter, {}))]
         own: dict[Member, State] = {m: {} if m.part is None else self.inner.state.get(m.part, {}) for m in held}
         forms: dict[tuple[int, str], Form] = {}
-        for some in self._gather_objects(
-            {(k, key): _form(x, m.part) for k, m in enumerate(held) for key, x in own[m].items() if key not in OUTER}
-        ):
+        entries = [(k, m, key) for k, m in enumerate(held) for key in own[m] if key not in OUTER_KEYS]
+        for some in self._gather_objects({(k, key): _form(own[m][key], m.part) for k, m, key in entries}):
             forms.update(some)
         for key in sorted({key for _, key in forms}):
             sharded = []
@@ -266,7 +266,7 @@ def _record(constraint: Manifold | None) -> Any:
 
 def _gradient(parameter: Any) -> Tensor:
     """Return the local part of a gradient, with the placements of its parameter."""
-    return local(placed(parameter.grad, parameter))
+    return local(placed_like(parameter.grad, parameter))
 
 
 def _zero_step(group: Group, parameter: Any) -> Tensor:

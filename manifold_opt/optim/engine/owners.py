@@ -31,6 +31,7 @@ class Ownership:
         units: parts that are not cut any further.
         owners: the owner of each unit, as a position in the group of ranks.
         boxes: the box of each rank's shard.
+        is_cut: whether a unit does not lie whole in a shard.
     """
 
     constraint: Manifold
@@ -39,6 +40,7 @@ class Ownership:
     units: list[Unit]
     owners: list[int]
     boxes: list[Box]
+    is_cut: bool
 
     def shares(self) -> dict[int, list[Interval]]:
         """Return start and length along ``dim`` of what each owner has; adjacent units are merged."""
@@ -92,7 +94,7 @@ def assign_owners(parameters: list[tuple[Any, Manifold, list[Box]]], loads: list
         for unit, owner in zip(parts, owners, strict=True):
             if owner is not None:
                 loads[owner] += unit.cost
-        ownership = Ownership(constraint, shape, dim, parts, owners, boxes)  # type: ignore[arg-type]
+        ownership = Ownership(constraint, shape, dim, parts, owners, boxes, None in owners)  # type: ignore[arg-type]
         found.append(ownership)
         cut += [(ownership, holders, run) for run in _runs_without_owner(ownership, len(loads))]
     costs = [sum(ownership.units[k].cost for k in run) for ownership, _, run in cut]

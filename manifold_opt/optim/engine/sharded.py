@@ -21,7 +21,7 @@ from ...manifolds.shards import is_dtensor, local, ranks_of, sharded_mesh_dims
 from ..options import MAX_GRAD_NORM, describe_param, validate_gradients
 from .agreement import NOTHING, PARAMETERS, PLAN, VALUES, Agreement, Description
 from .counters import NAMES
-from .member import is_held, pending_keys
+from .member import is_held, loaded_keys
 from .optimizer import GRAD_SCALER_ATTRIBUTES, ManifoldOptimizer
 from .owned import OwnedBlocks, State
 
@@ -266,7 +266,7 @@ def _describe(optimizer: ManifoldOptimizer, parameters: list[tuple[int, Any]]) -
         facts += ["without a gradient"] if p.grad is None else [f"with a gradient in {p.grad.dtype}"]
         state = optimizer.state.get(p, {})
         if not is_held(state):
-            facts += [f"with loaded {', '.join(pending_keys(state))}" if state else "without a state"]
+            facts += [f"with loaded {', '.join(loaded_keys(state))}" if state else "without a state"]
         entries.append((name, ", ".join(facts)))
     return Description(entries)
 
