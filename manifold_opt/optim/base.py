@@ -110,10 +110,12 @@ class BaseOptimizer(ManifoldOptimizer):
             sharded, inputs = begin_step(self, _check(self, is_current), prepare, _prepare, is_current=is_current)
         else:
             sharded, inputs = None, prepare()
-        _step_unconstrained(self, inputs)
-        _step_constrained_eager(self)
-        if sharded is not None:
-            sharded.step(self, _step_constrained_eager)
+        try:
+            _step_unconstrained(self, inputs)
+            _step_constrained_eager(self)
+        finally:
+            if sharded is not None:  # after an error too: the other ranks wait for the parts
+                sharded.step(self, _step_constrained_eager)
         return loss
 
     metrics = metrics

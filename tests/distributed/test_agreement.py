@@ -336,3 +336,28 @@ def another_learning_rate():
 
 def test_options_that_differ_are_refused():
     assert all(run(2, another_learning_rate))
+
+
+def an_error_of_torchs_step():
+    """It comes after the ranks have agreed, so the others cannot raise it; but they do not wait either."""
+    net = net_of_two()
+    rows(net, dist.get_world_size())
+    opt = SGD(net.parameters(), lr=0.1)
+    train(net.parameters(), opt, 2)
+    Gradients(list(net.parameters())).give(2)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(base, "_step_unconstrained", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                opt.step()
+        else:
+            opt.step()
+    train(net.parameters(), opt, 1, first=3)
+    return [whole(p) for p in net.parameters() if constraint_of(p) is not None]
+
+
+def test_an_error_of_torchs_step_leaves_no_rank_waiting():
+    first, *others = run(2, an_error_of_torchs_step)
+    assert first
+    for other in others:
+        assert all(map(torch.equal, first, other))
