@@ -107,7 +107,8 @@ class BaseOptimizer(ManifoldOptimizer):
         is_current = plan is not None and plan.is_current(self)
         prepare = partial(_collect, self, plan) if is_current else partial(_replan, self)
         if self._engine.sharded is not None or (plan.has_dtensors if is_current else has_dtensors(self)):
-            sharded, inputs = begin_step(self, _check(self, is_current), prepare, _prepare, is_current=is_current)
+            check = partial(check_gradients_are_finite if is_current else check_before_step, self)
+            sharded, inputs = begin_step(self, check, prepare, _prepare, is_current=is_current)
         else:
             sharded, inputs = None, prepare()
         try:
@@ -125,11 +126,6 @@ def _warn_if_captured(optimizer: torch.optim.Optimizer) -> None:
     """Emit torch's own warning if a step that is not capturable is being captured."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (newer or optimizer._cuda_graph_capture_health_check)()
-
-
-def _check(optimizer: ManifoldOptimizer, is_current: bool) -> Callable[[], None]:
-    """Return a function that raises the errors of a step."""
-    return partial(check_gradients_are_finite if is_current else check_before_step, optimizer)
 
 
 def _prepare(optimizer: ManifoldOptimizer) -> GroupInputs:

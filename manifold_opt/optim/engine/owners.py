@@ -46,24 +46,22 @@ class Ownership:
         """Return start and length along ``dim`` of what each owner has; adjacent units are merged."""
         found: dict[int, list[Interval]] = defaultdict(list)
         for unit, owner in zip(self.units, self.owners, strict=True):
-            intervals = found[owner]
-            if intervals and sum(intervals[-1]) == unit.start:
-                intervals[-1] = (intervals[-1][0], intervals[-1][1] + unit.length)
-            else:
-                intervals.append((unit.start, unit.length))
+            _append(found[owner], unit.start, unit.length)
         return dict(found)
 
     def owned(self, rank: int) -> list[Interval]:
         """Return start and length along ``dim`` of what a rank owns; adjacent units are merged."""
         return self.shares().get(rank, [])
 
-    def owned_points(self, rank: int) -> Iterator[Interval]:
-        """Yield start and length, among the points of the parameter, of those that a rank owns."""
+    def owned_points(self, rank: int) -> list[Interval]:
+        """Return start and length, among the points of the parameter, of those that a rank owns."""
+        found: list[Interval] = []
         start = 0
         for unit, owner in zip(self.units, self.owners, strict=True):
             if owner == rank:
-                yield start, unit.points
+                _append(found, start, unit.points)
             start += unit.points
+        return found
 
     def part_shape(self, rank: int) -> tuple[int, ...]:
         """Return the shape of the tensor with everything that a rank owns."""
@@ -73,6 +71,14 @@ class Ownership:
     def part_constraint(self, rank: int) -> Manifold:
         """Return the constraint of that tensor."""
         return self.constraint.part(self.shape, self.owned(rank))
+
+
+def _append(intervals: list[Interval], start: int, length: int) -> None:
+    """Append an interval, or extend the last one if it ends where this one starts."""
+    if intervals and sum(intervals[-1]) == start:
+        intervals[-1] = (intervals[-1][0], intervals[-1][1] + length)
+    else:
+        intervals.append((start, length))
 
 
 def assign_owners(parameters: list[tuple[Any, Manifold, list[Box]]], loads: list[float]) -> list[Ownership]:
