@@ -10,7 +10,7 @@ import pytest
 import manifold_opt
 
 PACKAGE = Path(manifold_opt.__file__).parent
-LAYERS = ("linalg", "stiefel", "manifolds", "constraints", "optim", "compare")
+LAYERS = ("linalg", "stiefel", "manifolds", "constraints", "optim", "rotations", "compare")
 MODULES = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
 
 

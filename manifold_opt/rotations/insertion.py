@@ -1,0 +1,234 @@
+"""Insert rotations into a Llama-shaped model of transformers, simulate rounding, and merge them into its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .bank import RotationBank
+from .decoder import EMBEDDING, check_structure, linear_places
+from .linear import RotatedEmbedding, RotatedLinear
+from .rounding import RoundToNearest
+
+BANK, RESIDUAL = "rotations", "residual"  # the attribute of the model that holds the bank, and a name in it
+OUTPUT_LAYER = ("lm_head",)
+
+
+@torch.no_grad()
+def insert_rotations(
+    model: nn.Module,
+    *,
+    residual: str | Tensor | None = "hadamard",
+    heads: str | Tensor | None = "hadamard",
+    generator: Generator | None = None,
+) -> RotationBank:
+    r"""Rotate the coordinates inside a Llama-shaped model without changing the function that it computes.
+
+    The embedding and all linear layers are replaced by :class:`RotatedEmbedding` and :class:`RotatedLinear`. They share
+    the rotations of a bank, which becomes ``model.rotations``:
+
+    - ``"residual"``, called R1 in SpinQuant: the residual stream x becomes :math:`x R_1`. The factors of each RMSNorm
+      move into the layers that read its outputs.
+    - ``"heads_0"``, ``"heads_1"``, ... for each decoder layer, R2 in SpinQuant: the values of each head of keys and
+      values are rotated, with one block for each head, and the output projection of the attention takes this back.
+
+    The parameters of the model are frozen until :func:`merge_rotations`, so that only the bank is trained.
+
+    Args:
+        model: a causal language model of transformers with the structure of Llama, as Mistral, Qwen2 and Qwen3. Insert
+            before FSDP2 or DistributedDataParallel.
+        residual: start of ``"residual"``, as in :meth:`RotationBank.add`; None for no such rotation.
+        heads: start of the rotations of heads; None for no such rotations.
+        generator: source of random numbers for the starts.
+
+    Returns:
+        The bank.
+
+    Raises:
+        ValueError: the model has another structure, such as LayerNorm instead of RMSNorm or fused projections, or it
+            has rotations already. The model is unchanged then.
+
+    Reference: arXiv 2405.16406 (*SpinQuant*), section 3.
+    """
+    if hasattr(model, BANK):
+        raise ValueError(f"insert_rotations: the model has an attribute {BANK!r} already. Call merge_rotations first.")
+    sizes = check_structure(model, residual=residual is not None)
+    weight: Any = model.get_submodule(EMBEDDING).weight
+    bank = RotationBank(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    if residual is not None:
+        bank.add(RESIDUAL, sizes.width, start=residual, generator=generator)
+    if heads is not None:
+        for i in range(sizes.layers):
+            bank.add(f"heads_{i}", sizes.head_width, blocks=sizes.value_heads, start=heads, generator=generator)
+    bank.trained = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    new = dict(_rotated_layers(model, bank, sizes.layers))
+    if residual is not None:
+        for place in linear_places(sizes.layers):
+            if place.norm is not None:
+                model.get_submodule(place.norm).weight.fill_(1)  # type: ignore[operator]
+    model.requires_grad_(False)
+    for path, layer in new.items():
+        model.set_submodule(path, layer)
+    model.add_module(BANK, bank)
+    return bank
+
+
+def _rotated_layers(model: nn.Module, bank: RotationBank, layers: int) -> Iterator[tuple[str, nn.Module]]:
+    """Return the layers that take the places of the embedding and of the linear layers, by path."""
+    stream = RESIDUAL if RESIDUAL in bank else None
+    if stream is not None:
+        embedding: Any = model.get_submodule(EMBEDDING)
+        yield EMBEDDING, RotatedEmbedding(embedding, bank, outputs=stream)
+    for place in linear_places(layers):
+        linear: Any = model.get_submodule(place.path)
+        heads = f"heads_{place.heads}" if f"heads_{place.heads}" in bank else None
+        inputs, outputs = (stream, heads) if place.norm is not None else (heads, stream if place.writes else None)
+        scale = None
+        if stream is not None and place.norm is not None:
+            scale = model.get_submodule(place.norm).weight.detach().clone()  # type: ignore[operator]
+        yield place.path, RotatedLinear(linear, bank, inputs=inputs, outputs=outputs, scale=scale)
+
+
+@torch.no_grad()
+def merge_rotations(model: nn.Module) -> nn.Module:
+    r"""Replace all rotated layers by plain ones with the rotated weights; return the model.
+
+    The weights are computed in float64 and rounded once to their dtype. The bank is removed, and the parameters are
+    trainable again as they were before. The model then has its own class again, and ``save_pretrained`` and
+    ``from_pretrained`` work as for any other; an output layer that was tied to the embedding is separate from now on.
+
+    Args:
+        model: a model after :func:`insert_rotations`, or one with layers of type :class:`RotatedLinear`.
+
+    Raises:
+        ValueError: no layer is rotated, or parameters are sharded. The model is unchanged then.
+
+    >>> import torch
+    >>> from manifold_opt.rotations import RotatedLinear, RotationBank, merge_rotations
+    >>> bank = RotationBank()
+    >>> rotation = bank.add("hidden", 8)
+    >>> first, second, x = torch.nn.Linear(3, 8), torch.nn.Linear(8, 2), torch.randn(5, 3)
+    >>> net = torch.nn.Sequential(
+    ...     RotatedLinear(first, bank, outputs="hidden"), RotatedLinear(second, bank, inputs="hidden")
+    ... )
+    >>> merge_rotations(net)
+    Sequential(
+      (0): Linear(in_features=3, out_features=8, bias=True)
+      (1): Linear(in_features=8, out_features=2, bias=True)
+    )
+    >>> torch.allclose(net(x), second(first(x)), atol=1e-5)
+    True
+    """
+    rotated = {
+        path: layer for path, layer in model.named_modules() if isinstance(layer, (RotatedLinear, RotatedEmbedding))
+    }
+    if not rotated:
+        raise ValueError("merge_rotations: the model has no rotated layer.")
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        raise ValueError(
+            "merge_rotations: parameters are sharded. Insert rotations of the same sizes into a model that is not "
+            "sharded, load the full state of the bank into it, and merge there."
+        )
+    merged = {path: layer.merged() for path, layer in rotated.items()}
+    for path, layer in merged.items():
+        model.set_submodule(path, layer)
+    bank = getattr(model, BANK, None)
+    if isinstance(bank, RotationBank):
+        delattr(model, BANK)
+        trained = set(bank.trained)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            p.requires_grad_(name in trained)
+        if RESIDUAL in bank:
+            _untie(model)
+    return model
+
+
+def _untie(model: nn.Module) -> None:
+    """Tell transformers that the output layer has its own weight."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def simulate_rounding(
+    model: nn.Module,
+    *,
+    weights: RoundToNearest | None = None,
+    inputs: RoundToNearest | None = None,
+    skip: Sequence[str] = OUTPUT_LAYER,
+) -> None:
+    """Round the rotated weights, and the inputs, of all rotated linear layers in every forward pass from now on.
+
+    Gradients pass as if nothing was rounded (straight-through), so that rotations can be trained for a rounded model.
+
+    Args:
+        model: a model with layers of type :class:`RotatedLinear`.
+        weights: rounding of the rotated weights, or None for none.
+        inputs: rounding of the inputs of the layers, or None for none.
+        skip: names of layers, the last part of their path, that are not rounded. The embedding never is.
+
+    Raises:
+        ValueError: no layer is rotated.
+    """
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RotatedLinear)}
+    if not layers:
+        raise ValueError("simulate_rounding: no layer is rotated. Call insert_rotations before, or round_linears_.")
+    for path, layer in layers.items():
+        skipped = path.rpartition(".")[2] in skip
+        layer.round_weight, layer.round_inputs = (None, None) if skipped else (weights, inputs)
+
+
+@torch.no_grad()
+def round_linears_(
+    model: nn.Module,
+    weights: RoundToNearest,
+    *,
+    inputs: RoundToNearest | None = None,
+    skip: Sequence[str] = OUTPUT_LAYER,
+) -> list[RemovableHandle]:
+    """Round the weights of all linear layers in place, and from now on the inputs of these layers if asked.
+
+    Args:
+        model: any model, such as one after :func:`merge_rotations`.
+        weights: rounding of the weights.
+        inputs: rounding of the inputs, by a hook of each layer; None for none.
+        skip: names of layers, the last part of their path, that are left as they are.
+
+    Returns:
+        The handles of the hooks; ``handle.remove()`` ends the rounding of inputs.
+
+    Raises:
+        ValueError: a layer is still rotated.
+
+    >>> import torch
+    >>> from manifold_opt.rotations import RoundToNearest, round_linears_
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    >>> round_linears_(net, RoundToNearest(2))
+    []
+    >>> [len(row.unique()) for row in net[0].weight]
+    [3, 3, 3, 3, 3, 3, 3, 3]
+    """
+    if any(isinstance(layer, RotatedLinear) for layer in model.modules()):
+        raise ValueError("round_linears_: a layer is still rotated. Call merge_rotations before, or simulate_rounding.")
+    handles = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and path.rpartition(".")[2] not in skip:
+            layer.weight.copy_(weights(layer.weight))
+            if inputs is not None:
+                handles.append(layer.register_forward_pre_hook(_RoundInputs(inputs)))
+    return handles
+
+
+class _RoundInputs:
+    """A forward pre-hook that rounds the input of a layer; a class, so that a model with it can be pickled."""
+
+    def __init__(self, rounding: RoundToNearest) -> None:
+        self.rounding = rounding
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG002
+        return (self.rounding(args[0]), *args[1:])
