@@ -26,7 +26,7 @@ def param_label(target: Any, name: Any) -> str:
 
 def constrain(caller: str, target: Any, name: Any, parameter: T, constraint: Manifold) -> T:
     """Mark one validated parameter, given as ``(module, name)`` or by itself."""
-    _project_and_tag(caller, [(parameter, constraint, param_label(target, name))])
+    project_and_tag(caller, [(parameter, constraint, param_label(target, name))])
     if isinstance(target, nn.Module):
         _record_on_modules(target, [(parameter, constraint, name)])
     return parameter
@@ -34,7 +34,7 @@ def constrain(caller: str, target: Any, name: Any, parameter: T, constraint: Man
 
 def constrain_all(caller: str, module: nn.Module, found: Sequence[tuple[nn.Parameter, Manifold, str]]) -> list[str]:
     """Mark validated parameters of a module and return their names."""
-    _project_and_tag(caller, found)
+    project_and_tag(caller, found)
     _record_on_modules(module, found)
     return [label for _, _, label in found]
 
@@ -189,7 +189,7 @@ def _invalid_reason(parameter: Tensor, constraint: Manifold) -> str | None:
 
 
 @torch.no_grad()
-def _project_and_tag(caller: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> None:
+def project_and_tag(caller: str, marks: Iterable[tuple[Tensor, Manifold, str]]) -> None:
     """Project and mark all parameters, or none if one has no nearest point."""
     marks = list(marks)
     projected = []

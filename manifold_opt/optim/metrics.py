@@ -24,7 +24,8 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
         A dictionary of metrics by name, with these keys.
 
         - ``orthogonality_error``: largest :math:`\|I - W W^\top\|_F` over all orthogonal blocks.
-        - ``manifold_error``: largest error of points on other manifolds, as :meth:`Manifold.error` defines it.
+        - ``manifold_error``: largest error of points on other manifolds, as :meth:`~manifold_opt.Manifold.error`
+          defines it.
         - ``tangent_norm``: largest :math:`\|P_W(G)\|_F` over all blocks with a gradient; zero at a constrained optimum,
           NaN if a gradient is not finite.
         - ``skipped_blocks``: number of block updates that were skipped, because the gradient was non-finite or

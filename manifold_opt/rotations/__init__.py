@@ -12,8 +12,10 @@ from .hadamard import random_hadamard
 from .insertion import insert_rotations, merge_rotations, round_linears_, simulate_rounding
 from .linear import RotatedEmbedding, RotatedLinear
 from .rounding import RoundToNearest
+from .sgdg import SGDG
 
 __all__ = [
+    "SGDG",
     "RotatedEmbedding",
     "RotatedLinear",
     "RotationBank",
