@@ -3,9 +3,10 @@
     python benchmarks/cayley_sgd.py
 
 The task is that of examples/rotation_quantization.py, whose model it needs: pip install "manifold-opt[rotations]".
-Cayley SGD is written here from its paper's Algorithm 1: Li, Li & Todorovic, *Efficient Riemannian Optimization on the
-Stiefel Manifold via the Cayley Transform*, ICLR 2020, arXiv:2002.01113. Every run has the same start and the same
-linear decay of the learning rate from the one given; 1.5 is that of SpinQuant, Liu et al., arXiv:2405.16406.
+Cayley SGD is that of tests/reference/cayley_sgd.py: as the paper has it, with two iterations and a stored momentum, and
+as its class is shipped, with five iterations, without a momentum whatever is asked for, and with a QR factor in one
+step of 101. Every run has the same start and the same linear decay of the learning rate from the one given; 1.5 is that
+of SpinQuant, Liu et al., arXiv:2405.16406.
 
 Columns: relative square error of the rounded weights, mean of six matrices; largest distance of a rotation from
 orthogonality; how many of the steps of blocks the bound of Cayley SGD has cut; CPU time of a step, the loss included.
@@ -23,74 +24,22 @@ import torch
 from torch import Generator, Tensor, nn
 
 from manifold_opt import SGD, Adam, orthogonality_error
+from manifold_opt.rotations import SGDG
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from rotations import MATRICES, Rounding, learn, rotated, rotations_of
 
-
-def cayley_sgd(
-    x: Tensor, g: Tensor, m: Tensor, *, lr: float, momentum: float, q: float = 0.5, s: int = 2, eps: float = 1e-8
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""One step of Algorithm 1, on tall matrices.
-
-    .. math::
-        M \leftarrow \beta M - G, \quad \hat W = M X^\top - \tfrac12 X (X^\top M X^\top), \quad
-        W = \hat W - \hat W^\top, \quad M \leftarrow W X
-
-        \alpha = \min\{l,\; 2q / (\Vert W \Vert_1 + \epsilon)\}, \quad Y_0 = X + \alpha M, \quad
-        Y_{i+1} = X + \tfrac{\alpha}{2} W (X + Y_i), \quad X \leftarrow Y_s
-
-    Args:
-        x: points, ``(..., n, p)``, orthonormal columns.
-        g: gradients, same shape.
-        m: momenta, same shape.
-        lr: l, the longest step.
-        momentum: :math:`\beta`.
-        q: bound on the contraction of the iteration.
-        s: iterations.
-        eps: keeps the quotient finite.
-
-    Returns:
-        The new points, the new momenta, and the step :math:`\alpha` that was taken, ``(..., 1, 1)``.
-    """
-    m = momentum * m - g
-    half = m @ x.mT - x @ (x.mT @ m @ x.mT) / 2
-    w = half - half.mT
-    m = w @ x
-    alpha = (2 * q / (torch.linalg.matrix_norm(w, 1, keepdim=True) + eps)).clamp(max=lr)
-    y = x + alpha * m
-    for _ in range(s):
-        y = x + alpha / 2 * w @ (x + y)
-    return y, m, alpha
-
-
-class CayleySGD(torch.optim.Optimizer):
-    """Algorithm 1 for parameters that are stacks of square blocks; counts the steps that its bound has cut."""
-
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.cut = self.taken = 0
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """One step of every block."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                size = (-1, p.shape[-1], p.shape[-1])
-                state = self.state[p]
-                m = state.setdefault("momentum_buffer", torch.zeros_like(p).view(size))
-                x, m, alpha = cayley_sgd(p.view(size), p.grad.view(size), m, lr=group["lr"], momentum=group["momentum"])
-                p.copy_(x.view(p.shape))
-                state["momentum_buffer"] = m
-                self.cut += int((alpha < group["lr"]).sum())
-                self.taken += alpha.numel()
-
+from tests.reference.cayley_sgd import CayleySGD
 
 Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]
 RATES = [1.5, 15.0, 150.0, 1500.0]
 CONTENDERS: dict[str, tuple[Make, list[float]]] = {
-    "Cayley SGD": (CayleySGD, RATES),
-    "Cayley SGD, momentum 0.9": (lambda params, lr: CayleySGD(params, lr, 0.9), RATES),
+    "Cayley SGD": (CayleySGD.published, RATES),
+    "Cayley SGD, momentum 0.9": (lambda params, lr: CayleySGD.published(params, lr, 0.9), RATES),
+    "the class, momentum 0.9": (lambda params, lr: CayleySGD.shipped(params, lr, 0.9), RATES),
+    "SGDG": (lambda params, lr: SGDG(params, lr, stiefel=True), RATES),
+    "SGDG, momentum 0.9": (lambda params, lr: SGDG(params, lr, 0.9, stiefel=True), RATES),
     "SGD": (SGD, RATES),
     "SGD, momentum 0.9": (lambda params, lr: SGD(params, lr, 0.9), RATES),
     "Adam": (Adam, [0.003, 0.008, 0.02]),

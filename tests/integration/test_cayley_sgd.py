@@ -9,10 +9,10 @@ from torch import nn
 
 from manifold_opt import SGD, Adam, mark_orthogonal, orthogonality_error, riemannian_gradient
 
-from ..helpers import benchmark, gaussian, point
+from ..helpers import gaussian, point
+from ..reference.cayley_sgd import CayleySGD, cayley_sgd
 
 SHAPES = [(6, 6), (16, 16), (12, 5), (9, 1)]
-cayley_sgd = benchmark("cayley_sgd").cayley_sgd
 
 
 def stepped(x, g, *, lr, **options):
@@ -115,3 +115,61 @@ def test_errors_of_the_iterations_add_up():
     assert errors[0] < 0.01
     assert errors[-1] > 0.1
     assert orthogonality_error(w) < 1e-13
+
+
+def trained(x, steps=4, **options):
+    p = nn.Parameter(x.clone())
+    opt = CayleySGD.shipped([p], 0.01, 0.9)
+    for name, value in options.items():
+        setattr(opt, name, value)
+    for seed in range(1, steps + 1):
+        p.grad = gaussian(*x.shape, seed=seed).to(x.dtype)
+        opt.step()
+    return p.detach(), opt
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (12, 6)])
+def test_the_class_is_the_paper_without_a_momentum_and_with_other_iterations(shape):
+    """Twelve rows of six are two square blocks. Both end at the same point with enough iterations."""
+    x = torch.cat([point(min(shape), shape[1], seed=k) for k in range(-(-shape[0] // shape[1]))])
+    result, opt = trained(x, iterations=60, qr_chance=0)
+    p = nn.Parameter(x.clone())
+    paper = CayleySGD.published([p], 0.01)
+    paper.iterations = 60
+    for seed in range(1, 5):
+        p.grad = gaussian(*shape, seed=seed)
+        paper.step()
+    torch.testing.assert_close(result, p.detach(), rtol=0, atol=1e-7)  # the 1e-8 that is added to norms of rows
+    assert opt.taken == paper.taken == 4 * max(1, shape[0] // shape[1])
+    assert not any(opt.state.values())
+    p.grad = torch.zeros_like(p)
+    moved, before = CayleySGD.published([p], 0.01, 0.9), p.detach().clone()
+    moved.state[p]["momentum_buffer"] = paper.state[p]["momentum_buffer"]
+    moved.step()
+    assert (p - before).norm() > 1e-3  # a zero gradient, and yet it goes on
+
+
+def test_the_class_replaces_a_block_by_its_qr_factor_at_random():
+    """With a gradient of zero nothing else happens: rows of length one, or the factor with a positive diagonal."""
+    x = gaussian(3, 5)
+    p = nn.Parameter(x.clone())
+    p.grad = torch.zeros_like(p)
+    CayleySGD.shipped([p], 1.5, seed=0).step()  # the first draw of this seed is 0.5
+    torch.testing.assert_close(p.detach(), x / x.norm(dim=1, keepdim=True))
+    opt = CayleySGD.shipped([p], 1.5)
+    opt.qr_chance = 1.0
+    opt.step()
+    lower = x @ p.detach().mT  # X^T = Q R: rows of x are a lower triangle times the factor
+    torch.testing.assert_close(lower, lower.tril())
+    assert lower.diagonal().min() > 0
+    assert orthogonality_error(p.detach()) < 1e-14
+    drawn = torch.rand(10100, generator=torch.Generator().manual_seed(0)) < CayleySGD.shipped([p], 1.5).qr_chance
+    assert abs(int(drawn.sum()) - 100) < 40  # four standard deviations
+
+
+def test_five_iterations_leave_the_manifold_by_the_power_of_their_number():
+    """The error of an unprojected start shrinks by A in each iteration, A = alpha W / 2."""
+    x = point(16, 16)
+    errors = [orthogonality_error(trained(x, 1, iterations=s, qr_chance=0)[0]) for s in (1, 2, 3, 5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1e3 * errors[-1]

@@ -10,10 +10,10 @@ from torch import nn
 from manifold_opt import SGD, constraint_of, mark_orthogonal, mark_unit_norm, nearest_orthogonal, orthogonality_error
 from manifold_opt.rotations import SGDG
 
-from ..helpers import benchmark, buckets_of, gaussian, never_read, point
+from ..helpers import buckets_of, gaussian, never_read, point
 from ..reference import loop
+from ..reference.cayley_sgd import cayley_sgd
 
-cayley_sgd = benchmark("cayley_sgd").cayley_sgd
 SHAPES = [(6, 6), (1, 1), (5, 12), (12, 5), (1, 9), (3, 300)]  # the last in two slabs of columns
 ITERATIONS = 60  # a step that is cut has a spectral norm of 1 at most: an error of 2 (1/2)^62
 CLOSE = {"rtol": 0, "atol": 1e-12}  # a few roundings of float64 in each of a few steps
