@@ -36,7 +36,7 @@ class RotatedLinear(nn.Module):
 
     Raises:
         KeyError: the bank has no rotation of a name.
-        ValueError: a rotation does not fit the layer.
+        ValueError: a rotation does not fit the layer, or its weight is not of a floating-point dtype.
 
     >>> import torch
     >>> from manifold_opt.rotations import RotatedLinear, RotationBank
@@ -57,6 +57,11 @@ class RotatedLinear(nn.Module):
         scale: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if not linear.weight.is_floating_point():
+            raise ValueError(
+                f"RotatedLinear: the weight of {type(linear).__name__} has the dtype {linear.weight.dtype}, so it is "
+                "quantized already. Rotate before a model is quantized."
+            )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.inputs, self.outputs = inputs, outputs

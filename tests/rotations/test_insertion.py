@@ -212,6 +212,16 @@ def test_other_structures_are_refused(build, message):
     assert all(map(torch.equal, after.values(), before.values()))
 
 
+def test_quantized_weights_are_refused():
+    model = Llama()
+    proj = model.model.layers[1].mlp.up_proj
+    proj.weight = nn.Parameter(torch.ones(proj.weight.shape, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="Rotate before a model is quantized"):
+        insert_rotations(model)
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+    assert not torch.equal(model.model.norm.weight, torch.ones(16))
+
+
 def test_layer_norm_takes_rotations_of_heads():
     model = LayerNormed()
     before = model(TOKENS)
