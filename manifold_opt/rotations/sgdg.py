@@ -50,7 +50,8 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
 
     Args:
         params: as in torch.optim.SGD.
-        lr: learning rate, finite; with ``stiefel=True`` the longest step :math:`\alpha`.
+        lr: learning rate, finite; with ``stiefel=True`` the longest step :math:`\alpha`. The published class has no
+            default; this one has that of torch.optim.SGD, so that groups with an ``lr`` of their own are enough.
         momentum: as in torch.optim.SGD. The momentum of an orthogonal block is stored, and moved to the tangent space
             at every new point.
         dampening, nesterov: as in torch.optim.SGD, for orthogonal blocks too; the published class ignores them there.
@@ -87,7 +88,7 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
