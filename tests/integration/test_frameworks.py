@@ -1,4 +1,4 @@
-"""In training loops of frameworks: Lightning, Accelerate, transformers, timm. Each is tried where it is installed."""
+"""In training loops of frameworks: Lightning, Accelerate, transformers, timm, brevitas; tried where installed."""
 
 import copy
 import os
@@ -27,7 +27,8 @@ from manifold_opt import (
 )
 
 from ..distributed.workers import run
-from ..helpers import gaussian, rounding
+from ..helpers import gaussian, point, rounding
+from ..reference.cayley_sgd import CayleySGD
 
 STEPS = 4  # an epoch
 
@@ -513,3 +514,24 @@ def test_safetensors_saves_the_state_of_an_optimizer(tmp_path):
     train(model, opt, 50)
     train(other, resumed, 50)
     assert same(model, other)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("draw", [1, 2])
+def test_the_class_of_brevitas_takes_the_steps_of_the_reference(momentum, draw, monkeypatch):
+    """It is the published one; the reference in tests/reference/ was written without it. A draw of 1 is a QR step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports
+        cailey_sgd = wanted("brevitas.optim.cailey_sgd")
+    monkeypatch.setattr(cailey_sgd.random, "randint", lambda *_: draw)
+    theirs, ours = (nn.Parameter(point(6, 6)) for _ in range(2))
+    optimizers = [cailey_sgd.CaileySGD([theirs], 1.5, momentum, stiefel=True), CayleySGD.shipped([ours], 1.5, momentum)]
+    optimizers[1].qr_chance = float(draw == 1)
+    for seed in range(1, 6):
+        theirs.grad = gaussian(6, 6, seed=seed)
+        ours.grad = theirs.grad.clone()
+        for opt in optimizers:
+            opt.step()
+    atol = 1e-12 if draw > 1 else 1e-5  # its QR decompositions are in float32
+    torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=0, atol=atol)
+    assert optimizers[1].cut == 5
