@@ -57,12 +57,12 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
         dampening, nesterov: as in torch.optim.SGD, for orthogonal blocks too; the published class ignores them there.
         weight_decay: as in torch.optim.SGD. It has no effect on orthogonal blocks.
         stiefel: whether the parameters of the group are orthogonal, and the step is bounded.
-        omega, grad_clip: only the defaults, 0 and None. The published class stores other values and does not use them.
+        omega, grad_clip: only the defaults, 0 and None. The published class does not use other values.
         orthogonal_lr_scale: factor for the learning rate of orthogonal blocks, at least 0.
         nonfinite: behavior for a block whose gradient is not finite, as in :class:`~manifold_opt.SGD`.
 
-    All options can also be set per parameter group. The bound costs two more products for a square block; for a wide
-    block ``(p, n)`` it costs :math:`4 n / p` of them, as W is n x n.
+    All options can also be set per parameter group. The bound costs two more products for a square block, and
+    :math:`2 + 2 n / p` of them, p x n by n x p, for a wide one: W is n x n.
 
     Raises:
         ValueError: an option is out of range; ``omega`` or ``grad_clip`` has a value other than its default; or a
