@@ -24,11 +24,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from manifold_opt import SGD, Adam, orthogonality_error
-from manifold_opt.rotations import SGDG
+from manifold_opt.rotations import SGDG, RoundToNearest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from rotations import MATRICES, Rounding, learn, rotated, rotations_of
+from rotations import MATRICES, LayerRotations, learn, rotated
 
 from tests.reference.cayley_sgd import CayleySGD
 
@@ -47,19 +47,19 @@ CONTENDERS: dict[str, tuple[Make, list[float]]] = {
 
 
 @torch.no_grad()
-def error_of(layer: nn.Module, rotations: nn.ModuleDict) -> str:
+def error_of(layer: nn.Module, rotations: LayerRotations) -> str:
     """Relative square error of the rounded weights in percent, the mean over them."""
     weights = [rotated(layer.get_submodule(m.name).weight, m, rotations) for m in MATRICES]
-    errors = [(Rounding(4)(w) - w).square().sum() / w.square().sum() for w in weights]
+    errors = [(RoundToNearest(4)(w) - w).square().sum() / w.square().sum() for w in weights]
     return f"{100 * float(torch.stack(errors).mean()):.3f}"
 
 
 def measure(layer: nn.Module, heads: int, make: Make, lr: float, steps: int) -> tuple[str, ...]:
     """Learn, and say how far the rounded weights are off, and the rotations off orthogonal."""
-    rotations = rotations_of(layer, heads, Generator().manual_seed(0))
+    rotations = LayerRotations(layer, heads, Generator().manual_seed(0))
     opt = make(rotations.parameters(), lr)
     start = time.process_time()
-    for _ in learn(layer, rotations, opt, steps=steps, rounding=Rounding(4)):
+    for _ in learn(layer, rotations, opt, steps=steps, rounding=RoundToNearest(4)):
         pass
     seconds = time.process_time() - start
     off = max(orthogonality_error(rotations).values())
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, model = load()
     layer, heads = model.encoder.layer[args.layer], model.config.num_attention_heads
     print(f"{'':26}{'lr':>8}{'error, %':>10}{'off':>8}{'cut':>6}{'ms a step':>11}")
-    start = error_of(layer, rotations_of(layer, heads, Generator().manual_seed(0)))
+    start = error_of(layer, LayerRotations(layer, heads, Generator().manual_seed(0)))
     print(f"{'random, the start of all':26}{start:>18}")
     for name, (make, rates) in CONTENDERS.items():
         for lr in rates[:1] if args.toy else rates:

@@ -53,6 +53,20 @@ def insert_rotations(
             has rotations already. The model is unchanged then.
 
     Reference: arXiv 2405.16406 (*SpinQuant*), section 3.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from manifold_opt.rotations import insert_rotations
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    >>> model, tokens = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), torch.arange(12)[None]
+    >>> before = model(tokens).logits
+    >>> insert_rotations(model)
+    RotationBank(
+      residual: 1 x SO(32)
+      heads_0: 4 x SO(8)
+    )
+    >>> torch.allclose(model(tokens).logits, before, atol=1e-5)
+    True
     """
     if hasattr(model, BANK):
         raise ValueError(f"insert_rotations: the model has an attribute {BANK!r} already. Call merge_rotations first.")
@@ -174,6 +188,16 @@ def simulate_rounding(
 
     Raises:
         ValueError: no layer is rotated.
+
+    >>> import torch
+    >>> from manifold_opt.rotations import RotatedLinear, RotationBank, RoundToNearest, simulate_rounding
+    >>> bank = RotationBank()
+    >>> rotation = bank.add("inputs", 8)
+    >>> net = torch.nn.Sequential(RotatedLinear(torch.nn.Linear(8, 3), bank, inputs="inputs"))
+    >>> simulate_rounding(net, weights=RoundToNearest(4))
+    >>> net(torch.ones(1, 8)).sum().backward()
+    >>> bool(rotation.grad.any())
+    True
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RotatedLinear)}
     if not layers:

@@ -130,6 +130,15 @@ class RotatedEmbedding(nn.Module):
         embedding: the layer, whose weight is taken over.
         bank: holds the rotation. The layer refers to it, and does not contain it as a submodule.
         outputs: name of the rotation R.
+
+    >>> import torch
+    >>> from manifold_opt.rotations import RotatedEmbedding, RotationBank
+    >>> bank = RotationBank()
+    >>> rotation = bank.add("residual", 8)
+    >>> embedding = torch.nn.Embedding(5, 8)
+    >>> rotated = RotatedEmbedding(embedding, bank, outputs="residual")
+    >>> torch.allclose(rotated(torch.tensor([3])), embedding.weight[3] @ rotation)
+    True
     """
 
     def __init__(self, embedding: nn.Embedding, bank: RotationBank, *, outputs: str) -> None:
