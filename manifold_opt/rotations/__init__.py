@@ -9,10 +9,11 @@ round_linears_(model, RoundToNearest(4))
 
 from .bank import RotationBank
 from .hadamard import random_hadamard
-from .insertion import insert_rotations, merge_rotations, round_linears_, simulate_rounding
+from .insertion import insert_rotations, merge_rotations
 from .linear import RotatedEmbedding, RotatedLinear
 from .rounding import RoundToNearest
 from .sgdg import SGDG
+from .simulation import round_linears_, simulate_rounding
 
 __all__ = [
     "SGDG",

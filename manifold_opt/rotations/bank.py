@@ -14,21 +14,24 @@ from ..linalg.nearest import determinant
 from .hadamard import random_hadamard
 
 STARTS = ("hadamard", "identity", "haar")
+TOLERANCE = 1e-3  # of an entry of the Gram matrix: well above what bfloat16 leaves of a rotation
 
 
 class RotationBank(nn.Module):
     r"""Named rotations, each shared by any number of weights, as orthogonal parameters.
 
-    A rotation consists of one or several blocks on the diagonal, each in SO(n): marked as orthogonal, and with
-    determinant +1 from the start on, which no step changes. ``bank(x, name)`` multiplies rows with it. The parameters
-    keep their dtype when a model that contains the bank is cast to a narrower one, such as bfloat16.
+    A rotation consists of one or several blocks on the diagonal. Each is marked as orthogonal and has the determinant
+    +1, which the steps of this package's optimizers keep. ``bank(x, name)`` multiplies rows with it. The parameters
+    keep their dtype when a model that contains the bank is cast to a narrower one, such as bfloat16, and autocast does
+    not apply to the product.
 
     The bank works under DistributedDataParallel and FSDP2 as a part of the wrapped model. Under FSDP2 leave it to the
-    group of the root (do not call ``fully_shard`` on it), so that it is gathered once.
+    group of the root (do not call ``fully_shard`` on it), so that it is gathered once, and give the root no
+    ``MixedPrecisionPolicy``, whose dtype the rotations would have in the forward pass.
 
     Args:
         dtype: dtype of the parameters, float32 or float64.
-        device: device of the parameters, by default the current one.
+        device: device of the parameters, by default the CPU, or that of a start that is a tensor.
 
     Raises:
         ValueError: another dtype.
@@ -72,7 +75,7 @@ class RotationBank(nn.Module):
             size: rows of a block.
             blocks: number of blocks on the diagonal, such as one for each head.
             start: ``"hadamard"`` for random Hadamard matrices (:func:`random_hadamard`), ``"identity"``, ``"haar"`` for
-                uniform rotations, or a tensor ``(blocks * size, size)`` of blocks in SO(size).
+                uniform rotations, or a tensor ``(blocks * size, size)`` of blocks in SO(size), to rounding.
             generator: source of random numbers.
 
         Returns:
@@ -115,7 +118,7 @@ class RotationBank(nn.Module):
         return iter(self.names)
 
     def repeats(self, name: str, width: int) -> int:
-        """Return how many neighbouring pieces each block turns in rows of ``width`` entries.
+        """Return how many neighbouring pieces of a row of ``width`` entries each block multiplies.
 
         Raises:
             KeyError: the bank has no rotation of this name.
@@ -132,8 +135,8 @@ class RotationBank(nn.Module):
     def forward(self, x: Tensor, name: str) -> Tensor:
         r"""Return the rows of x times the rotation, :math:`x R`.
 
-        The last dimension of ``x`` is cut into as many pieces as there are blocks. If it is a multiple of that, every
-        block turns as many neighbouring pieces, as for query heads that share a head of keys and values.
+        A row of ``k * blocks * size`` entries has ``k * blocks`` pieces. Block i multiplies the pieces ``i * k`` to
+        ``i * k + k - 1``: those of the query heads that share a head of keys and values.
 
         Args:
             x: ``(..., k * blocks * size)`` for a k of at least 1, of any floating dtype.
@@ -150,9 +153,20 @@ class RotationBank(nn.Module):
         blocks, size, _ = rotation.shape
         dtype = torch.promote_types(x.dtype, rotation.dtype)
         rotation, pieces = rotation.to(dtype), x.to(dtype).reshape(*x.shape[:-1], blocks, repeats, size)
-        if blocks == 1:  # one product of all rows, which einsum would split into one for each row
-            return (pieces.squeeze(-3) @ rotation[0]).flatten(-2)
-        return torch.einsum("...bri,bij->...brj", pieces, rotation).flatten(-3)
+        with torch.autocast(x.device.type, enabled=False):  # the weight that is learned for is the one that is merged
+            if blocks == 1:  # one product of all rows, which einsum would split into one for each row
+                return (pieces.squeeze(-3) @ rotation[0]).flatten(-2)
+            return torch.einsum("...bri,bij->...brj", pieces, rotation).flatten(-3)
+
+    def check_orthogonal(self, caller: str) -> None:
+        """Raise a ValueError if a rotation is not orthogonal any more."""
+        for name, blocks in self._blocks.items():
+            error = _error(self[name].unflatten(0, (blocks, -1)))  # type: ignore[no-untyped-call]
+            if not error < TOLERANCE:
+                raise ValueError(
+                    f"{caller}: the rotation {name!r} is not orthogonal; its Gram matrix is off by {error:.1g}. Train "
+                    "it with an optimizer of manifold_opt, since those of torch do not keep it orthogonal."
+                )
 
     def extra_repr(self) -> str:
         """Return the name, the blocks and the rows of each rotation."""
@@ -178,7 +192,7 @@ def _start(start: str | Tensor, size: int, blocks: int, generator: Generator | N
         raise ValueError(f"RotationBank.add: start must be one of {', '.join(STARTS)} or a tensor, got {start!r}.")
     if start == "hadamard":
         return torch.cat([random_hadamard(size, generator=generator, dtype=torch.float64) for _ in range(blocks)])
-    empty = torch.empty(blocks * size, size, dtype=torch.float64)
+    empty = torch.empty(blocks * size, size, dtype=torch.float64, device="cpu")
     return orthogonal_(empty, blocks, scheme=start, det=1, generator=generator)
 
 
@@ -190,10 +204,16 @@ def _checked(start: Tensor, size: int, blocks: int) -> Tensor:
         )
     values = start.detach().double()
     matrices = values.view(blocks, size, size)
-    off = (matrices @ matrices.mT - torch.eye(size, dtype=torch.float64, device=start.device)).abs().amax()
-    if not off < 1e-3 or bool((determinant(matrices) < 0).any()):
+    if not _error(matrices) < TOLERANCE or bool((determinant(matrices) < 0).any()):
         raise ValueError(
-            "RotationBank.add: a block of the start is no rotation (orthogonal, determinant +1). Use "
+            "RotationBank.add: a block of the start is not orthogonal with determinant +1. Use "
             "nearest_orthogonal(block, det=1), or start='identity'."
         )
     return values
+
+
+def _error(matrices: Tensor) -> float:
+    r"""Return the largest entry of :math:`|R R^\top - I|` of a batch, in float64; NaN if there is one."""
+    matrices = matrices.detach().double()
+    gram = matrices @ matrices.mT
+    return float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax())

@@ -1,7 +1,11 @@
-"""The structure of a Llama-shaped model of transformers, and the check that a model has it."""
+"""The structure of a Llama-shaped model of transformers, and a check of a model against it.
+
+Compared are the names of the parameters, the sizes of the attention, and what each norm computes for random inputs.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -80,13 +84,17 @@ def check_structure(model: nn.Module, *, residual: bool) -> Sizes:
         residual: also check that all norms are RMSNorm, without which the residual stream cannot be rotated.
 
     Raises:
-        ValueError: the model has another structure.
+        ValueError: the model has another structure, or its parameters are not all there, on one device.
     """
-    problem = _parameter_problem(model) or (_norm_problem(model) if residual else None)
+    problem = _parameter_problem(model)
+    if problem is None:
+        _check_placement(model)
+        problem = _attention_problem(model) or (_norm_problem(model) if residual else None)
     if problem is not None:
         raise ValueError(
-            f"insert_rotations: {type(model).__name__} is not like a Llama model of transformers: {problem} Rotate its "
-            "layers one by one with RotatedLinear instead."
+            f"insert_rotations: {type(model).__name__} is not like a causal Llama model of transformers: {problem} "
+            "Pass the language model itself, not a part of it or a wrapper; rotate the layers of another model one by "
+            "one, with RotatedLinear."
         )
     width, head_width = _module(model, EMBEDDING).embedding_dim, _module(model, "model.layers.0.self_attn").head_dim
     values = _module(model, "model.layers.0.self_attn.v_proj").out_features // head_width
@@ -106,13 +114,39 @@ def _parameter_problem(model: nn.Module) -> str | None:
     return None
 
 
+def _check_placement(model: nn.Module) -> None:
+    """Raise a ValueError if parameters are sharded, offloaded or on several devices."""
+    parameters = list(model.parameters())
+    if any(hasattr(p, "placements") for p in parameters):
+        raise ValueError("insert_rotations: parameters are sharded. Insert the rotations before the model is sharded.")
+    if any(p.is_meta for p in parameters) or len({p.device for p in parameters}) > 1:
+        raise ValueError(
+            "insert_rotations: parameters are offloaded, without values or on several devices. Load the model onto one "
+            "device first."
+        )
+
+
+def _attention_problem(model: nn.Module) -> str | None:
+    """Return a sentence about an attention whose values are not plain heads of one width, or None."""
+    width = getattr(_module(model, "model.layers.0.self_attn"), "head_dim", None)
+    for i in range(len(_module(model, "model.layers"))):
+        path = f"model.layers.{i}.self_attn"
+        q, k, v, o = (_module(model, f"{path}.{name}_proj") for name in "qkvo")
+        if width is None or _module(model, path).head_dim != width or v.out_features % width:
+            return f"the heads of {path} have no width head_dim that is the same in all layers."
+        if (q.out_features, k.out_features) != (o.in_features, v.out_features) or o.in_features % v.out_features:
+            return f"the sizes of the projections in {path} are not those of heads of one width."
+    return None
+
+
 def _norm_problem(model: nn.Module) -> str | None:
     r"""Return a sentence about a norm that is not :math:`g\, x / \mathrm{rms}(x)`, or None."""
     generator = torch.Generator().manual_seed(0)
     for path in {place.norm: None for place in linear_places(len(_module(model, "model.layers"))) if place.norm}:
-        norm = _module(model, path)
-        weight = norm.weight
-        x = torch.randn(2, len(weight), generator=generator).to(weight)
+        norm = copy.deepcopy(_module(model, path))
+        weight = norm.weight  # near 1, since small ones would hide what is added to them; x is off its mean
+        weight.copy_(1 + torch.rand(len(weight), generator=generator, device="cpu"))
+        x = 2 + torch.randn(2, len(weight), generator=generator, device="cpu").to(weight)
         exact = weight * x / x.square().mean(-1, keepdim=True).sqrt()
         if hasattr(norm, "bias") or not torch.allclose(norm(x).float(), exact.float(), rtol=0.05, atol=0.01):
             return f"{path} ({type(norm).__name__}) is not RMSNorm with a factor for each entry."

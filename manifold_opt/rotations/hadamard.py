@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from ..linalg.nearest import determinant
 
-_PAIR = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+_PAIR = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
 
 
 def random_hadamard(
@@ -52,7 +52,7 @@ def random_hadamard(
             '20, 28 and others of the form q + 1 or 2 (q + 1) with a prime q. Start from "haar" or "identity" instead, '
             "or use several blocks of a smaller size."
         )
-    signs = 2.0 * torch.randint(2, (n,), generator=generator).double() - 1
+    signs = 2.0 * torch.randint(2, (n,), generator=generator, device="cpu").double() - 1
     matrix = matrix * signs[:, None] / math.sqrt(n)
     matrix[-1] *= determinant(matrix[None])[0]
     return matrix.to(device=device, dtype=dtype)
@@ -74,7 +74,7 @@ def _hadamard(n: int) -> Tensor | None:
 
 def _paley(q: int) -> Tensor:
     r"""Return :math:`I + S` of order q + 1 for a prime :math:`q \equiv 3 \pmod 4`, S skew, of Jacobsthal's matrix."""
-    matrix = torch.eye(q + 1, dtype=torch.float64)
+    matrix = torch.eye(q + 1, dtype=torch.float64, device="cpu")
     matrix[0, 1:], matrix[1:, 0] = 1, -1
     matrix[1:, 1:] += _jacobsthal(q)
     return matrix
@@ -85,19 +85,21 @@ def _paley_twice(q: int) -> Tensor:
 
     C is Paley's symmetric conference matrix of order q + 1, A = [[1, 1], [1, -1]] and B = [[1, -1], [-1, -1]].
     """
-    conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    conference = torch.zeros(q + 1, q + 1, dtype=torch.float64, device="cpu")
     conference[0, 1:] = conference[1:, 0] = 1
     conference[1:, 1:] = _jacobsthal(q)
-    other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(conference, _PAIR) + torch.kron(torch.eye(q + 1, dtype=torch.float64), other)
+    other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+    identity = torch.eye(q + 1, dtype=torch.float64, device="cpu")
+    return torch.kron(conference, _PAIR) + torch.kron(identity, other)
 
 
 def _jacobsthal(q: int) -> Tensor:
     """Return the matrix with entry (i, j) the Legendre symbol of i - j modulo the prime q."""
-    symbol = torch.full((q,), -1.0, dtype=torch.float64)
-    symbol[torch.arange(1, q) ** 2 % q] = 1
+    number = torch.arange(q, device="cpu")
+    symbol = torch.full((q,), -1.0, dtype=torch.float64, device="cpu")
+    symbol[number**2 % q] = 1
     symbol[0] = 0
-    return symbol[(torch.arange(q)[:, None] - torch.arange(q)) % q]
+    return symbol[(number[:, None] - number) % q]
 
 
 def _is_prime(n: int) -> bool:

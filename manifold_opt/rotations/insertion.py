@@ -1,21 +1,18 @@
-"""Insert rotations into a Llama-shaped model of transformers, simulate rounding, and merge them into its weights."""
+"""Insert rotations into a Llama-shaped model of transformers, and merge them into its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .bank import RotationBank
 from .decoder import EMBEDDING, check_structure, linear_places
 from .linear import RotatedEmbedding, RotatedLinear
-from .rounding import RoundToNearest
 
 BANK, RESIDUAL = "rotations", "residual"  # the attribute of the model that holds the bank, and a name in it
-OUTPUT_LAYER = ("lm_head",)
 
 
 @torch.no_grad()
@@ -34,13 +31,15 @@ def insert_rotations(
     - ``"residual"``, called R1 in SpinQuant: the residual stream x becomes :math:`x R_1`. The factors of each RMSNorm
       move into the layers that read its outputs.
     - ``"heads_0"``, ``"heads_1"``, ... for each decoder layer, R2 in SpinQuant: the values of each head of keys and
-      values are rotated, with one block for each head, and the output projection of the attention takes this back.
+      values are rotated, with one block for each head, and the output projection is multiplied by the inverse.
 
-    The parameters of the model are frozen until :func:`merge_rotations`, so that only the bank is trained.
+    The parameters of the model are frozen until :func:`merge_rotations`, and their gradients are dropped, so that only
+    the bank is trained. Make the optimizer afterwards, from ``bank.parameters()``: one of this package, since others do
+    not keep the rotations orthogonal. Merge before ``save_pretrained``. Hooks of the linear layers are not kept.
 
     Args:
-        model: a causal language model of transformers with the structure of Llama, as Mistral, Qwen2 and Qwen3. Insert
-            before FSDP2 or DistributedDataParallel.
+        model: a causal language model of transformers with the structure of Llama, as Mistral, Qwen2 and Qwen3, on one
+            device. Insert before FSDP2 or DistributedDataParallel.
         residual: start of ``"residual"``, as in :meth:`RotationBank.add`; None for no such rotation.
         heads: start of the rotations of heads; None for no such rotations.
         generator: source of random numbers for the starts.
@@ -49,8 +48,9 @@ def insert_rotations(
         The bank.
 
     Raises:
-        ValueError: the model has another structure, such as LayerNorm instead of RMSNorm or fused projections, or it
-            has rotations already. The model is unchanged then.
+        ValueError: the model has another structure, such as LayerNorm instead of RMSNorm or fused projections; it has
+            rotations already; its parameters are sharded, offloaded, quantized, marked or computed from others; or both
+            starts are None. The model is unchanged then.
 
     Reference: arXiv 2405.16406 (*SpinQuant*), section 3.
 
@@ -70,6 +70,8 @@ def insert_rotations(
     """
     if hasattr(model, BANK):
         raise ValueError(f"insert_rotations: the model has an attribute {BANK!r} already. Call merge_rotations first.")
+    if residual is None and heads is None:
+        raise ValueError("insert_rotations: residual and heads are both None, so there is nothing to insert.")
     sizes = check_structure(model, residual=residual is not None)
     weight: Any = model.get_submodule(EMBEDDING).weight
     bank = RotationBank(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
@@ -84,7 +86,9 @@ def insert_rotations(
         for place in linear_places(sizes.layers):
             if place.norm is not None:
                 model.get_submodule(place.norm).weight.fill_(1)  # type: ignore[operator]
-    model.requires_grad_(False)
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.grad = None
     for path, layer in new.items():
         model.set_submodule(path, layer)
     model.add_module(BANK, bank)
@@ -116,10 +120,12 @@ def merge_rotations(model: nn.Module) -> nn.Module:
     ``from_pretrained`` work as for any other; an output layer that was tied to the embedding is separate from now on.
 
     Args:
-        model: a model after :func:`insert_rotations`, or one with layers of type :class:`RotatedLinear`.
+        model: a model after :func:`insert_rotations`, or a wrapper of it, or one with layers of type
+            :class:`RotatedLinear`, whose bank is kept.
 
     Raises:
-        ValueError: no layer is rotated, or parameters are sharded. The model is unchanged then.
+        ValueError: no layer is rotated, a rotation is not orthogonal, or parameters are sharded. The model is unchanged
+            then.
 
     >>> import torch
     >>> from manifold_opt.rotations import RotatedLinear, RotationBank, merge_rotations
@@ -147,112 +153,31 @@ def merge_rotations(model: nn.Module) -> nn.Module:
             "merge_rotations: parameters are sharded. Insert rotations of the same sizes into a model that is not "
             "sharded, load the full state of the bank into it, and merge there."
         )
+    for bank in {layer.bank: None for layer in rotated.values()}:
+        bank.check_orthogonal("merge_rotations")
     merged = {path: layer.merged() for path, layer in rotated.items()}
     for path, layer in merged.items():
         model.set_submodule(path, layer)
-    bank = getattr(model, BANK, None)
-    if isinstance(bank, RotationBank):
-        delattr(model, BANK)
-        trained = set(bank.trained)
-        for name, p in model.named_parameters(remove_duplicate=False):
-            p.requires_grad_(name in trained)
-        if RESIDUAL in bank:
-            _untie(model)
+    for owner in list(model.modules()):
+        if isinstance(owner._modules.get(BANK), RotationBank):
+            _remove_bank(owner)
     return model
 
 
+def _remove_bank(model: nn.Module) -> None:
+    """Remove the bank of a merged model, and make the parameters trainable that were so before the insertion."""
+    bank: RotationBank = getattr(model, BANK)
+    delattr(model, BANK)
+    trained = set(bank.trained)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        p.requires_grad_(name in trained)
+    if RESIDUAL in bank:
+        _untie(model)
+
+
 def _untie(model: nn.Module) -> None:
-    """Tell transformers that the output layer has its own weight."""
+    """Record in the config that the output layer has its own weight."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}  # type: ignore[assignment]
-
-
-def simulate_rounding(
-    model: nn.Module,
-    *,
-    weights: RoundToNearest | None = None,
-    inputs: RoundToNearest | None = None,
-    skip: Sequence[str] = OUTPUT_LAYER,
-) -> None:
-    """Round the rotated weights, and the inputs, of all rotated linear layers in every forward pass from now on.
-
-    Gradients pass as if nothing was rounded (straight-through), so that rotations can be trained for a rounded model.
-
-    Args:
-        model: a model with layers of type :class:`RotatedLinear`.
-        weights: rounding of the rotated weights, or None for none.
-        inputs: rounding of the inputs of the layers, or None for none.
-        skip: names of layers, the last part of their path, that are not rounded. The embedding never is.
-
-    Raises:
-        ValueError: no layer is rotated.
-
-    >>> import torch
-    >>> from manifold_opt.rotations import RotatedLinear, RotationBank, RoundToNearest, simulate_rounding
-    >>> bank = RotationBank()
-    >>> rotation = bank.add("inputs", 8)
-    >>> net = torch.nn.Sequential(RotatedLinear(torch.nn.Linear(8, 3), bank, inputs="inputs"))
-    >>> simulate_rounding(net, weights=RoundToNearest(4))
-    >>> net(torch.ones(1, 8)).sum().backward()
-    >>> bool(rotation.grad.any())
-    True
-    """
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RotatedLinear)}
-    if not layers:
-        raise ValueError("simulate_rounding: no layer is rotated. Call insert_rotations before, or round_linears_.")
-    for path, layer in layers.items():
-        skipped = path.rpartition(".")[2] in skip
-        layer.round_weight, layer.round_inputs = (None, None) if skipped else (weights, inputs)
-
-
-@torch.no_grad()
-def round_linears_(
-    model: nn.Module,
-    weights: RoundToNearest,
-    *,
-    inputs: RoundToNearest | None = None,
-    skip: Sequence[str] = OUTPUT_LAYER,
-) -> list[RemovableHandle]:
-    """Round the weights of all linear layers in place, and from now on the inputs of these layers if asked.
-
-    Args:
-        model: any model, such as one after :func:`merge_rotations`.
-        weights: rounding of the weights.
-        inputs: rounding of the inputs, by a hook of each layer; None for none.
-        skip: names of layers, the last part of their path, that are left as they are.
-
-    Returns:
-        The handles of the hooks; ``handle.remove()`` ends the rounding of inputs.
-
-    Raises:
-        ValueError: a layer is still rotated.
-
-    >>> import torch
-    >>> from manifold_opt.rotations import RoundToNearest, round_linears_
-    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 8))
-    >>> round_linears_(net, RoundToNearest(2))
-    []
-    >>> [len(row.unique()) for row in net[0].weight]
-    [3, 3, 3, 3, 3, 3, 3, 3]
-    """
-    if any(isinstance(layer, RotatedLinear) for layer in model.modules()):
-        raise ValueError("round_linears_: a layer is still rotated. Call merge_rotations before, or simulate_rounding.")
-    handles = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and path.rpartition(".")[2] not in skip:
-            layer.weight.copy_(weights(layer.weight))
-            if inputs is not None:
-                handles.append(layer.register_forward_pre_hook(_RoundInputs(inputs)))
-    return handles
-
-
-class _RoundInputs:
-    """A forward pre-hook that rounds the input of a layer; a class, so that a model with it can be pickled."""
-
-    def __init__(self, rounding: RoundToNearest) -> None:
-        self.rounding = rounding
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG002
-        return (self.rounding(args[0]), *args[1:])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
+from ..constraints.tag import constraint_of
 from .bank import RotationBank
 from .rounding import RoundToNearest
 
@@ -36,7 +38,7 @@ class RotatedLinear(nn.Module):
 
     Raises:
         KeyError: the bank has no rotation of a name.
-        ValueError: a rotation does not fit the layer, or its weight is not of a floating-point dtype.
+        ValueError: a rotation does not fit the layer, or its weight is quantized, marked or no plain parameter.
 
     >>> import torch
     >>> from manifold_opt.rotations import RotatedLinear, RotationBank
@@ -57,11 +59,7 @@ class RotatedLinear(nn.Module):
         scale: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not linear.weight.is_floating_point():
-            raise ValueError(
-                f"RotatedLinear: the weight of {type(linear).__name__} has the dtype {linear.weight.dtype}, so it is "
-                "quantized already. Rotate before a model is quantized."
-            )
+        _check_weight(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.inputs, self.outputs = inputs, outputs
@@ -69,6 +67,7 @@ class RotatedLinear(nn.Module):
         self.round_weight: RoundToNearest | None = None
         self.round_inputs: RoundToNearest | None = None
         self._bank = (bank,)  # in a tuple, so that it does not become a submodule
+        self.train(linear.training)
         for name, width in ((inputs, self.in_features), (outputs, self.out_features)):
             if name is not None:
                 bank.repeats(name, width)
@@ -145,7 +144,13 @@ class RotatedEmbedding(nn.Module):
         super().__init__()
         self.embedding, self.outputs = embedding, outputs
         self._bank = (bank,)
+        self.train(embedding.training)
         bank.repeats(outputs, embedding.embedding_dim)
+
+    @property
+    def bank(self) -> RotationBank:
+        """The bank of the rotation."""
+        return self._bank[0]
 
     @property
     def weight(self) -> Tensor:
@@ -160,9 +165,30 @@ class RotatedEmbedding(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Embedding:
-        """Return the embedding with its rows rotated."""
-        self.embedding.weight = _like(self._bank[0](self.weight.double(), self.outputs), self.weight)
-        return self.embedding
+        """Return an embedding with the rotated rows, computed in float64 and rounded once to their dtype."""
+        plain = copy.copy(self.embedding)
+        plain._parameters = {"weight": _like(self._bank[0](self.weight.double(), self.outputs), self.weight)}
+        return plain
+
+
+def _check_weight(linear: nn.Linear) -> None:
+    """Raise a ValueError if the weight of a layer cannot be rotated and merged."""
+    weight, kind = linear.weight, type(linear).__name__
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"RotatedLinear: the weight of {kind} has the dtype {weight.dtype}, so it is quantized already. Rotate "
+            "before a model is quantized."
+        )
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"RotatedLinear: the weight of {kind} is computed from other parameters, by a parametrization or by "
+            "pruning. Make it a parameter first, for example with torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    if constraint_of(weight) is not None:
+        raise ValueError(
+            f"RotatedLinear: the weight of {kind} is marked as {constraint_of(weight)}, which a rotation need not "
+            "keep. Call unmark on it first."
+        )
 
 
 def _like(values: Tensor, parameter: Any) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Rounding to nearest on a grid of few bits, as low-bit transformers have it, simulated in floating point."""
+"""Rounding to nearest on a grid of few bits, as in quantized models, simulated in floating point."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class RoundToNearest:
     r"""Symmetric rounding to nearest, with one scale for each row or for each group of entries of a row.
 
     An entry x becomes :math:`s \cdot \mathrm{round}(x / s)`, where s is the largest magnitude of its row or group over
-    :math:`2^{b-1} - 1`. For a weight a row is an output; for the inputs of a layer it is a token. The gradient is that
-    of the identity (straight-through).
+    :math:`2^{b-1} - 1`. For a weight a row is an output; for the inputs of a layer it is a token. It is computed in
+    float32 at least. The gradient is that of the identity (straight-through), for clipped entries too.
 
     Args:
         bits: b, from 2 to 16.
         group: number of neighbouring entries of a row that share a scale, a divisor of the length of rows; None for
             the whole row.
-        clip: also try scales of 0.5 to 0.95 times s, which cut off the largest entries, and take the one with the least
-            square error.
+        clip: also try s times 0.5, 0.55, ..., 0.95, with entries beyond the grid set to its end, and take the scale
+            with the least square error.
 
     Raises:
         ValueError: ``bits`` or ``group`` is out of range.
@@ -71,9 +71,10 @@ class RoundToNearest:
             power: k, at least 2. Small values are smoother, large ones closer to the largest entry.
         """
         groups = self._groups(rows)
+        size = groups.detach().square().sum()
         log_squares = (groups.square() + 1e-30).log()
         log_peaks = torch.logsumexp(power / 2 * log_squares, -1) * 2 / power
-        return log_peaks.exp().sum() * groups.shape[-1] / (12 * self.levels**2) / rows.detach().square().sum()
+        return log_peaks.exp().sum() * groups.shape[-1] / (12 * self.levels**2) / size
 
     def round(self, rows: Tensor) -> Tensor:
         """Return the rows rounded, without a gradient of their own."""
@@ -84,13 +85,14 @@ class RoundToNearest:
             other = self._on_grid(groups, fraction * peak)
             better = (other - groups).square().sum(-1, keepdim=True) < (best - groups).square().sum(-1, keepdim=True)
             best = torch.where(better, other, best)
-        return best.flatten(-2)
+        return best.flatten(-2).to(rows.dtype)
 
     def _groups(self, rows: Tensor) -> Tensor:
         size = self.group or rows.shape[-1]
         if rows.shape[-1] % size:
             raise ValueError(f"RoundToNearest: group={size} must divide the length of the rows, {rows.shape[-1]}.")
-        return rows.unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return wide.reshape(*rows.shape[:-1], -1, size)
 
     def _on_grid(self, groups: Tensor, peak: Tensor) -> Tensor:
         step = (peak / self.levels).clamp(min=torch.finfo(peak.dtype).tiny)  # a row of zeros stays one

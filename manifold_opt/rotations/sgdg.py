@@ -46,7 +46,8 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
     ``retraction="cayley"``, with no bound on the step.
 
     The published class stores no momentum: it writes the new one to a temporary, so that its buffer stays zero, and
-    any ``momentum`` does there what 0 does. To take the steps of a run of that class, give ``momentum=0``.
+    every value of ``momentum`` has the effect of 0 there. To take the steps of a run of that class, give
+    ``momentum=0``.
 
     Args:
         params: as in torch.optim.SGD.
@@ -140,7 +141,7 @@ def _validate_options(group: Group) -> None:
         )
     if not isinstance(group.get("stiefel", False), bool):
         raise ValueError(f"SGDG: stiefel must be True or False, got {group['stiefel']!r}.")
-    if isinstance(group.get("lr"), float) and not math.isfinite(group["lr"]):
+    if not math.isfinite(float(group.get("lr", 0.0))):
         raise ValueError(
             f"SGDG: lr must be finite, got {group['lr']}. It is the longest step of a group with stiefel=True; a large "
             "number, such as 1e9, always takes the bound."
@@ -148,7 +149,7 @@ def _validate_options(group: Group) -> None:
     if group.get("omega", 0) != 0:
         raise ValueError(
             f"SGDG: omega must be 0, got {group['omega']}. The published class does not use it, and here the "
-            "parameters are orthogonal to rounding without a regularization. Leave it out."
+            "parameters are orthogonal to rounding, so that no regularization is needed. Leave it out."
         )
     if group.get("grad_clip") is not None:
         raise ValueError(

@@ -80,9 +80,9 @@ REFLECTION = torch.diag(torch.tensor([1.0, -1.0]))
         (("b", 52), "no construction of order 52"),
         (("b", 4, "zeros"), "start must be one of hadamard, identity, haar or a tensor, got 'zeros'"),
         (("b", 4, torch.eye(3)), r"shape \(4, 4\), got \(3, 3\)"),
-        (("b", 2, 2 * torch.eye(2)), "a block of the start is no rotation"),
-        (("b", 2, REFLECTION), "a block of the start is no rotation"),
-        (("b", 2, torch.full((2, 2), torch.nan)), "a block of the start is no rotation"),
+        (("b", 2, 2 * torch.eye(2)), "a block of the start is not orthogonal with determinant"),
+        (("b", 2, REFLECTION), "a block of the start is not orthogonal with determinant"),
+        (("b", 2, torch.full((2, 2), torch.nan)), "a block of the start is not orthogonal with determinant"),
     ],
 )
 def test_bad_arguments_leave_the_bank_as_it_is(arguments, message):
@@ -118,6 +118,23 @@ def test_rotations_stay_in_float32_when_the_model_is_cast():
     assert torch.equal(bank["a"], before)
     assert net.double()["bank"]["a"].dtype == torch.float64
     assert constraint_of(bank["a"]) is not None
+
+
+def test_autocast_does_not_reach_the_product():
+    bank = RotationBank()
+    bank.add("a", 16)
+    layer, x = RotatedLinear(nn.Linear(16, 4), bank, inputs="a"), gaussian(3, 16, dtype=torch.float32)
+    exact = layer.rotated_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.rotated_weight(), exact)
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_another_default_device():
+    bank = RotationBank(device="cpu")
+    with torch.device("meta"):
+        for start in ("hadamard", "identity", "haar"):
+            assert bank.add(start, 4, start=start).device.type == "cpu"
 
 
 def test_a_copy_is_marked_and_independent():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import SGD, Adam, orthogonality_error
+from manifold_opt import SGD, Adam, mark_spectral, orthogonality_error
 from manifold_opt.rotations import (
     RotatedLinear,
     RotationBank,
@@ -19,7 +19,7 @@ from manifold_opt.rotations import (
 )
 
 from ..helpers import gaussian, seeded
-from ..reference.llama import TOKENS, Llama
+from ..reference.llama import TOKENS, Llama, RMSNorm
 
 # Relative change of the logits in float32: some 10 roundings of eps in each of two layers, times a factor.
 ROUNDING = 1e-5
@@ -165,6 +165,72 @@ def test_bfloat16():
     assert change(model(TOKENS).float(), before.float()) < 4 * 2**-7
 
 
+def test_a_rotation_that_is_not_orthogonal_is_not_merged():
+    model = Llama()
+    bank = insert_rotations(model)
+    opt = torch.optim.SGD(bank.parameters(), lr=1.0)
+    spread(bank).backward()
+    opt.step()
+    before = model(TOKENS)
+    with pytest.raises(ValueError, match=r"'residual' is not orthogonal.*Train it with an optimizer of manifold_opt"):
+        merge_rotations(model)
+    assert torch.equal(model(TOKENS), before)
+
+
+def test_a_merge_that_fails_changes_nothing(monkeypatch):
+    model = Llama()
+    insert_rotations(model)
+    before = model(TOKENS)
+
+    def fail(_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RotatedLinear, "merged", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            merge_rotations(model)
+    assert torch.equal(model(TOKENS), before)
+    merge_rotations(model)
+    assert change(model(TOKENS), before) < ROUNDING
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+def test_a_wrapped_model_is_merged_whole():
+    model = Llama(tied=True)
+    before = model(TOKENS)
+    insert_rotations(model)
+    merge_rotations(Wrapper(model))
+    assert not hasattr(model, "rotations")
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.config.tie_word_embeddings is False
+    assert change(model(TOKENS), before) < ROUNDING
+    insert_rotations(model)
+
+
+def test_an_optimizer_made_before_moves_nothing():
+    model = Llama()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model).backward()
+    insert_rotations(model)
+    before = model(TOKENS)
+    opt.step()
+    assert torch.equal(model(TOKENS), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_kept(training):
+    model = Llama().train(training)
+    insert_rotations(model)
+    assert all(layer.training is training for layer in model.modules() if not isinstance(layer, RotationBank))
+    merge_rotations(model)
+    assert all(layer.training is training for layer in model.modules())
+
+
 class LayerNormed(Llama):
     def __init__(self):
         super().__init__()
@@ -185,10 +251,33 @@ def further():
     return model
 
 
-def shifted():
+class Shifted(RMSNorm):
+    def forward(self, x):
+        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class Centered(RMSNorm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+def with_norm(kind, weight):
     model = Llama()
-    norm = model.model.norm
-    norm.forward = lambda x: (1 + norm.weight) * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    model.model.norm = kind(16)
+    model.model.norm.weight.data.fill_(weight)
+    return model
+
+
+def gated():
+    """An attention whose queries have a gate of the values beside them."""
+    model = Llama()
+    model.model.layers[1].self_attn.q_proj = nn.Linear(16, 32, bias=False)
+    return model
+
+
+def without_width():
+    model = Llama()
+    del model.model.layers[0].self_attn.head_dim
     return model
 
 
@@ -198,8 +287,11 @@ def shifted():
         (LayerNormed, r"post_attention_layernorm \(LayerNorm\) is not RMSNorm"),
         (fused, "no model.layers.0.self_attn.q_proj with parameters"),
         (further, "it has model.layers.0.mlp.router, which is not known"),
-        (shifted, r"model.norm \(RMSNorm\) is not RMSNorm with a factor"),
-        (lambda: nn.Linear(2, 2), "no model.layers.0 with parameters"),
+        (lambda: with_norm(Shifted, 60.0), r"model.norm \(Shifted\) is not RMSNorm with a factor"),
+        (lambda: with_norm(Centered, 0.02), r"model.norm \(Centered\) is not RMSNorm with a factor"),
+        (gated, "the sizes of the projections in model.layers.1.self_attn"),
+        (without_width, "the heads of model.layers.0.self_attn have no width head_dim"),
+        (lambda: Llama().model, "no model.layers.0 with parameters. Pass the language model itself"),
     ],
 )
 def test_other_structures_are_refused(build, message):
@@ -212,11 +304,23 @@ def test_other_structures_are_refused(build, message):
     assert all(map(torch.equal, after.values(), before.values()))
 
 
-def test_quantized_weights_are_refused():
+def quantized(layer):
+    layer.weight = nn.Parameter(torch.ones(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (quantized, "Rotate before a model is quantized"),
+        (lambda layer: mark_spectral(layer, "weight"), "Call unmark on it first"),
+        (nn.utils.parametrizations.weight_norm, "is not like a causal Llama model"),
+        (lambda layer: layer.to("meta"), "Load the model onto one device first"),
+    ],
+)
+def test_weights_that_cannot_be_rotated_are_refused(prepare, message):
     model = Llama()
-    proj = model.model.layers[1].mlp.up_proj
-    proj.weight = nn.Parameter(torch.ones(proj.weight.shape, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="Rotate before a model is quantized"):
+    prepare(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=message):
         insert_rotations(model)
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
     assert not torch.equal(model.model.norm.weight, torch.ones(16))
@@ -237,6 +341,8 @@ def test_calls_in_the_wrong_order():
     insert_rotations(model)
     with pytest.raises(ValueError, match="Call merge_rotations"):
         insert_rotations(model)
+    with pytest.raises(ValueError, match="both None"):
+        insert_rotations(Llama(), residual=None, heads=None)
     with pytest.raises(ValueError, match="Call merge_rotations"):
         round_linears_(model, RoundToNearest(4))
 

@@ -73,6 +73,43 @@ def test_a_group_that_does_not_fit():
         RoundToNearest(4, group=3)(torch.ones(2, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "scale"), [(4, 1e-4), (8, 1e-2), (12, 1.0)])
+def test_low_precision_rounds_as_float32_does(dtype, bits, scale):
+    """The scale of a row of 1e-4 would be subnormal in float16; the result is rounded once, to eps / 2."""
+    rows = (scale * gaussian(20, 64, dtype=torch.float32)).to(dtype)
+    for rounding in (RoundToNearest(bits), RoundToNearest(bits, clip=True)):
+        assert torch.equal(rounding(rows), rounding(rows.float()).to(dtype))
+    with_zeros = torch.cat([rows, torch.zeros_like(rows[:1])]).requires_grad_()
+    RoundToNearest(bits).expected_error(with_zeros).backward()
+    assert bool(with_zeros.grad.isfinite().all())
+
+
+def test_rounding_is_refused_before_a_layer_is_changed():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 6))
+    before = [p.clone() for p in net.parameters()]
+    tied = torch.nn.Sequential(torch.nn.Embedding(6, 8), torch.nn.Linear(8, 6))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="group=4 must divide the inputs of 1, 6"):
+        round_linears_(net, RoundToNearest(4, group=4))
+    with pytest.raises(ValueError, match=r"skip has down, but the linear layers are named 0, 1\."):
+        round_linears_(net, RoundToNearest(4), skip=("down",))
+    with pytest.raises(ValueError, match=r"the model has no nn\.Linear"):
+        round_linears_(torch.nn.Conv1d(2, 2, 1), RoundToNearest(4))
+    with pytest.raises(ValueError, match="the weight of 1 is also that of an embedding"):
+        round_linears_(tied, RoundToNearest(4))
+    assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_inputs_are_rounded_once():
+    net = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    for bits in (8, 2):
+        round_linears_(net, RoundToNearest(8), inputs=RoundToNearest(bits))
+    x = gaussian(5, 16, dtype=torch.float32)
+    rounded = RoundToNearest(2)(x)
+    assert torch.equal(net(x), torch.nn.functional.linear(rounded, net[0].weight, net[0].bias))
+
+
 def test_inputs_are_rounded_until_the_hooks_are_removed():
     net = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.Linear(4, 4))
     x = gaussian(5, 16, dtype=torch.float32)
