@@ -1,6 +1,7 @@
 """What holds for every test and doctest."""
 
 import gc
+import importlib.util
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs torch.optim.Muon where torch, before 2.9, has none."""
+    """Skip what needs torch.optim.Muon where torch, before 2.9, has none, and the doctests that need peft."""
     if not hasattr(torch.optim, "Muon"):
         for item in items:
             if "Muon" in item.name or "muon.md" in item.name:
                 item.add_marker(pytest.mark.skip(reason="torch.optim.Muon came with torch 2.9"))
+    if importlib.util.find_spec("peft") is None:
+        for item in items:
+            if item.name.startswith("manifold_opt.constraints.lora."):
+                item.add_marker(pytest.mark.skip(reason='peft is not installed: pip install ".[finetune]"'))
 
 
 @pytest.hookimpl(tryfirst=True)

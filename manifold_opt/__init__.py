@@ -12,6 +12,7 @@ from . import init
 from .constraints.average import orthogonal_average, project_to_manifold_
 from .constraints.diagnostics import orthogonality_error, spectrum_error
 from .constraints.from_parametrized import from_parametrized
+from .constraints.lora import mark_lora, unmark_lora
 from .constraints.mark import mark_fixed_spectrum, mark_manifold, mark_positive, mark_spectral, mark_unit_norm
 from .constraints.modules import mark_attention, mark_orthogonal, mark_recurrent
 from .constraints.orthogonalize import orthogonalize_
@@ -45,6 +46,7 @@ __all__ = [
     "init",
     "mark_attention",
     "mark_fixed_spectrum",
+    "mark_lora",
     "mark_manifold",
     "mark_orthogonal",
     "mark_positive",
@@ -60,4 +62,5 @@ __all__ = [
     "riemannian_gradient",
     "spectrum_error",
     "unmark",
+    "unmark_lora",
 ]
