@@ -23,7 +23,7 @@ LEFT_OUT = re.compile(r"\.ci/run|^pip install|-m pytest|bin/(mypy|codespell|sphi
 SMALL = (  # what a command is about, and what it gets
     (re.compile(r"benchmarks/step\.py"), "--toy --threads 1 --budget 0.2"),
     (re.compile(r"benchmarks/(manifolds|copying)\.py"), "--toy --threads 1"),
-    (re.compile(r"(examples|benchmarks)/\w+\.py"), "--toy"),
+    (re.compile(r"(examples|benchmarks)/[\w/]+\.py"), "--toy"),
     (re.compile(r"manifold_opt compare"), "--size 8 --steps 5 --seeds 1 --threads 1"),
 )
 
@@ -50,7 +50,7 @@ def small(command: str) -> str:
 
 def scripts() -> Iterator[str]:
     """Every script of examples/ and benchmarks/, the modules that they share left out."""
-    for path in sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]):
+    for path in sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/**/*.py")]):
         if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
             yield str(path.relative_to(ROOT))
 
