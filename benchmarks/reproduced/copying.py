@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--limit", type=positive_int, default=1000, help="steps after which a run is given up (%(default)s)")
     add("--lr", type=positive_float, default=1e-3, help="learning rate (%(default)s)")
     add("--lr-orth", type=positive_float, default=1e-4, help="that of the recurrent matrix (%(default)s)")
-    add("--stop", type=positive_float, default=0.02, help="part of the memoryless loss at which to end (%(default)s)")
+    add("--stop", type=positive_float, default=0.1, help="part of the memoryless loss at which to end (%(default)s)")
     add("--runs", type=one_of(CONTENDERS, "run"), default=",".join(CONTENDERS), help="comma list (%(default)s)")
     args = parser.parse(argv, toy={"delay": 5, "hidden": 16, "batch_size": 8, "limit": 30})
     print(f"delay {args.delay}, {args.hidden} units, batches of {args.batch_size}, lr {args.lr:g} and {args.lr_orth:g}")

@@ -50,11 +50,15 @@ def manifold_muon(momentum: float) -> Callable[[nn.Module, float], torch.optim.O
 
 CONTENDERS = {
     "manifold Muon": (manifold_muon(0.0), (0.03, 0.1, 0.3), RED),
-    "with momentum 0.95": (manifold_muon(0.95), (0.01, 0.03, 0.1), ORANGE),
-    "AdamW": (lambda net, lr: torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0), (1e-3, 3e-3, 1e-2), BLACK),
+    "with momentum 0.95": (manifold_muon(0.95), (0.03, 0.1), ORANGE),
+    "AdamW": (
+        lambda net, lr: torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0),
+        (1e-3, 3e-3, 1e-2, 3e-2),
+        BLACK,
+    ),
     "torch.optim.Muon": (
         lambda net, lr: torch.optim.Muon(net.parameters(), lr, weight_decay=0.0),
-        (0.01, 0.03, 0.1),
+        (0.03, 0.1),
         BLUE,
     ),
 }
@@ -100,7 +104,7 @@ def train(name: str, lr: float, seed: int, args: Any, data: Images) -> dict[str,
 
 def draw(rows: list[dict[str, Any]], args: Any) -> None:
     """Test accuracy against the learning rate, and the extreme singular values: a dot a seed."""
-    figure, (left, right) = panels(2, width=5, height=3.8)
+    figure, (left, right) = panels(2, width=4.6, height=3.5)
     for name, (_, rates, color) in CONTENDERS.items():
         mine = [row for row in rows if row["run"] == name]
         means = [statistics.fmean(row["test"] for row in mine if row["lr"] == lr) for lr in rates]

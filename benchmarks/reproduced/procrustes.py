@@ -55,13 +55,13 @@ def run(name: str, seed: int, args: Any) -> dict[str, Any]:
         values = (x.double() @ a.double() - b.double()).square().sum((-2, -1))
         return float((values - best).mean() / best.mean())
 
-    found = descend(CONTENDERS[name][0](start, args.lr), loss, gap, args.steps, args.every)
+    found = descend(CONTENDERS[name][0](start, args.lr), lambda: loss, gap, args.steps, args.every)
     return {"run": name, "seed": seed, **found, "components": float((best - both).mean() / best.mean())}
 
 
 def draw(rows: list[dict[str, Any]], args: Any, title: str) -> None:
     """The gap against steps and CPU time, and the distance from orthogonality against steps."""
-    figure, plots = panels(3, width=4, height=3.8)
+    figure, plots = panels(3, width=3.5, height=3.3)
     keys = (("step", "gap"), ("seconds", "gap"), ("step", "defect"))
     for row in rows:
         for plot, (x, y) in zip(plots, keys, strict=True):
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--problems", type=positive_int, default=200, help="(%(default)s)")
     add("--size", type=positive_int, default=100, help="rows and columns (%(default)s)")
-    add("--steps", type=positive_int, default=200, help="of gradient descent (%(default)s)")
-    add("--every", type=positive_int, default=10, help="steps between two looks (%(default)s)")
+    add("--steps", type=positive_int, default=100, help="of gradient descent (%(default)s)")
+    add("--every", type=positive_int, default=5, help="steps between two looks (%(default)s)")
     add("--lr", type=positive_float, default=0.3, help="of all (%(default)s)")
     args = parser.parse(argv, toy={"problems": 5, "size": 8, "steps": 20, "every": 5, "lr": 0.1})
     print(f"{args.problems} problems of {args.size} x {args.size}, {args.steps} steps at lr {args.lr:g}")

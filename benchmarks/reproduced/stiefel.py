@@ -110,14 +110,17 @@ def contenders() -> list[str]:
     return installed(CONTENDERS, {"geoopt, QR": ("geoopt", "geoopt"), "POGO": ("pogo", "pogo-torch")})
 
 
+Loss = Callable[[Tensor], Tensor]
+
+
 def descend(
-    descent: Descent, loss: Callable[[Tensor], Tensor], gap: Callable[[Tensor], float], steps: int, every: int
+    descent: Descent, draw: Callable[[], Loss], gap: Callable[[Tensor], float], steps: int, every: int
 ) -> dict[str, Any]:
-    """Make steps; the gap and the distance from orthogonality every few of them, and the CPU time without these.
+    """Make steps; the gap and the distance from orthogonality every few of them, and the CPU time of the steps.
 
     Args:
         descent: matrices and optimizer.
-        loss: of the matrices; a new batch at each call, if it wants.
+        draw: returns the loss of a step; drawing a batch is not timed, its gradient is.
         gap: how far matrices are from the optimum.
         steps: how many.
         every: steps between two looks.
@@ -134,6 +137,7 @@ def descend(
             defect = torch.linalg.matrix_norm(x.double() @ x.double().mT - eye).max()
             found["defect"].append(float(f"{float(defect):.3g}"))
         if step < steps:
+            loss = draw()
             began = time.process_time()
             descent.opt.zero_grad()
             loss(descent.points()).backward()

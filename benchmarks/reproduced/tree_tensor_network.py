@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from manifold_opt import Adam, mark_orthogonal, orthogonality_error
 from manifold_opt.compare.data import Images
 
-from common import BLACK, BLUE, RED, images, one_of, panels, positive_float, positive_int, save, show  # isort: skip
+from common import BLACK, BLUE, ORANGE, RED, images, one_of, panels, positive_float, positive_int, save, show  # isort: skip
 
 BONDS = (16, 12, 8, 6, 4)  # to which a trained tree is cut
 
@@ -105,7 +105,7 @@ def isometric(cores: Sequence[Tensor]) -> tuple[list[Tensor], float]:
         if factors is not None:
             d = factors.shape[-1]
             halves = core.unflatten(-1, (d, d))
-            core = torch.einsum("nkab,nax,nby->nkxy", halves, factors[0::2], factors[1::2]).flatten(-2)
+            core = torch.einsum("nkab,nac,nbd->nkcd", halves, factors[0::2], factors[1::2]).flatten(-2)
         if len(core) > 1:
             q, r = torch.linalg.qr(core.mT)
             size = torch.linalg.matrix_norm(r, keepdim=True)
@@ -136,7 +136,7 @@ def cut(cores: Sequence[Tensor], bond: int) -> list[Tensor]:
         below, above = bases[level - 1] if level else None, bases[level]
         if below is not None:
             core = core.unflatten(-1, (below.shape[1],) * 2)
-            core = torch.einsum("nkab,nax,nby->nkxy", core, below[0::2], below[1::2]).flatten(-2)
+            core = torch.einsum("nkab,nac,nbd->nkcd", core, below[0::2], below[1::2]).flatten(-2)
         found.append(core if above is None else above.mT @ core)
     return found
 
@@ -173,10 +173,20 @@ def default(tree: Tree, args: Any) -> torch.optim.Optimizer:
     return Adam(tree.parameters(), args.lr)
 
 
+def fast_root(tree: Tree, args: Any) -> torch.optim.Optimizer:
+    """The same, with a rate of its own for the free root, whose entries are about 10 at the start."""
+    opt = default(tree, args)
+    (group,) = opt.param_groups
+    root = group["params"].pop()
+    opt.add_param_group({"params": [root], "lr": args.lr_root})
+    return opt
+
+
 CONTENDERS = {
     "torch Adam": (unconstrained, BLACK),
     "ours: block": (riemannian, BLUE),
     "ours: element": (default, RED),
+    "ours: fast root": (fast_root, ORANGE),
 }
 
 
@@ -217,7 +227,7 @@ def train(name: str, seed: int, args: Any, data: Images) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]], args: Any) -> None:
     """Accuracy and norm against the epoch, and accuracy against the bond to which the tree is cut."""
-    figure, (left, middle, right) = panels(3, width=4, height=3.8)
+    figure, (left, middle, right) = panels(3, width=3.5, height=3.3)
     for row in rows:
         color = CONTENDERS[row["run"]][1]
         label = row["run"] if row["seed"] == args.seeds[0] else None
@@ -225,9 +235,9 @@ def draw(rows: list[dict[str, Any]], args: Any) -> None:
         middle.plot(row["log_norm"], color=color, linewidth=1.2)
         right.plot(list(row["cut"]), list(row["cut"].values()), ".-", color=color, linewidth=1.2)
     left.set(title="Test accuracy", xlabel="epoch")
-    middle.set(title="log10 of the norm of the tensor", xlabel="epoch")
+    middle.set(title="log10 norm of the tensor", xlabel="epoch")
     right.set(title="Test accuracy, bonds cut", xlabel="bond")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     save(figure, args.plot)
 
 
@@ -243,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--start-images", type=positive_int, default=10_000, help="that the start is made from (%(default)s)")
     add("--lr", type=positive_float, default=1e-3, help="of Adam (%(default)s)")
     add("--lr-riemannian", type=positive_float, default=0.03, help="length of a block step (%(default)s)")
+    add("--lr-root", type=positive_float, default=0.03, help="of the root in the run of that name (%(default)s)")
     add("--runs", type=one_of(CONTENDERS, "run"), default=",".join(CONTENDERS), help="comma list (%(default)s)")
     args = parser.parse(argv, toy={"epochs": 1, "bond": 4, "side": 8, "start_images": 500, "batch_size": 128})
     args.bonds = [bond for bond in BONDS if bond <= args.bond]

@@ -85,7 +85,7 @@ def train(name: str, lr: float, seed: int, args: Any, data: Images) -> dict[str,
 
 def draw(rows: list[dict[str, Any]], args: Any) -> None:
     """Training loss at the end against the learning rate, and on the way at the middle one."""
-    figure, (left, right) = panels(2, width=5, height=3.8)
+    figure, (left, right) = panels(2, width=4.6, height=3.5)
     middle = args.lrs[len(args.lrs) // 2]
     for name, (_, color) in CONTENDERS.items():
         mine = [row for row in rows if row["run"] == name]
@@ -107,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__file__, "Weight normalization by unit rows.")
     add = parser.add_argument
     add("--data", type=Path, help="folder of the four files of Fashion-MNIST, if it is not Debian's")
-    add("--epochs", type=positive_int, default=2, help="(%(default)s)")
+    add("--epochs", type=positive_int, default=1, help="(%(default)s)")
     add("--batch-size", type=positive_int, default=128, help="images a step (%(default)s)")
     add("--width", type=positive_int, default=256, help="of the hidden layers (%(default)s)")
-    add("--lrs", type=positive_float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates (%(default)s)")
+    add("--lrs", type=positive_float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates (%(default)s)")
     args = parser.parse(argv, toy={"epochs": 1, "width": 16, "lrs": [1e-2]})
     raw = images(args.data, toy=args.toy)
     splits = [(x.flatten(1), y) for x, y in (raw.train, raw.test)]
