@@ -123,6 +123,9 @@ def merge_rotations(model: nn.Module) -> nn.Module:
         model: a model after :func:`insert_rotations`, or a wrapper of it, or one with layers of type
             :class:`RotatedLinear`, whose bank is kept.
 
+    Returns:
+        The same model.
+
     Raises:
         ValueError: no layer is rotated, a rotation is not orthogonal, or parameters are sharded. The model is unchanged
             then.

@@ -33,8 +33,8 @@ class RotatedLinear(nn.Module):
         scale: g, factors of the inputs ``(in_features,)``, such as the weight of an RMSNorm before the layer, or None.
 
     Attributes:
-        round_weight, round_inputs: applied to the rotated weight and to the inputs, or None; set by
-            :func:`simulate_rounding`.
+        round_weight: rounding of the rotated weight, or None; set by :func:`simulate_rounding`.
+        round_inputs: rounding of the inputs, or None.
 
     Raises:
         KeyError: the bank has no rotation of a name.

@@ -21,7 +21,7 @@ def simulate_rounding(
     weights: RoundToNearest | None = None,
     inputs: RoundToNearest | None = None,
     skip: Sequence[str] = OUTPUT_LAYER,
-) -> None:
+) -> nn.Module:
     """Round the rotated weights, and the inputs, of all rotated linear layers in every forward pass from now on.
 
     Gradients pass as if nothing was rounded (straight-through), so that rotations can be trained for a rounded model.
@@ -32,6 +32,9 @@ def simulate_rounding(
         inputs: rounding of the inputs of the layers, or None for none.
         skip: names of layers, the last part of their path, that are not rounded. The embedding never is.
 
+    Returns:
+        The same model.
+
     Raises:
         ValueError: no layer is rotated, a name in ``skip`` is that of no layer, or a group does not divide the inputs
             of a layer.
@@ -41,7 +44,7 @@ def simulate_rounding(
     >>> bank = RotationBank()
     >>> rotation = bank.add("inputs", 8)
     >>> net = torch.nn.Sequential(RotatedLinear(torch.nn.Linear(8, 3), bank, inputs="inputs"))
-    >>> simulate_rounding(net, weights=RoundToNearest(4))
+    >>> _ = simulate_rounding(net, weights=RoundToNearest(4))
     >>> net(torch.ones(1, 8)).sum().backward()
     >>> bool(rotation.grad.any())
     True
@@ -55,6 +58,7 @@ def simulate_rounding(
     rounded = _layers_to_round("simulate_rounding", layers, (weights, inputs), skip)
     for path, layer in layers.items():
         layer.round_weight, layer.round_inputs = (weights, inputs) if path in rounded else (None, None)
+    return model
 
 
 @torch.no_grad()
