@@ -55,10 +55,17 @@ def scripts() -> Iterator[str]:
             yield str(path.relative_to(ROOT))
 
 
+def words(command: str) -> frozenset[str]:
+    """Return the words of a command without numbers, which make no difference at toy size."""
+    return frozenset(word for word in command.split() if not re.fullmatch(r"[\d.e+-]+", word))
+
+
 def to_run() -> list[str]:
-    """Each once: what is a part of another is left to that."""
-    commands = list(dict.fromkeys(filter(None, map(small, shown()))))
-    commands = [one for one in commands if not any(one in other for other in commands if other != one)]
+    """Return each command once. One whose words, but for numbers, are all in another is left to that."""
+    commands = {command: words(command) for command in filter(None, map(small, shown()))}
+    for one in list(commands):
+        if any(commands[one] <= found for other, found in commands.items() if other != one):
+            del commands[one]
     forgotten = [name for name in scripts() if not any(f"{name} " in command for command in commands)]
     return [*commands, *(f".venv/bin/python {name} --toy" for name in forgotten)]
 
