@@ -97,7 +97,7 @@ def test_learning_follows_float64():
 def test_other_models_are_refused(name, problem):
     model = build(name)
     before = logits(model)
-    with pytest.raises(ValueError, match="is not like a Llama model") as error:
+    with pytest.raises(ValueError, match="is not like a causal Llama model") as error:
         insert_rotations(model)
     assert problem in str(error.value)
     assert torch.equal(logits(model), before)
