@@ -33,7 +33,7 @@ def optimum(a: Tensor, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """
     a, b = a.double(), b.double()
     u, s, vh = torch.linalg.svd(b @ a.mT)
-    sign = torch.linalg.det(u @ vh) * torch.linalg.det(start.double())
+    sign = torch.linalg.slogdet(u @ vh).sign * torch.linalg.slogdet(start.double()).sign
     constant = a.square().sum((-2, -1)) + b.square().sum((-2, -1))
     other = (constant - 2 * s.sum(-1)).clone()
     s[..., -1] *= sign.sign()

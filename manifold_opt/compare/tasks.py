@@ -73,7 +73,7 @@ def procrustes(size: int | None) -> Task:
     truth = init.orthogonal_(torch.empty(n, n, dtype=torch.float64), generator=generator)
     b = truth @ a + 0.5 * torch.randn(n, 2 * n, dtype=torch.float64, generator=generator)
     u, _, vh = torch.linalg.svd(b @ a.mT)
-    best, det = float((u @ vh @ a - b).square().mean()), round(float(torch.linalg.det(u @ vh)))
+    best, det = float((u @ vh @ a - b).square().mean()), int(torch.linalg.slogdet(u @ vh).sign)
 
     def loss(model: nn.Module, _: Batch) -> Tensor:
         w = _weight(model)

@@ -178,8 +178,9 @@ def _with_determinant(det: int, x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> 
 
 def determinant(w: Tensor) -> Tensor:
     """Return the determinant of orthogonal matrices, 1 or -1: ``(...)``."""
-    # One matrix at a time: batched LU is wrong on some CPUs.
-    signs = [torch.linalg.det(matrix).sign() for matrix in w.reshape(-1, *w.shape[-2:])]
+    # One matrix at a time: batched LU is wrong on some CPUs. Not det: the product of the pivots can underflow, to 0 in
+    # float32 from some 500 rows on.
+    signs = [torch.linalg.slogdet(matrix).sign for matrix in w.reshape(-1, *w.shape[-2:])]
     return torch.stack(signs).view(w.shape[:-2]) if signs else w.new_ones(w.shape[:-2])
 
 

@@ -25,6 +25,14 @@ def test_every_block_is_orthogonal_times_the_gain(scheme, shape, dtype):
         assert torch.equal(x, real.to(dtype))
 
 
+@pytest.mark.parametrize("det", [1, -1])
+def test_a_determinant_of_many_rows_does_not_underflow(det):
+    """In float32 the product of the pivots of 700 orthogonal rows is 0; its sign is not."""
+    x = init.orthogonal_(torch.empty(700, 700), det=det, generator=seeded())
+    assert orthogonality_error(x) < 1e-4
+    assert float(torch.linalg.slogdet(x).sign) == det
+
+
 @pairs(scheme=SCHEMES, n=[1, 2, 3, 8], det=[1, -1], dtype=DTYPES)
 def test_every_block_has_the_determinant(scheme, n, det, dtype):
     x = init.orthogonal_(torch.empty(12 * n, n, dtype=dtype), 12, 2.0, scheme, det=det, generator=seeded())
