@@ -43,7 +43,7 @@ from manifold_opt.rotations import (
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-from common import Parser, Runs, positive_int, show  # noqa: E402
+from common import Parser, Runs, figure_of, positive_int, show  # noqa: E402
 from rotate_language_model import bits_per_byte, get_model, learn, parser, rounded_scores  # noqa: E402
 from source_text import passages, source_text  # noqa: E402
 
@@ -168,12 +168,6 @@ class Heads:
     def _figures(weights: Iterable[Sequence[Tensor]]) -> tuple[float, ...]:
         errors = [[float((ROUNDING(w) - w).square().sum() / w.square().sum()) for w in both] for both in weights]
         return tuple(100 * statistics.fmean(column) for column in zip(*errors, strict=True))
-
-
-def figure_of(values: Sequence[float]) -> str:
-    """Return the mean over the seeds, and the spread among them where there are several."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 def measure(task: Language | Heads, rates: Sequence[float], seeds: int, runs: Runs) -> list[tuple[str, ...]]:

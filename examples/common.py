@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -202,6 +203,12 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(f"plot: {path}")
+
+
+def figure_of(values: Sequence[float], digits: int = 3) -> str:
+    """The mean over the seeds, and the standard deviation among them where there are several."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def largest(values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from common import BLACK, BLUE, ORANGE, Parser, Runs, panels, positive_float, positive_int, save, show
+from common import BLACK, BLUE, ORANGE, Parser, Runs, figure_of, panels, positive_float, positive_int, save, show
 from source_text import draw, passages, source_text
 from torch import Generator, Tensor, nn
 
@@ -152,12 +152,6 @@ def run(
             advance(f"{found['weights and inputs']:.3f} bits a byte; off orthogonal by {copied.off_orthogonal:.0e}")
             scores[label].append(found | {"off": copied.off_orthogonal})
     return scores
-
-
-def figure_of(values: Sequence[float]) -> str:
-    """Return the mean over the seeds, and the spread among them where there are several."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 def show_scores(scores: dict[str, list[dict[str, float]]]) -> None:

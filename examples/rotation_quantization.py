@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import BLACK, BLUE, ORANGE, Parser, Runs, panels, positive_float, positive_int, save, show
+from common import BLACK, BLUE, ORANGE, Parser, Runs, figure_of, panels, positive_float, positive_int, save, show
 from rotations import MATRICES, Inputs, LayerRotations, Rotate, learn, rotated
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
@@ -206,12 +206,6 @@ def run(args: argparse.Namespace, judge: Judge, calibration: Sequence[Inputs | N
         shift = judge.shift(rotations)
         runs.console.print(f"seed {seed}: off orthogonal by {off:.0e}; unrounded, embeddings move by {shift:.0e}")
     return scores
-
-
-def figure_of(values: Sequence[float], digits: int) -> str:
-    """The mean over the seeds, and the spread among them where there are several."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def row_of(label: str, scores: Sequence[dict[str, Score]], scheme: str) -> tuple[str, ...]:
