@@ -64,7 +64,7 @@ def parser() -> Parser:
         metavar="PART",
         help=f"only rows of the tables whose name has one of these parts (default all), of {'; '.join(ROWS)}",
     )
-    what.add_argument("--training", action="store_true", help="also whole training steps of nn.GRU")
+    what.add_argument("--training", action="store_true", help="also whole training steps of some nets")
     what.add_argument(
         "--growth", action="store_true", help="also how the cost grows with n and with the number of parameters"
     )

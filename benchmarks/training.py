@@ -1,19 +1,19 @@
-"""Whole training steps of an nn.GRU: forward, backward and optimizer, with its gates free or kept orthogonal."""
+"""Whole training steps: forward, backward and optimizer, with the marked weights free or kept orthogonal."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from timing import Plan, Result
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from manifold_opt import mark_orthogonal
+from manifold_opt import mark_attention, mark_orthogonal, mark_recurrent
 from manifold_opt.compare import compare
 
-HIDDEN, LENGTH, BATCH, INPUT = (256, 512), 100, 64, 32
-TOY_HIDDEN, TOY_LENGTH, TOY_BATCH = (8,), 5, 4
 NAMES = {
     "unconstrained": "torch Adam, unconstrained",
     "orthographic": "Adam, orthographic",
@@ -22,25 +22,70 @@ NAMES = {
 STEPS = 10  # per round; the first half is not counted: the first steps of Adam are long
 
 
+@dataclass(frozen=True)
+class Work:
+    """A model and the shape of a batch.
+
+    Args:
+        build: returns the model, its weights marked; its output has the shape of its input, or is a tuple that begins
+            so.
+        shape: of the input.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+def recurrent(layer: type[nn.RNNBase], hidden: int) -> nn.Module:
+    """One layer, every gate of its recurrent weight marked."""
+    rnn = layer(hidden, hidden)
+    mark_recurrent(rnn)
+    return rnn
+
+
+def many(count: int, size: int) -> nn.Module:
+    """A net of many small linear layers, all marked."""
+    layers = [nn.Linear(size, size) for _ in range(count)]
+    for layer in layers:
+        mark_orthogonal(layer, "weight")
+    return nn.Sequential(*itertools.chain.from_iterable((layer, nn.Tanh()) for layer in layers))
+
+
+def transformer(layers: int, size: int, heads: int) -> nn.Module:
+    """The encoder of a vision transformer; queries, keys and values of every head are marked."""
+    layer = nn.TransformerEncoderLayer(size, heads, 4 * size, dropout=0.0, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    mark_attention(encoder, which="qkv")
+    return encoder
+
+
+WORKS = {
+    "GRU of 256 units": Work(lambda: recurrent(nn.GRU, 256), (100, 64, 256)),
+    "GRU of 512 units": Work(lambda: recurrent(nn.GRU, 512), (100, 64, 512)),
+    "LSTM of 512 units": Work(lambda: recurrent(nn.LSTM, 512), (100, 64, 512)),
+    "100 layers of 32 x 32": Work(lambda: many(100, 32), (256, 32)),
+    "ViT encoder, 6 layers of 384": Work(lambda: transformer(6, 384, 6), (4, 197, 384)),
+}
+TOY = {"GRU of 8 units": Work(lambda: recurrent(nn.GRU, 8), (5, 4, 8))}
+
+
 def measure(plan: Plan, *, toy: bool = False) -> list[dict[str, object]]:
     """Train on noise with every method, in turns; print a table, and return its rows."""
-    print("\nTraining steps of an nn.GRU: forward, backward and optimizer.", flush=True)
-    print(f"{'hidden':>6}  {'row':32} {'ms':>9} {'spread':>8} {'overhead':>9} {'error':>9}")
-    sizes, length, batch = (TOY_HIDDEN, TOY_LENGTH, TOY_BATCH) if toy else (HIDDEN, LENGTH, BATCH)
-    return [row for hidden in sizes for row in rows(plan, hidden, length, batch)]
+    print("\nTraining steps: forward, backward and optimizer.", flush=True)
+    print(f"{'work':30}  {'row':32} {'ms':>9} {'spread':>8} {'overhead':>9} {'error':>9}")
+    return [row for name, work in (TOY if toy else WORKS).items() for row in rows(plan, name, work)]
 
 
-def rows(plan: Plan, hidden: int, length: int, batch: int) -> list[dict[str, object]]:
-    """The rows of one hidden size."""
-    x, y = (torch.randn(length, batch, size, dtype=plan.dtype).to(plan.device) for size in (INPUT, hidden))
+def rows(plan: Plan, work: str, what: Work) -> list[dict[str, object]]:
+    """The rows of one work."""
+    x, y = (torch.randn(what.shape, dtype=plan.dtype).to(plan.device) for _ in range(2))
 
     def make_model() -> nn.Module:
-        gru = nn.GRU(INPUT, hidden, dtype=plan.dtype)
-        mark_orthogonal(gru, "weight_hh_l0")
-        return gru
+        return what.build().to(plan.dtype)
 
-    def loss(gru: nn.Module, _: object) -> Tensor:
-        return F.mse_loss(gru(x)[0], y)
+    def loss(model: nn.Module, _: object) -> Tensor:
+        out = model(x)
+        return F.mse_loss(out[0] if isinstance(out, tuple) else out, y)
 
     steps = STEPS * plan.rounds
     made = compare(make_model, loss, [None], schemes=tuple(NAMES), steps=steps, seeds=1, device=plan.device)
@@ -53,17 +98,17 @@ def rows(plan: Plan, hidden: int, length: int, batch: int) -> list[dict[str, obj
         result = Result(times[len(times) // 2 :], failure=run.failure)
         ms, spread, name = result.median, result.spread, NAMES[run.scheme]
         if ms is None or spread is None:
-            print(f"{hidden:6}  {name:32} {run.failure}"[:120], flush=True)
-            found.append({"hidden": hidden, "row": name, "failure": run.failure})
+            print(f"{work:30}  {name:32} {run.failure}"[:120], flush=True)
+            found.append({"work": work, "row": name, "failure": run.failure})
             continue
         base = ms if run.scheme == "unconstrained" else base
         overhead = None if base is None else 100 * (ms / base - 1)
         percent = "-" if overhead is None else f"{overhead:.1f} %"
         error = f"{run.orthogonality_error:.1e}"
-        print(f"{hidden:6}  {name:32} {1e3 * ms:9.2f} {1e3 * spread:8.2f} {percent:>9} {error:>9}", flush=True)
+        print(f"{work:30}  {name:32} {1e3 * ms:9.2f} {1e3 * spread:8.2f} {percent:>9} {error:>9}", flush=True)
         found.append(
             {
-                "hidden": hidden,
+                "work": work,
                 "row": name,
                 "ms": 1e3 * ms,
                 "spread_ms": 1e3 * spread,
