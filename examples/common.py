@@ -38,13 +38,13 @@ class Parser(argparse.ArgumentParser):
     """The options of an example; those that all have are there already.
 
     Args:
-        script: the example's ``__file__``; its picture lies beside it, under the same name.
+        script: the example's ``__file__``; its picture has the same name, and goes to the working folder.
         description: one sentence.
     """
 
     def __init__(self, script: str, description: str) -> None:
         super().__init__(prog=Path(script).name, description=description)
-        self._picture = Path(script).with_suffix(".png")
+        self._picture = Path(script).stem + ".png"
 
     def parse(self, argv: Sequence[str] | None, *, toy: dict[str, Any], full: dict[str, Any]) -> argparse.Namespace:
         """What the user asked for; ``--toy`` and ``--full`` change defaults only: an option given beside them holds."""
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=int, default=0, help="of the start and the batches (%(default)s)")
         # Products this small are slower on several threads, by far so where other programs use the cores too.
         add("--threads", type=positive_int, default=1, help="threads of torch (%(default)s)")
-        add("--plot", type=picture_path, help=f"where the picture goes ({self._picture.name}, beside this script)")
+        add("--plot", type=picture_path, help=f"where the picture goes ({self._picture}, in the working folder)")
         size = self.add_mutually_exclusive_group()
         size.add_argument(
             "--toy", action="store_true", help="seconds, to see that it runs; the picture goes to a new folder"
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**(toy if asked.toy else full if asked.full else {}))
         args = self.parse_args(argv)
         if args.plot is None:  # a toy run must not overwrite the picture of a real one
-            args.plot = Path(tempfile.mkdtemp()) / self._picture.name if args.toy else self._picture
+            args.plot = (Path(tempfile.mkdtemp()) if args.toy else Path()) / self._picture
         torch.set_num_threads(args.threads)
         return args
 
