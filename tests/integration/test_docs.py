@@ -27,7 +27,7 @@ from ..pages import PAGES, ROOT, about_the_checkout, blocks, requires
 GLOO = "terminate called without an active exception"
 ELSEWHERE = {"extending.md"}  # by test_extending.py
 SLOW = {  # .ci/run runs them
-    *("tutorial.md", "several_gpus.md", "new_optimizer.md", "mixed_precision.md", "geoopt.md", "pogo.md"),
+    *("tutorial.md", "several_gpus.md", "new_optimizer.md", "compile.md", "geoopt.md", "pogo.md"),
 }
 TO_RUN = {"python", "pycon", "file", "bash"}
 REFERENCE = [page.read_text() for page in PAGES if page.parent.name == "reference"]
