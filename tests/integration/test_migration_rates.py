@@ -75,9 +75,9 @@ def ratio(part, ours):
     return factor
 
 
-def table(title):
-    """Rows of the table below a heading of the page."""
-    text = PAGE.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+def table(rule):
+    """Rows of the page's table of learning rates for SGD or Adam."""
+    text = PAGE.read_text().partition(f"## Learning rates for {rule}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows[2:]}
 

@@ -1,4 +1,4 @@
-"""README's table "Beside the others", read down: a class a row, a test a cell, tried on the packages themselves.
+"""The table of docs/migration/index.md that compares libraries: a class per row, a test per cell, on the packages.
 
 The other rows are in test_peers_values.py. Those of geotorch and POGO run where the extra ``compare`` is installed.
 """
@@ -27,7 +27,7 @@ def gates_of(gru):
 
 
 class TestGates:
-    """gates of one `weight_hh`."""
+    """orthogonal gates in one `weight_hh`."""
 
     def stacked(self, library):
         """Of the 3H x H stack the whole has orthonormal columns; its gates are a long way off."""
@@ -64,7 +64,7 @@ class TestGates:
 
 
 class TestName:
-    """the weight is the parameter, under its own name."""
+    """the weight stays the parameter, under its own name."""
 
     def computed(self, library):
         layer = parametrized(library, nn.Linear(8, 8))
@@ -117,7 +117,7 @@ class Operations(TorchDispatchMode):
 
 
 class TestTogether:
-    """small matrices of many parameters move together."""
+    """small matrices of many parameters are updated together."""
 
     def growth(self, library):
         """How many times the operations of one parameter ten take."""
@@ -150,7 +150,7 @@ class TestTogether:
 
 
 class TestOptimizers:
-    """trained by."""
+    """optimizers."""
 
     def any_of_torchs(self, library):
         for rule in ("SGD", "Adam", "RMSprop", "Adagrad", "NAdam"):
@@ -199,7 +199,7 @@ class TestOptimizers:
 
 
 class TestLearningRate:
-    """after steps at a learning rate of 10,000 it is off by."""
+    """error after steps at a learning rate of 10,000."""
 
     def error(self, library, **options):
         return off(start(library, EYE, lr=1e4, **options).train())

@@ -1,4 +1,4 @@
-"""README's table "Beside the others", further down: numbers, faults, checkpoints, other constraints."""
+"""The other rows of the comparison in docs/migration/index.md: numbers, faults, checkpoints, other constraints."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ UNITARY = torch.eye(8, dtype=torch.complex64)
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
 class TestUnitary:
-    """unitary."""
+    """unitary matrices."""
 
     def test_torch(self):
         for orthogonal_map in ("matrix_exp", "cayley"):
@@ -208,8 +208,9 @@ class TestOthers:
 
 def test_every_cell_has_its_test():
     """Rows and columns in the order of the table: the title of a row is the docstring of its class."""
-    lines = (Path(__file__).parents[2] / "README.md").read_text().partition("## Beside the others")[2].splitlines()
-    table = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    page = (Path(__file__).parents[2] / "docs" / "migration" / "index.md").read_text()
+    section = page.partition("## Comparison with other libraries")[2].partition("\n## ")[0]
+    table = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     rows = [cells[0].strip() for cells in table[2:]]
     here = [value for module in (test_peers, sys.modules[__name__]) for value in vars(module).items()]
     classes = [value for name, value in here if name.startswith("Test")]

@@ -20,7 +20,8 @@ from manifold_opt import mark_orthogonal
 from ..helpers import gaussian
 
 OF_THE_TABLE = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="README speaks of others with torch 2.13"
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="docs/migration/index.md compares with torch 2.13",
 )
 
 
