@@ -2,7 +2,7 @@
 
     python benchmarks/cayley_sgd.py
 
-The task is that of examples/rotation_quantization.py, whose model it needs: pip install "manifold-opt[rotations]".
+The task is that of examples/rotation_quantization.py, whose model it needs: pip install ".[rotations]".
 Cayley SGD is that of tests/reference/cayley_sgd.py: as the paper has it, with two iterations and a stored momentum, and
 as its class is shipped, with five iterations, without a momentum whatever is asked for, and with a QR factor in one
 step of 101. Every run has the same start and the same linear decay of the learning rate from the one given; 1.5 is that

@@ -5,7 +5,7 @@
 In every round every row has a turn of about 50 ms, one step at least, with new gradients for every step; a figure is
 the median over the rounds. A parametrization is timed for its forward, its backward and the Adam step underneath. The
 learning rates of peers are those of the comparison, at which their steps are as long as this package's. Peers that are
-not installed, or that raise, say so in their row: pip install "manifold-opt[compare]" installs them.
+not installed, or that raise, say so in their row: pip install ".[compare]" installs them.
 """
 
 from __future__ import annotations

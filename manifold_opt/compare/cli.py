@@ -15,7 +15,7 @@ import torch
 from .. import RETRACTIONS
 from . import cost
 from .api import Comparison, resolve_device, validate
-from .data import MissingDataError
+from .data import INSTALL, MissingDataError
 from .experiment import Experiment, environment
 from .methods import PEERS, Settings, schemes_of
 from .results import Results
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         import matplotlib as mpl  # noqa: F401
         from rich.console import Console
     except ModuleNotFoundError as missing:
-        reader.error(f"{missing.name} is not installed: pip install 'manifold-opt[compare]'")
+        reader.error(f"{missing.name} is not installed: {INSTALL}")
     try:
         experiment, results = build_experiment(args, ["python", "-m", "manifold_opt", "compare", *arguments])
     except (ValueError, MissingDataError) as refusal:
@@ -202,20 +202,3 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be written to: {error.strerror}") from None
-
-
-def run() -> NoReturn:
-    """Dispatch on the first argument; the only command is ``compare``."""
-    words = sys.argv[1:]
-    usage = "usage: python -m manifold_opt compare [options]   (compare --help says which)"
-    if words[:1] == ["compare"]:
-        try:
-            sys.exit(main(words[1:]))
-        except KeyboardInterrupt:  # between the runs and the report
-            print("Interrupted.", file=sys.stderr)
-            sys.exit(130)
-    if words[:1] in (["-h"], ["--help"]):
-        print(usage)
-        sys.exit(0)
-    print(usage, file=sys.stderr)
-    sys.exit(2)

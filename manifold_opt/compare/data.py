@@ -22,6 +22,9 @@ class Images:
     test: tuple[Tensor, Tensor]
 
 
+INSTALL = 'pip install ".[compare]" in a clone of manifold_opt'  # the package is on no index
+
+
 class MissingDataError(Exception):
     """Error for missing data; the message describes how to install them."""
 
@@ -31,7 +34,7 @@ def digits() -> Images:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError:
-        raise MissingDataError("the digits need scikit-learn: pip install 'manifold-opt[compare]'") from None
+        raise MissingDataError(f"the digits need scikit-learn: {INSTALL}") from None
     found = load_digits()
     x = torch.tensor(found.images / 16, dtype=torch.float32)
     y = torch.tensor(found.target, dtype=torch.long)

@@ -43,3 +43,14 @@ def test_every_warning_is_on_the_page():
     calls = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.Call)]
     warned = [text_of(call.args[0]) for call in calls if ast.unparse(call.func) == "warnings.warn"]
     assert [text for text in warned if text and not any(is_of(row, text) for row in rows())] == []
+
+
+def test_nothing_is_said_to_come_from_an_index_that_does_not_have_it():
+    root = PACKAGE.parent
+    places = (PACKAGE, *(root / name for name in ("benchmarks", "docs", "examples", "tests", ".ci")))
+    files = [*root.glob("*.md"), *(f for place in places for end in ("py", "md") for f in place.rglob(f"*.{end}"))]
+    assert len(files) > 200
+    for file in files:
+        assert not re.search(
+            r"""pip install (-\S+ )*["']?manifold[-_]opt(\[\w+\])?(["'` ]|$)(?!@)""", file.read_text("utf-8"), re.M
+        ), file

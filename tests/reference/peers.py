@@ -32,7 +32,7 @@ def peer(name: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError:
-        pytest.skip(f"{name} is not installed: pip install manifold-opt[compare]")
+        pytest.skip(f"{name} is not installed: pip install '.[compare]'")
 
 
 def off(w: Tensor) -> float:
