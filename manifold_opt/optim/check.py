@@ -26,11 +26,10 @@ from .options import (
     validate_options,
     validate_unflattened,
 )
+from .wrappers import model_and_optimizers
 
-_MAX_ENTRIES = 1000  # longer lists in a wrapper are not searched for optimizers
 
-
-def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
+def check(model: Any, opt: Optimizer | Iterable[Optimizer] | None = None) -> list[str]:
     """Return a list of problems with the constraints of a model and its optimizer; empty if there are none.
 
     Reported are marked parameters that lost their constraint, are in no optimizer or in one that ignores constraints,
@@ -39,14 +38,17 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     next step would raise; and a model without marked parameters.
 
     Args:
-        model: the module that is trained, or a wrapper of it.
-        opt: its optimizer, of this package or another, or a wrapper of one; or all optimizers of the model.
+        model: the module that is trained, or a wrapper of it, as of torch.compile or DistributedDataParallel; or a
+            Trainer of transformers or Lightning, which has both.
+        opt: its optimizer, of this package or another, or a wrapper of one, as of Accelerate; or all optimizers of the
+            model. Left out for a Trainer.
 
     Returns:
         One message per problem, with the name of the parameter and the remedy.
 
     Raises:
-        TypeError: the arguments are not a module and an optimizer.
+        TypeError: the arguments are neither a module and an optimizer nor a Trainer.
+        ValueError: the Trainer has no model or no optimizer yet.
 
     >>> import torch
     >>> from manifold_opt import Adam, check, mark_orthogonal
@@ -61,12 +63,7 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     weight has lost its constraint Orthogonal(blocks=1, dim=0, gain=1.0): another parameter has taken its place, or a conversion has dropped the mark. Build the optimizer anew: it marks the parameter again.
     the optimizer still holds a marked parameter of shape (4, 4) that the model no longer has. Mark its replacement, if it is to be constrained, and recreate the optimizer.
     """  # noqa: E501
-    opts = _optimizers_in(opt)
-    if not isinstance(model, nn.Module) or not opts:
-        raise TypeError(
-            f"check: needs a model and its optimizer, in this order, got {type(model).__name__} and "
-            f"{type(opt).__name__}."
-        )
+    model, opts = model_and_optimizers(model, opt)
     reshard(model)
     ours = [one for one in opts if isinstance(one, ManifoldOptimizer)]
     owners = {id(p): one for one in reversed(opts) for group in one.param_groups for p in group["params"]}
@@ -99,44 +96,6 @@ def check(model: nn.Module, opt: Optimizer | Iterable[Optimizer]) -> list[str]:
     if ours and not problems and not known:
         problems.append("nothing in the model is marked: mark_recurrent(model), or mark_orthogonal(module, name).")
     return problems
-
-
-def _optimizers_in(opt: Any) -> list[Any]:
-    """Return the optimizers in ``opt``: an optimizer, a wrapper of optimizers, or a collection of these.
-
-    Any object with parameter groups that is not from this package or torch.optim may be a wrapper with optimizers in
-    its attributes, such as SAM or ZeroRedundancyOptimizer. Without optimizers in its attributes, it is one itself.
-    """
-    found: dict[int, Any] = {}
-    seen: dict[int, Any] = {}
-
-    def visit(x: Any) -> bool:
-        """Collect the optimizers in ``x``, and return True if there are any."""
-        if isinstance(x, (nn.Module, Tensor, str, bytes)):
-            return False
-        if id(x) in seen:
-            return hasattr(x, "param_groups")
-        seen[id(x)] = x
-        if not hasattr(x, "param_groups"):
-            # Other iterables are not searched: iteration would consume them, and may not terminate.
-            some = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
-            visited = [visit(y) for y in some] if len(some) < _MAX_ENTRIES else []
-            return any(visited)
-        known = isinstance(x, ManifoldOptimizer) or type(x).__module__.startswith("torch.optim.")
-        # These are properties in the wrappers of Accelerate and Lightning, and in ZeroRedundancyOptimizer.
-        inner = [getattr(x, "optimizer", None), getattr(x, "optim", None)]
-        own = [y for key, y in getattr(x, "__dict__", {}).items() if key not in ("param_groups", "state")]
-        visited = [] if known else [visit(y) for y in (*inner, *own)]
-        if not any(visited):
-            found[id(x)] = x
-        return True
-
-    if isinstance(opt, Mapping):
-        opt = list(opt.values())
-    elif isinstance(opt, Iterable) and not isinstance(opt, (nn.Module, Tensor)) and not hasattr(opt, "param_groups"):
-        opt = list(opt)
-    visit(opt)
-    return list(found.values())
 
 
 def _lost_constraints(model: nn.Module, opts: list[Any]) -> Iterator[tuple[str, str]]:

@@ -292,7 +292,7 @@ def test_accelerate_trains_and_resumes(precision, tmp_path):
     assert same(run.plain, other.plain)
     assert off(run.plain) < 1
     assert run.opt.optimizer is run.inner
-    assert check(run.model, run.inner) == []
+    assert check(run.model, run.opt) == check(run.model, run.inner) == []
 
 
 def sharded_by_accelerate(folder, meta):
@@ -403,10 +403,12 @@ def trainer_of(model, folder):
 def test_transformers_trains_and_resumes(tmp_path):
     model = mark_heads(gpt2())
     trainer = trainer_of(model, tmp_path)
+    with pytest.raises(ValueError, match="the Trainer has no optimizer yet"):
+        check(trainer)
     trainer.train()
     opt = trainer.optimizer.optimizer
     assert isinstance(opt, AdamW)
-    assert check(model, opt) == []
+    assert check(trainer) == check(model, opt) == []
     assert off(model) < 1
     assert [(g["weight_decay"], g["retraction"]) for g in opt.param_groups] == [(0.1, "polar"), (0.0, "polar")]
     other = mark_heads(gpt2(seed=1))

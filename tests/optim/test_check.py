@@ -1,6 +1,7 @@
 """`check`, and what a module remembers of its marks: everything that can have gone wrong is said, once, and truly."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_check_sees_that_nothing_is_marked():
 def test_check_says_what_it_needs():
     layer = nn.Linear(4, 4)
     for arguments in ((Adam(layer.parameters()), layer), (layer.parameters(), layer), (layer, layer)):
-        with pytest.raises(TypeError, match="needs a model and its optimizer, in this order, got"):
+        with pytest.raises(TypeError, match="needs a model and its optimizer, in this order, or a Trainer, got"):
             check(*arguments)
 
 
@@ -271,6 +272,38 @@ def test_check_looks_into_an_optimizer_that_wraps_ours():
         param_groups = optim.param_groups
 
     assert check(layer, Wrapper()) == []
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda net: torch.compile(nn.DataParallel(net))])
+def test_check_names_parameters_as_the_model_inside_a_wrapper_does(wrap):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    mark_orthogonal(net, "1.weight")
+    problems = check(net, torch.optim.Adam(net.parameters()))
+    assert problems[0].startswith("1.weight is marked, but moved by torch.optim")
+    assert check(wrap(net), torch.optim.Adam(net.parameters())) == problems
+
+
+def test_check_keeps_the_name_of_a_module_that_is_no_wrapper():
+    model = type("Model", (nn.Module,), {"forward": None})()
+    model.module = nn.Linear(4, 4)
+    mark_orthogonal(model, "module.weight")
+    assert check(model, torch.optim.Adam(model.parameters()))[0].startswith("module.weight is marked")
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_check_takes_a_trainer(many):
+    """transformers' has ``optimizer``, which is None until training begins, and Lightning's has ``optimizers``."""
+    layer = nn.Linear(4, 4)
+    mark_orthogonal(layer, "weight")
+    for kind in (Adam, torch.optim.Adam):
+        opt = kind(layer.parameters())
+        trainer = SimpleNamespace(model=layer, **({"optimizers": [opt]} if many else {"optimizer": Wrapper(opt)}))
+        assert check(trainer) == check(layer, opt)
+    for missing in ({"model": None, "optimizers": [opt]}, {"model": layer, "optimizers": []}):
+        with pytest.raises(ValueError, match=r"SimpleNamespace has no (model|optimizer) yet"):
+            check(SimpleNamespace(**missing))
+    with pytest.raises(TypeError, match=r"got Linear and NoneType\. A Trainer creates its optimizer"):
+        check(layer, None)
 
 
 class Wrapper:
