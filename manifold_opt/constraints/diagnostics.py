@@ -38,7 +38,8 @@ def orthogonality_error(x: Tensor | nn.Module, blocks: BlockSizes | None = None)
             mark_orthogonal.
 
     Returns:
-        The largest error as a float. For a module, ``{name: error}`` for its parameters marked as orthogonal.
+        The largest error as a float. For a module, ``{name: error}`` for its parameters marked as orthogonal, empty if
+        there are none; ``max(orthogonality_error(net).values(), default=math.nan)`` is the largest, and NaN then.
 
     Raises:
         ValueError: the tensor has fewer than two dimensions, or no floating-point or complex dtype; ``blocks``

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,16 +21,20 @@ from .engine.optimizer import ManifoldOptimizer
 def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     r"""Compute metrics of the marked parameters. A step computes none of them except the counts.
 
-    With marked DTensors this is a collective: every rank has to call it, and gets the same values.
+    Call it between ``loss.backward()`` and ``opt.zero_grad()``, which takes the gradients away. With marked DTensors this
+    is a collective: every rank has to call it, and gets the same values.
 
     Returns:
-        A dictionary of metrics by name, with these keys.
+        A dictionary of metrics by name, with these keys. A value is NaN if there is nothing to measure: no parameter of
+        that kind is in the optimizer, or none has a gradient. So ``opt.metrics()["orthogonality_error"] < 1e-5`` is
+        False if nothing is marked.
 
+        - ``marked_parameters``: number of marked parameters.
         - ``orthogonality_error``: largest :math:`\|I - W W^\top\|_F` over all orthogonal blocks.
         - ``manifold_error``: largest error of points on other manifolds, as :meth:`~manifold_opt.Manifold.error`
           defines it.
         - ``tangent_norm``: largest :math:`\|P_W(G)\|_F` over all blocks with a gradient; zero at a constrained optimum,
-          NaN if a gradient is not finite.
+          NaN also if a gradient is not finite.
         - ``skipped_blocks``: number of block updates that were skipped, because the gradient was non-finite or
           overflowed when squared, or the result was not finite.
         - ``clamped_steps``: number of block updates whose step was shortened to the longest one of its retraction. A
@@ -48,11 +55,18 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     orthogonal = [p for p in marked if isinstance(constraint_of(p), Orthogonal)]
     others = [p for p in marked if not isinstance(constraint_of(p), Orthogonal)]
     return {
-        "orthogonality_error": max_or_nan(map(orthogonality_error, orthogonal)),
-        "manifold_error": max_or_nan(_manifold_error(p) for p in others),
-        "tangent_norm": max_or_nan(map(_tangent_norm, marked)),
+        "marked_parameters": float(len(marked)),
+        "orthogonality_error": _largest(map(orthogonality_error, orthogonal)),
+        "manifold_error": _largest(map(_manifold_error, others)),
+        "tangent_norm": _largest(_tangent_norm(p) for p in marked if p.grad is not None),
         **{name: self._engine.counters.total(name) + (sharded.total(name) if sharded else 0) for name in NAMES},
     }
+
+
+def _largest(values: Iterable[float]) -> float:
+    """Return the largest value, or NaN if there is none or one is NaN."""
+    known = list(values)
+    return max_or_nan(known) if known else math.nan
 
 
 def _manifold_error(p: Tensor) -> float:

@@ -76,9 +76,10 @@ def test_metrics_by_hand():
     """W = I, G = [[0, 1], [0, 0]]: the tangent is its skew part, of norm 1/sqrt(2)."""
     weight = mark_orthogonal(nn.Parameter(torch.eye(2)))
     opt = SGD([weight], lr=0.1)
-    assert opt.metrics() == dict.fromkeys(
-        ("orthogonality_error", "manifold_error", "tangent_norm", "skipped_blocks", "clamped_steps"), 0.0
-    )
+    counts = {"skipped_blocks": 0.0, "clamped_steps": 0.0}
+    nan = pytest.approx(math.nan, nan_ok=True)
+    nothing = {"manifold_error": nan, "tangent_norm": nan, **counts}  # no other manifold, and no gradient yet
+    assert opt.metrics() == {"marked_parameters": 1.0, "orthogonality_error": 0.0, **nothing}
     weight.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
     assert opt.metrics()["tangent_norm"] == pytest.approx(0.5**0.5)
     weight.grad[0, 0] = torch.nan
@@ -86,6 +87,11 @@ def test_metrics_by_hand():
     with torch.no_grad():
         weight.mul_(2.0)
     assert opt.metrics()["orthogonality_error"] == pytest.approx(3 * 2**0.5)
+    opt.zero_grad()
+    assert math.isnan(opt.metrics()["tangent_norm"])
+    unmarked = SGD([nn.Parameter(torch.eye(2))], lr=0.1).metrics()
+    assert unmarked == {"marked_parameters": 0.0, "orthogonality_error": nan, **nothing}
+    assert not unmarked["orthogonality_error"] < 1e-5
 
 
 @each(rule=RULES, retraction=RETRACTIONS)
