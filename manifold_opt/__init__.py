@@ -23,10 +23,13 @@ from .manifolds import MANIFOLDS, Manifold, Orthogonal
 from .optim.adam import Adam, AdamW
 from .optim.check import check
 from .optim.muon import Muon
+from .optim.other_optimizers import warn_of_other_optimizers
 from .optim.sgd import SGD
 from .stiefel.geometry import riemannian_gradient
 from .stiefel.retractions import RETRACTIONS, retract
 from .stiefel.step import Retraction
+
+warn_of_other_optimizers()
 
 __version__ = "0.1.0.dev0"
 

@@ -21,8 +21,8 @@ from .engine.optimizer import ManifoldOptimizer
 def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     r"""Compute metrics of the marked parameters. A step computes none of them except the counts.
 
-    Call it between ``loss.backward()`` and ``opt.zero_grad()``, which takes the gradients away. With marked DTensors this
-    is a collective: every rank has to call it, and gets the same values.
+    Call it between ``loss.backward()`` and ``opt.zero_grad()``, which takes the gradients away. With marked DTensors
+    this is a collective: every rank has to call it, and gets the same values.
 
     Returns:
         A dictionary of metrics by name, with these keys. A value is NaN if there is nothing to measure: no parameter of

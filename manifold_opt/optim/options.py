@@ -190,9 +190,16 @@ MAX_GRAD_NORM = {dtype: math.sqrt(torch.finfo(dtype).max) / 16 for dtype in DTYP
 
 
 def describe_param(group: Group, parameter: Tensor) -> str:
-    """Return the shape of a parameter, and its name if the group has named parameters, for a message."""
+    """Return the shape of a parameter and its name for a message.
+
+    The name is that in the group, if the group has named parameters, or else that under which it was marked, if it was
+    marked through its module.
+    """
     named = zip(group.get("param_names", ()), group["params"], strict=False)
-    return f"{tuple(parameter.shape)}" + next((f" ({name})" for name, p in named if p is parameter), "")
+    name = next((name for name, p in named if p is parameter), None)
+    if name is None:
+        name, _ = remembered_constraints([parameter]).get(id(parameter), (None, None))
+    return f"{tuple(parameter.shape)}" + (f" ({name})" if name else "")
 
 
 def validate_marked(optimizer: ManifoldOptimizer, parameter: Tensor, group: Group) -> None:
