@@ -31,7 +31,7 @@ from .stiefel.step import Retraction
 
 warn_of_other_optimizers()
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "MANIFOLDS",

@@ -101,8 +101,8 @@ CASES = {  # operations and calls, at most
     "square, exp": (((16, 16),), {"retraction": "exp"}, 40, 145),
     "square, momentum": (((16, 16),), {"optimizer": momentum}, 24, 115),
     "square, one second moment per block": (((16, 16),), {"second_moment": "block"}, 36, 145),
-    "wide": (((16, 64),), {}, 42, 140),
-    "tall": (((96, 24),), {}, 42, 140),
+    "wide": (((16, 64),), {}, 42, 145),
+    "tall": (((96, 24),), {}, 42, 145),
     "three gates": (((192, 64), 3), {}, 30, 130),
     "three gates, longer steps": (((192, 64), 3), {"lr": 1e-2}, 42, 145),
     "unmarked": (((16, 16),), {"marked": False}, 11, 125),
@@ -168,7 +168,7 @@ def test_a_step_on_other_manifolds_takes_few_operations(name):
     assert operations(opt).count <= most
 
 
-@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 15, 20), (1e-3, 30, 38)])
+@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 15, 20), (1e-3, 31, 38)])
 def test_steps_inside_the_spectral_ball_take_few_operations(lr, usual, mean):
     """Half of the way to the boundary. Longer steps are measured more closely, and the spectrum more often."""
     p = mark_spectral(nn.Parameter(gaussian(512, 512, dtype=torch.float32) / 45.2), 2.0)
