@@ -1,4 +1,4 @@
-"""Warning about a marked parameter that an optimizer of torch or geoopt updates, which does not keep its constraint."""
+"""Warning about marked parameters that another optimizer moves off their manifolds."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..constraints import tag
-from ..manifolds.geoopt import is_handled_by
+from ..manifolds.shards import is_dtensor
 from .engine.optimizer import ManifoldOptimizer
 from .options import describe_param
 from .wrappers import optimizers_in
 
-# Attribute of an optimizer: ``tag.marks_made`` when its parameters were last searched. It is compared in every step.
-_SEARCHED = "_manifold_opt_searched"
+_SEEN = "_manifold_opt_seen"  # attribute of an optimizer: ``tag.marks_made``, and its steps since then; -1: has warned
+_TOLERANCE = 1e-3  # errors that an optimizer of another package may leave
 
 
 def warn_of_other_optimizers() -> None:
-    """Let the first step of an optimizer that does not keep the constraints of its marked parameters warn.
+    """Let optimizers that move marked parameters off their manifolds warn, once each.
 
-    Every optimizer calls the hook after its step. Those of other packages do not warn, because they may keep their
-    parameters on the manifolds in another way; :func:`~manifold_opt.check` reports them.
+    torch calls the hook after the step of every optimizer, and after the hooks of that optimizer, which may project its
+    parameters. The hook looks at the values after the steps 1, 2, 4, 8 and so on: a warm-up may begin with steps of
+    size zero.
     """
     register_optimizer_step_post_hook(_warn_once)
 
@@ -30,27 +32,35 @@ def warn_of_other_optimizers() -> None:
 def _warn_once(optimizer: Optimizer, *_: Any) -> None:
     if isinstance(optimizer, ManifoldOptimizer) or torch.compiler.is_compiling():
         return
-    if getattr(optimizer, _SEARCHED, None) == tag.marks_made or not _is_of_torch_or_geoopt(optimizer):
+    marks, steps = getattr(optimizer, _SEEN, ("", 0))
+    if steps < 0:
+        return
+    steps = steps + 1 if marks == tag.marks_made else 1
+    setattr(optimizer, _SEEN, (tag.marks_made, steps))
+    if steps & (steps - 1) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     marked = [
-        (group, p)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if tag.constraint_of(p) is not None and not is_handled_by(optimizer, p)
+        (group, p) for group in optimizer.param_groups for p in group["params"] if tag.constraint_of(p) is not None
     ]
-    moved = [(group, p) for group, p in marked if p.grad is not None]
-    if marked and not moved:
-        return  # they may get gradients later
-    setattr(optimizer, _SEARCHED, tag.marks_made)
-    if moved and optimizers_in(optimizer)[0] is optimizer:  # a wrapper leaves it to the optimizer inside
-        others = f" and {len(moved) - 1} others" if len(moved) > 1 else ""
+    if not marked or optimizers_in(optimizer)[0] is not optimizer:  # a wrapper leaves it to the optimizer inside
+        return
+    moved = [(group, p) for group, p in marked if p.grad is not None and _is_off(p)]
+    if moved:
+        setattr(optimizer, _SEEN, (tag.marks_made, -1))
+        others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         warnings.warn(
-            f"{type(optimizer).__module__}.{type(optimizer).__name__} updates a marked parameter of shape "
-            f"{describe_param(*moved[0])}{others}, and ignores its constraint {tag.constraint_of(moved[0][1])}. Use an "
-            "optimizer of manifold_opt, or call unmark if the constraint is not wanted.",
+            f"{type(optimizer).__module__}.{type(optimizer).__name__} has moved a marked parameter of shape "
+            f"{describe_param(*moved[0])}{others} off its manifold, {tag.constraint_of(moved[0][1])}. Use an optimizer "
+            "of manifold_opt, or call unmark if the constraint is not wanted.",
             stacklevel=3,  # the caller of opt.step()
         )
 
 
-def _is_of_torch_or_geoopt(optimizer: Optimizer) -> bool:
-    return type(optimizer).__module__.startswith(("torch.", "geoopt."))
+def _is_off(parameter: Tensor) -> bool:
+    constraint = tag.constraint_of(parameter)
+    if constraint is None or is_dtensor(parameter):  # looking at a DTensor would be a collective
+        return False
+    try:
+        return bool(tag.find_off_manifold(parameter, constraint, _TOLERANCE))
+    except ValueError:  # no nearest point, as for NaN
+        return True

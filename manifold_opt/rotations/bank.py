@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,7 +57,6 @@ class RotationBank(nn.Module):
             raise ValueError(f"RotationBank: dtype must be torch.float32 or torch.float64, got {dtype}.")
         self._dtype, self._device = dtype, device
         self._blocks: dict[str, int] = {}
-        self.trained: Sequence[str] = ()  # parameters of the model that were trainable before the insertion
 
     def add(
         self,

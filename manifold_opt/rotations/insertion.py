@@ -13,6 +13,7 @@ from .decoder import EMBEDDING, check_structure, linear_places
 from .linear import RotatedEmbedding, RotatedLinear
 
 BANK, RESIDUAL = "rotations", "residual"  # the attribute of the model that holds the bank, and a name in it
+TRAINED = "_trained_before_rotations"  # the attribute with the names of the parameters that were trainable before
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def insert_rotations(
     if heads is not None:
         for i in range(sizes.layers):
             bank.add(f"heads_{i}", sizes.head_width, blocks=sizes.value_heads, start=heads, generator=generator)
-    bank.trained = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    trained = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     new = dict(_rotated_layers(model, bank, sizes.layers))
     if residual is not None:
         for place in linear_places(sizes.layers):
@@ -92,6 +93,7 @@ def insert_rotations(
     for path, layer in new.items():
         model.set_submodule(path, layer)
     model.add_module(BANK, bank)
+    setattr(model, TRAINED, trained)
     return bank
 
 
@@ -162,7 +164,7 @@ def merge_rotations(model: nn.Module) -> nn.Module:
     for path, layer in merged.items():
         model.set_submodule(path, layer)
     for owner in list(model.modules()):
-        if isinstance(owner._modules.get(BANK), RotationBank):
+        if hasattr(owner, TRAINED):
             _remove_bank(owner)
     return model
 
@@ -171,7 +173,8 @@ def _remove_bank(model: nn.Module) -> None:
     """Remove the bank of a merged model, and make the parameters trainable that were so before the insertion."""
     bank: RotationBank = getattr(model, BANK)
     delattr(model, BANK)
-    trained = set(bank.trained)
+    trained = set(getattr(model, TRAINED))
+    delattr(model, TRAINED)
     for name, p in model.named_parameters(remove_duplicate=False):
         p.requires_grad_(name in trained)
     if RESIDUAL in bank:

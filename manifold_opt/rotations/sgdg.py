@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from ..constraints.tag import constraint_of
 from ..constraints.validation import project_and_tag, validate_parameter
 from ..manifolds import Orthogonal
-from ..optim.base import BaseOptimizer
+from ..optim.base import BaseOptimizer, Closure
 from ..optim.directions.cayley_sgd import rule
 from ..optim.engine.optimizer import Group
 from ..optim.options import OPTIONS, Nonfinite, describe_param, track_constraints
@@ -121,6 +121,17 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
             except ValueError:
                 self.param_groups.pop()
                 raise
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Perform a single optimization step, as torch.optim.SGD does.
+
+        Parameters of a group whose ``stiefel`` was set to True after the group was added are marked first.
+        """
+        if not torch.compiler.is_compiling() and any(
+            group["stiefel"] and constraint_of(p) is None for group in self.param_groups for p in group["params"]
+        ):
+            _mark(self, self.param_groups)
+        return super().step(closure)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A checkpoint of another SGD has no options of this class: its groups get those of the groups they replace.

@@ -1,4 +1,4 @@
-"""A marked parameter that an optimizer of torch or geoopt updates: one warning, at the first step."""
+"""A marked parameter that another optimizer moves off its manifold: one warning."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import SGD, Adam, mark_manifold, mark_orthogonal, unmark
+from manifold_opt import SGD, Adam, mark_manifold, mark_orthogonal, project_to_manifold_, unmark
 
 
 def net_with_gradients():
@@ -31,17 +31,17 @@ def test_the_first_step_of_another_optimizer_warns_once(kind):
     mark_orthogonal(net, "0.weight")
     (said,) = warnings_of(kind(net.parameters(), lr=0.1))
     assert said.startswith(
-        f"{kind.__module__}.{kind.__name__} updates a marked parameter of shape (4, 4) (0.weight), and"
+        f"{kind.__module__}.{kind.__name__} has moved a marked parameter of shape (4, 4) (0.weight) off"
     )
     mark_orthogonal(net, "1.weight")
     (said,) = warnings_of(kind(net.parameters(), lr=0.1))
-    assert "(0.weight) and 1 others, and ignores its constraint Orthogonal(blocks=1" in said
+    assert "(0.weight) and 1 more off its manifold, Orthogonal(blocks=1" in said
 
 
 def test_the_warning_points_to_the_step():
     net = net_with_gradients()
     mark_orthogonal(net, "0.weight")
-    with pytest.warns(UserWarning, match=r"updates a marked parameter") as caught:
+    with pytest.warns(UserWarning, match="has moved a marked parameter") as caught:
         torch.optim.SGD(net.parameters(), lr=0.1).step()
     assert caught[0].filename == __file__
 
@@ -54,7 +54,16 @@ def test_a_parameter_that_is_marked_or_gets_a_gradient_later_is_seen():
     net[0].weight.grad = None
     assert warnings_of(opt) == []
     net[0].weight.grad = torch.ones(4, 4)
-    assert len(warnings_of(opt)) == 1
+    assert len(warnings_of(opt)) == 1  # step 4
+
+
+def test_a_warm_up_that_begins_with_zero_warns_later():
+    net = net_with_gradients()
+    mark_orthogonal(net, "0.weight")
+    opt = torch.optim.SGD(net.parameters(), lr=0.0)
+    assert warnings_of(opt) == []
+    opt.param_groups[0]["lr"] = 0.1
+    assert len(warnings_of(opt, 9)) == 1
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -68,9 +77,6 @@ class Wrapper(torch.optim.Optimizer):
         self.inner.step()
 
 
-Wrapper.__module__ = "torch.distributed.optim"
-
-
 def test_what_keeps_its_parameters_does_not_warn():
     net = net_with_gradients()
     mark_orthogonal(net, "0.weight")
@@ -80,6 +86,9 @@ def test_what_keeps_its_parameters_does_not_warn():
     point = geoopt.ManifoldParameter(torch.eye(4)[:1], manifold=geoopt.Sphere())
     point.grad = torch.ones(1, 4)
     assert warnings_of(geoopt.optim.RiemannianSGD([mark_manifold(point, geoopt.Sphere())], lr=0.1)) == []
+    projecting = torch.optim.SGD(net.parameters(), lr=0.1)
+    projecting.register_step_post_hook(lambda *_: project_to_manifold_(net))
+    assert warnings_of(projecting) == []
     assert warnings_of(torch.optim.SGD(unmark(net).parameters(), lr=0.1)) == []
 
 

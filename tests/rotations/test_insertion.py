@@ -165,6 +165,7 @@ def test_bfloat16():
     assert change(model(TOKENS).float(), before.float()) < 4 * 2**-7
 
 
+@pytest.mark.filterwarnings("ignore:torch.optim.sgd.SGD has moved a marked parameter")
 def test_a_rotation_that_is_not_orthogonal_is_not_merged():
     model = Llama()
     bank = insert_rotations(model)
@@ -358,6 +359,15 @@ def test_layers_of_other_models_one_by_one():
     merge_rotations(net)
     assert [type(layer) for layer in net] == [nn.Linear, nn.Linear]
     torch.testing.assert_close(net(x), out(values(x)), atol=1e-5, rtol=0)
+
+
+def test_a_bank_that_was_not_inserted_is_kept():
+    model, bank = nn.Module(), RotationBank()
+    bank.add("hidden", 4)
+    model.rotations, model.layer = bank, RotatedLinear(nn.Linear(4, 4), bank, inputs="hidden")
+    merge_rotations(model)
+    assert model.rotations is bank
+    assert all(p.requires_grad for p in model.layer.parameters())
 
 
 def test_a_rounded_model_can_be_pickled():

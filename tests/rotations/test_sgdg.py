@@ -204,6 +204,24 @@ def test_parameters_are_marked_and_moved_to_the_nearest_point():
     assert torch.equal(exact, bits)
 
 
+def test_a_group_that_becomes_one_of_stiefel_later_is_marked_by_its_next_step():
+    early, late = (nn.Parameter(gaussian(4, 6)) for _ in range(2))
+    steps = []
+    for weight, stiefel in ((early, True), (late, False)):
+        steps.append(SGDG([weight], lr=0.1, momentum=0.9, stiefel=stiefel))
+        weight.grad = gaussian(4, 6, seed=1)
+    steps[1].param_groups[0]["stiefel"] = True
+    for opt in steps:
+        opt.step()
+    assert constraint_of(late) == constraint_of(early) is not None
+    assert torch.equal(late, early)
+    late.grad, vector = None, nn.Parameter(torch.ones(3))
+    steps[1].add_param_group({"params": [vector], "stiefel": False})
+    steps[1].param_groups[1]["stiefel"] = True
+    with pytest.raises(ValueError, match="must have at least 2 dimensions"):
+        steps[1].step()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
