@@ -35,7 +35,7 @@ _toctree = logging.getLogger("sphinx.sphinx.directives.other")
 _toctree.addFilter(lambda record: getattr(record, "subtype", "") != "empty_glob")
 
 # Markdown
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]  # {.cards} above a list
 myst_ref_domains = ["std", "py"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 myst_dmath_double_inline = True
