@@ -25,6 +25,7 @@ from .tasks import TASKS, Task
 STEP = "step"  # the task that only times steps
 DEFAULT_TASKS = ("procrustes", "digits", STEP)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+VARYING = ("command", "date", "load")  # may differ where a comparison is resumed
 SWEEP = [10 ** (k / 2) for k in range(-4, 6)]  # multiples of a task's own learning rate
 
 
@@ -167,7 +168,7 @@ def _resumed(args: argparse.Namespace, fresh: Results) -> Results:
         return fresh
     for new, old in ((fresh.arguments, found.arguments), (fresh.environment, found.environment)):
         for key, value in new.items():
-            if key != "command" and old.get(key) != value:
+            if key not in VARYING and old.get(key) != value:
                 raise ValueError(
                     f"--resume: {path} was made with {key}={old.get(key)}, not {value}; ask for the same, or give "
                     "another --out"

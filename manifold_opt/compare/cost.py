@@ -13,47 +13,50 @@ from torch import Tensor, nn
 
 from .. import init, orthogonality_error
 from .methods import PEERS, MethodRun, Settings, build
-from .results import Cost, format_error
+from .results import Cost, format_error, quartiles
 from .tasks import Matrix
 
-SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (1, 10, 100), 16
+SIZES, COUNTS, SMALL = (16, 32, 64, 128, 256), (10, 100), 16
 ROUNDS, TIME_SLICE = 7, 0.02  # slices per scheme, and seconds per slice, at least one step
 WARM = 10  # warm-up steps, after which the error is measured
 SETS = 4  # number of gradient sets, used cyclically
 
 Callback = Callable[[str], None]
+Point = tuple[int, int]  # number and size of square matrices
 T = TypeVar("T")
 
 
-def problem_sizes(largest: int | None) -> list[tuple[str, int, int]]:
-    """Return the measured points up to a size: the varied quantity, the number of matrices, and their size."""
+def problem_sizes(largest: int | None) -> list[Point]:
+    """Return the measured points: one matrix of every size, then several of the smallest size.
+
+    Sizes and numbers of matrices are at most ``largest``, so a comparison of small matrices is quick.
+    """
     sizes = [n for n in SIZES if largest is None or n <= largest] or [largest or SMALL]
     if largest is not None and largest > sizes[-1]:
         sizes.append(largest)
-    small = min(SMALL, sizes[-1])
-    return [("n", 1, n) for n in sizes] + [("count", count, small) for count in COUNTS]
+    counts = [count for count in COUNTS if largest is None or count <= largest]
+    return [(1, n) for n in sizes] + [(count, sizes[0]) for count in counts]
 
 
 def measure(
-    point: tuple[str, int, int], schemes: tuple[str, ...], settings: Settings, device: torch.device, callback: Callback
+    point: Point, schemes: tuple[str, ...], settings: Settings, device: torch.device, callback: Callback
 ) -> Iterator[Cost]:
     """Time a step of every scheme, interleaved, for one number and size of matrices; record failures in the costs."""
-    varied, count, n = point
-    costs = {scheme: Cost(scheme, varied, count, n, n, peer=scheme in PEERS) for scheme in schemes}
+    count, n = point
+    costs = {scheme: Cost(scheme, count, n, n, peer=scheme in PEERS) for scheme in schemes}
     turns: dict[str, Callable[[], float]] = {}
     failures: dict[str, str] = {}
     with torch.random.fork_rng(), torch.enable_grad():
         for scheme in schemes:
-            torch.manual_seed(0)
-            matrices = nn.ModuleList(Matrix(init.orthogonal_(torch.empty(n, n))) for _ in range(count)).to(device)
-            gradients = torch.randn(SETS, count, n, n, device=device)
-            made = attempt(failures, scheme, _time_slice_timer, scheme, matrices, gradients, settings)
+            made = attempt(failures, scheme, _time_slice_timer, scheme, point, settings, device)
             if made is not None:
                 turns[scheme], costs[scheme].orthogonality_error = made
         times = take_turns(turns, ROUNDS, failures, callback)
     for scheme, cost in costs.items():
         cost.failure = failures.get(scheme)
-        cost.milliseconds = None if cost.failure else 1e3 * statistics.median(times[scheme])
+        if cost.failure is None:
+            milliseconds = [1e3 * seconds for seconds in times[scheme]]
+            cost.milliseconds, cost.quartiles = statistics.median(milliseconds), quartiles(milliseconds)
     yield from costs.values()
 
 
@@ -94,11 +97,10 @@ def attempt(failures: dict[str, str], name: str, work: Callable[..., T], *args: 
 
 
 def _time_slice_timer(
-    scheme: str, matrices: nn.ModuleList, gradients: Tensor, settings: Settings
+    scheme: str, point: Point, settings: Settings, device: torch.device
 ) -> tuple[Callable[[], float], float]:
     """Return a function that times steps for one slice, and the error after the warm-up steps."""
-    method = build(scheme, matrices, settings)
-    step = _make_step(method, matrices, gradients)
+    method, step = make_step(scheme, point, settings, device)
     for _ in range(WARM):
         step()
     with torch.no_grad():
@@ -116,13 +118,19 @@ def _time_slice_timer(
     return turn, error
 
 
-def _make_step(method: MethodRun, matrices: nn.ModuleList, gradients: Tensor) -> Callable[[], None]:
-    """Return a function that makes one step.
+def make_step(
+    scheme: str, point: Point, settings: Settings, device: torch.device
+) -> tuple[MethodRun, Callable[[], None]]:
+    """Set up a scheme on random matrices, and return it with a function that makes one step.
 
     The loss is the inner product with a gradient, the cheapest forward and backward pass. It is timed too, because a
     parametrization computes the weight there.
     """
-    sets = itertools.cycle(gradients.unbind())
+    count, n = point
+    torch.manual_seed(0)
+    matrices = nn.ModuleList(Matrix(init.orthogonal_(torch.empty(n, n))) for _ in range(count)).to(device)
+    sets = itertools.cycle(torch.randn(SETS, count, n, n, device=device).unbind())
+    method = build(scheme, matrices, settings)
 
     def step() -> None:
         method.zero_grad()
@@ -132,4 +140,4 @@ def _make_step(method: MethodRun, matrices: nn.ModuleList, gradients: Tensor) ->
         method.backward(loss)
         method.step()
 
-    return step
+    return method, step

@@ -237,6 +237,19 @@ def schemes_of(optimizer: str) -> tuple[str, ...]:
     return ("spectral", "penalty", "unconstrained") if optimizer == "muon" else (*RETRACTIONS, *PEERS)
 
 
+EXACT, INEXACT, PEER, FREE = "Ours, exact", "Ours, inexact", "Other packages", "Not kept orthogonal"
+GROUPS = (EXACT, INEXACT, PEER, FREE)
+DEFAULTS = ("orthographic", "spectral")  # of Adam, AdamW and SGD, and of Muon
+
+
+def group_of(scheme: str) -> str:
+    """Return the group of a scheme, one of ``GROUPS``."""
+    if scheme in PEERS:
+        return FREE if scheme in ("penalty", "unconstrained") else PEER
+    exact = scheme == "spectral" or (scheme in RETRACTIONS and RETRACTIONS[scheme].exact)
+    return EXACT if exact else INEXACT
+
+
 def build(scheme: str, model: nn.Module, settings: Settings) -> MethodRun:
     """Set up a scheme by its name, one of :func:`schemes_of`."""
     if scheme == "spectral":

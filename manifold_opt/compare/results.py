@@ -45,6 +45,7 @@ class RunResult:
         final: final measure of the task; None if the run failed.
         orthogonality_error: the largest ||I - W W^T||_F of a block at any step; None if the run failed.
         step_ms: median time of a training step, forward and backward pass included.
+        step_quartiles: first and third quartile of these times.
         optimizer_ms: median time of ``optimizer.step()``.
         steps_to_target: steps until the loss reached the target of the task; None if never.
         seconds_to_target: training time of these steps.
@@ -64,6 +65,7 @@ class RunResult:
     final: float | None = None
     orthogonality_error: float | None = None
     step_ms: float | None = None
+    step_quartiles: list[float] | None = None
     optimizer_ms: float | None = None
     steps_to_target: int | None = None
     seconds_to_target: float | None = None
@@ -84,22 +86,22 @@ class Cost:
 
     Attributes:
         scheme: name of the scheme.
-        varied: quantity on the horizontal axis, ``"n"`` or ``"count"``.
         count: number of matrices.
         p: rows of each matrix.
         n: columns of each matrix.
         milliseconds: median time of a step; None if it failed.
+        quartiles: first and third quartile of the times.
         orthogonality_error: largest error of a matrix after the first ten steps.
         failure: error message in one line; None if there is none.
         peer: True for a scheme of another library.
     """
 
     scheme: str
-    varied: str
     count: int
     p: int
     n: int
     milliseconds: float | None = None
+    quartiles: list[float] | None = None
     orthogonality_error: float | None = None
     failure: str | None = None
     peer: bool = False
@@ -115,6 +117,7 @@ class TaskInfo:
         measure: kind of ``RunResult.final``: ``"gap"``, ``"accuracy"`` or ``"loss"``.
         target: loss at which a run counts as having learned; None if there is none.
         notes: corrections of each scheme, such as factors of the learning rate.
+        optimum: smallest possible loss; None if it is not known.
         resolution: differences of the measure below this value are rounding.
     """
 
@@ -123,6 +126,7 @@ class TaskInfo:
     measure: str = "loss"
     target: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    optimum: float | None = None
     resolution: float = 0.0
 
     @property
@@ -141,15 +145,13 @@ class Summary:
         seconds_to_target: median over the seeds that reached the target.
         reached: number of seeds that reached the target.
         step_ms: median over the seeds.
+        step_quartiles: first and third quartile, each the median over the seeds.
         optimizer_ms: median over the seeds.
-        ratio: ``step_ms`` over that of the fastest scheme of the task.
         orthogonality_error: the largest over the seeds.
         distinct: number of distinct final measures; 1 means that the seeds do not vary anything.
         clamped: sum over the seeds.
         skipped: sum over the seeds.
         failure: error of the first run that failed.
-        best: columns of times and errors in which it is the best scheme that finished and stayed orthogonal. The
-            final measure is excluded, because the differences may be within the standard deviation.
     """
 
     task: str
@@ -162,14 +164,13 @@ class Summary:
     seconds_to_target: float | None
     reached: int
     step_ms: float | None
+    step_quartiles: list[float] | None
     optimizer_ms: float | None
-    ratio: float | None
     orthogonality_error: float | None
     clamped: float
     skipped: float
     failure: str | None
     distinct: int = 0
-    best: set[str] = field(default_factory=set)
 
     @property
     def finished(self) -> bool:
@@ -228,20 +229,14 @@ class Results:
 
     def summaries(self, task: str) -> list[Summary]:
         """Return one summary per scheme, in the requested order."""
-        lines = [self._summary(task, scheme) for scheme in self.schemes(task)]
-        fastest = min((line.step_ms for line in lines if line.step_ms is not None), default=None)
-        for line in lines:
-            if line.step_ms is not None and fastest is not None:
-                line.ratio = line.step_ms / fastest
-        for column in ("seconds_to_target", "step_ms", "optimizer_ms", "orthogonality_error"):
-            _mark_best(lines, column, lambda line, column=column: getattr(line, column))
-        return lines
+        return [self._summary(task, scheme) for scheme in self.schemes(task)]
 
     def _summary(self, task: str, scheme: str) -> Summary:
         rows = [row for row in self.rows if (row.task, row.scheme) == (task, scheme)]
         lr = min(sorted({row.lr for row in rows}), key=lambda lr: self._sort_key(task, [r for r in rows if r.lr == lr]))
         rows = [row for row in rows if row.lr == lr]
         finals = [row.final for row in rows if row.final is not None]
+        quartiles = [row.step_quartiles for row in rows if row.step_quartiles is not None]
         reached = [row.seconds_to_target for row in rows if row.seconds_to_target is not None]
         return Summary(
             task=task,
@@ -255,8 +250,8 @@ class Results:
             seconds_to_target=statistics.median(reached) if reached else None,
             reached=len(reached),
             step_ms=_median(row.step_ms for row in rows),
+            step_quartiles=[_median(one) or 0.0 for one in zip(*quartiles, strict=True)] if quartiles else None,
             optimizer_ms=_median(row.optimizer_ms for row in rows),
-            ratio=None,
             orthogonality_error=max((e for row in rows if (e := row.orthogonality_error) is not None), default=None),
             clamped=sum(row.clamped for row in rows),
             skipped=sum(row.skipped for row in rows),
@@ -272,29 +267,22 @@ class Results:
         return -mean if self.tasks[task].higher_is_better else mean
 
 
-def leaders(lines: Iterable[Summary], info: TaskInfo) -> list[Summary]:
-    """Return the scheme with the best final measure, then those that do not differ from it; best first."""
-    sign = -1 if info.higher_is_better else 1
-    ranked = sorted((line for line in lines if line.finished), key=lambda line: sign * (line.mean or 0.0))
-    return ranked[:1] + [line for line in ranked[1:] if not _differ(ranked[0], line, info)]
+def compare_finals(one: Summary, other: Summary, info: TaskInfo) -> int:
+    """Return 1 if the final measure of ``one`` is better than that of ``other``, -1 if it is worse, otherwise 0.
 
-
-def winners(lines: Iterable[Summary], info: TaskInfo) -> list[Summary]:
-    """Return the leaders of the schemes that stayed orthogonal; none if there are too few seeds to rank them."""
-    first = leaders((line for line in lines if line.stayed_orthogonal), info)
-    return first if enough_seeds(first) else []
-
-
-def enough_seeds(first: list[Summary]) -> bool:
-    """Return True if there is one leader, or if every leader has seeds with distinct results."""
-    return len(first) == 1 or (bool(first) and min(line.distinct for line in first) > 1)
-
-
-def _differ(one: Summary, other: Summary, info: TaskInfo) -> bool:
-    """Return True if the intervals mean ± std are disjoint beyond rounding; False if a scheme has a single seed."""
+    The intervals mean ± std have to be disjoint, by more than rounding. The result is 0 if a scheme has a single seed.
+    """
     if min(one.distinct, other.distinct) < 2 or one.mean is None or other.mean is None:
-        return False
-    return abs(one.mean - other.mean) > max((one.std or 0.0) + (other.std or 0.0), info.resolution)
+        return 0
+    if abs(one.mean - other.mean) <= max((one.std or 0.0) + (other.std or 0.0), info.resolution):
+        return 0
+    return 1 if (one.mean > other.mean) == info.higher_is_better else -1
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the first and the third quartile."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [first, third]
 
 
 def format_error(error: Exception) -> str:
@@ -312,12 +300,3 @@ def _std(values: list[float]) -> float | None:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _mark_best(lines: list[Summary], column: str, value: Any) -> None:
-    """Mark the best value of a column among the schemes that finished and stayed orthogonal."""
-    valid = [line for line in lines if line.finished and line.stayed_orthogonal]
-    known = [v for line in valid if (v := value(line)) is not None and math.isfinite(v)]
-    for line in valid:
-        if known and value(line) == min(known):
-            line.best.add(column)

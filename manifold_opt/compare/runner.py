@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import orthogonality_error
 from .methods import PEERS, MethodRun, Settings, build
-from .results import RunResult, format_error
+from .results import RunResult, format_error, quartiles
 from .tasks import Batch, Task
 
 TIME_SLICE = 0.1  # seconds per slice of a run, at least one step
@@ -182,6 +182,7 @@ class Run:
         row.final_loss = statistics.fmean(self.losses[-max(1, row.steps // 10) :])
         row.final = row.final_loss if task.evaluate is None else float(task.evaluate(self.method.model))
         row.step_ms = 1e3 * statistics.median(self.seconds)
+        row.step_quartiles = [1e3 * seconds for seconds in quartiles(self.seconds)]
         row.optimizer_ms = 1e3 * statistics.median(self.optimizing)
         row.clamped, row.skipped = self.method.counts()
 

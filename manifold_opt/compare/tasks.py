@@ -34,6 +34,7 @@ class Task:
         evaluate: final measure of a model; None takes the mean of the last losses.
         measure: kind of the final measure: ``"gap"``, ``"accuracy"`` or ``"loss"``.
         target: loss at which a run counts as having learned; None if there is none.
+        optimum: smallest possible loss; None if it is not known.
         lr, orthogonal_lr_scale, steps: default settings.
     """
 
@@ -45,6 +46,7 @@ class Task:
     evaluate: Callable[[nn.Module], float] | None = None
     measure: str = "loss"
     target: float | None = None
+    optimum: float | None = None
     lr: float = 1e-2
     orthogonal_lr_scale: float = 1.0
     steps: int = 300
@@ -85,7 +87,8 @@ def procrustes(size: int | None) -> Task:
     title = f"Procrustes: the {n} x {n} orthogonal W nearest to taking A to B"
     return Task(
         "procrustes", title, start, functools.partial(repeat, None), loss,
-        evaluate=functools.partial(_gap, a, b, best), measure="gap", target=best + 1e-3, steps=400,
+        evaluate=functools.partial(_gap, a, b, best), measure="gap", target=best + 1e-3,
+        optimum=best, steps=400,
     )  # fmt: skip
 
 
@@ -114,7 +117,7 @@ def pca(size: int | None) -> Task:
     title = f"PCA: the {p} directions of most variance among {n}"
     return Task(
         "pca", title, start, functools.partial(repeat, None), loss,
-        evaluate=gap, measure="gap", target=1e-2, lr=1e-2, steps=400,
+        evaluate=gap, measure="gap", target=1e-2, optimum=0.0, lr=1e-2, steps=400,
     )  # fmt: skip
 
 

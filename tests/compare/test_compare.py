@@ -20,7 +20,7 @@ from manifold_opt.compare import Comparison, cli, compare, cost, data, methods, 
 from manifold_opt.compare.blocks import ExternalBlocks, marked_parameters
 from manifold_opt.compare.experiment import NoProgress
 from manifold_opt.compare.methods import PEERS, Settings, build
-from manifold_opt.compare.results import Results, winners
+from manifold_opt.compare.results import Results, compare_finals, quartiles
 from manifold_opt.stiefel import geometry
 
 from ..helpers import gaussian
@@ -196,7 +196,7 @@ def fingerprint(rows):
     found = []
     for row in rows:
         entry = asdict(row)
-        for timing in ("step_ms", "optimizer_ms", "seconds_to_target"):
+        for timing in ("step_ms", "step_quartiles", "optimizer_ms", "seconds_to_target"):
             assert (entry.pop(timing) is None) == (row.failure is not None) or timing == "seconds_to_target"
         entry["curve"].pop("seconds")
         found.append(entry)
@@ -297,7 +297,7 @@ def test_seeds_that_are_no_repetitions_count_as_one():
 
     found = compare(make_model, reversal, BATCHES, schemes=("polar", "qr"), optimizer="sgd", lr=1.0, steps=5, seeds=3)
     assert [(line.seeds, line.distinct) for line in found.summaries] == [(3, 1)] * 2
-    assert winners(found.summaries, found.results.tasks["model"]) == []
+    assert compare_finals(*found.summaries, found.results.tasks["model"]) == 0
 
 
 def test_more_accuracy_is_better():
@@ -608,17 +608,12 @@ def test_fashion_from_a_folder(tmp_path, zipped):
 def test_the_cost_of_a_step(monkeypatch):
     monkeypatch.setattr(cost, "ROUNDS", 2)
     monkeypatch.setattr(cost, "TIME_SLICE", 0.0)
-    assert cost.problem_sizes(40) == [
-        ("n", 1, 16),
-        ("n", 1, 32),
-        ("n", 1, 40),
-        *(("count", c, 16) for c in cost.COUNTS),
-    ]
+    assert cost.problem_sizes(40) == [(1, 16), (1, 32), (1, 40), (10, 16)]
+    assert cost.problem_sizes(8) == [(1, 8)]  # of little, little is timed
+    assert cost.problem_sizes(None) == [*((1, n) for n in cost.SIZES), (10, 16), (100, 16)]
     monkeypatch.setitem(methods.PEERS, "pogo", lambda *_: 1 / 0)
     turns = []
-    made = list(
-        cost.measure(("count", 3, 5), ("polar", "pogo", "torch"), Settings(), torch.device("cpu"), turns.append)
-    )
+    made = list(cost.measure((3, 5), ("polar", "pogo", "torch"), Settings(), torch.device("cpu"), turns.append))
     assert turns == ["polar", "torch"] * 2
     assert [(c.scheme, c.peer, c.count, c.n) for c in made] == [
         ("polar", False, 3, 5), ("pogo", True, 3, 5), ("torch", True, 3, 5)]  # fmt: skip
@@ -632,8 +627,14 @@ def test_milliseconds_are_those_of_a_step_not_of_a_turn(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(cost.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(cost, "TIME_SLICE", 5.0)
-    (made,) = cost.measure(("n", 1, 3), ("polar",), Settings(), torch.device("cpu"), lambda _: None)
+    (made,) = cost.measure((1, 3), ("polar",), Settings(), torch.device("cpu"), lambda _: None)
     assert made.milliseconds == 1000
+    assert made.quartiles == [1000, 1000]
+
+
+def test_quartiles_by_hand():
+    assert quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == [2, 4]
+    assert quartiles([7.0]) == [7, 7]
 
 
 def test_a_scheme_that_fails_in_a_turn_has_no_more(monkeypatch):
@@ -652,7 +653,7 @@ def test_a_scheme_that_fails_in_a_turn_has_no_more(monkeypatch):
     monkeypatch.setattr(cost, "TIME_SLICE", 0.0)
     monkeypatch.setitem(methods.PEERS, "pogo", fails_late)
     turns = []
-    tired, fit = cost.measure(("n", 1, 3), ("pogo", "qr"), Settings(), torch.device("cpu"), turns.append)
+    tired, fit = cost.measure((1, 3), ("pogo", "qr"), Settings(), torch.device("cpu"), turns.append)
     assert (tired.failure, tired.milliseconds) == ("RuntimeError: tired", None)
     assert fit.milliseconds > 0
     assert (turns.count("pogo"), turns.count("qr")) == (2, cost.ROUNDS)
@@ -711,6 +712,9 @@ def test_bad_input_is_one_line_and_status_two(words, said, capsys):
 def test_resuming_something_else_is_refused(tmp_path, capsys):
     base = ["--task", "pca", "--size", "2", "--steps", "3", "--retractions", "qr", "--peers", "none", "--seeds", "1"]
     assert cli.main([*base, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    report["environment"].update(load=99.0, date="long ago")  # these may differ
+    (tmp_path / "results.json").write_text(json.dumps(report))
     for words, said in (
         ([*base, "--lr", "0.5"], "was made with lr=None, not [0.5]"),
         (base, None),

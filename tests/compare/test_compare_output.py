@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from manifold_opt.compare import data, plots, progress
+from manifold_opt.compare import data, progress
+from manifold_opt.compare.charts import charts
 from manifold_opt.compare.console import tables
 from manifold_opt.compare.results import Curve
 
-from .test_compare_page import seeds, small
+from .test_compare_page import example, small
 
 rich = pytest.importorskip("rich.console")
 
@@ -20,12 +21,20 @@ def test_a_summary_has_the_largest_error_of_its_runs():
     assert results.summaries("t")[0].orthogonality_error == 0.2
 
 
-def test_the_table_stars_the_best_that_stayed_orthogonal_and_no_other():
-    lost = {"orthogonality_error": 1.0}
-    results = small(*seeds("qr", [0.50, 0.51]), *seeds("exp", [0.90, 0.91]), *seeds("polar", [0.1, 0.11], **lost))
-    (table,) = tables(results)
-    finals = next(column for column in table.columns if column.header == "final loss")
-    assert [cell[-1] for cell in finals.cells] == ["*", " ", " "]
+def printed(results):
+    said = io.StringIO()
+    rich.Console(file=said, width=110).print(*tables(results))
+    return said.getvalue()
+
+
+def test_the_table_begins_with_advice_and_the_default():
+    lines = [line.strip() for line in printed(example()).splitlines() if line.strip()]
+    assert lines[0].startswith("Keep the default, orthographic")
+    first = next(k for k, line in enumerate(lines) if line == "Ours, exact")
+    assert lines[first + 1].startswith("orthographic ")
+    assert lines[first + 1].endswith("our default")
+    assert all(len(line) <= 110 for line in lines)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed(example())  # nothing is cut
 
 
 def test_lines_of_progress_come_every_twenty_seconds(monkeypatch):
@@ -57,7 +66,6 @@ def test_where_a_run_has_failed_no_mean_of_the_others_is_drawn():
     )
     for row in results.rows:
         row.curve = Curve([1], [1.0], [0.1], [1e-7])
-    _, final = plots.figures(results)["t-rates"].axes
-    low, high = final.lines[0].get_ydata()
+    low, high = charts(results)["t-rates"].lines["qr"].y
     assert math.isnan(low)
     assert high == pytest.approx(0.5)
