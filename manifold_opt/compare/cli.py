@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import RETRACTIONS
-from . import cost
+from . import cost, estimate
 from .api import Comparison, resolve_device, validate
 from .data import INSTALL, MissingDataError
 from .experiment import Experiment, environment
@@ -24,7 +24,9 @@ from .tasks import TASKS, Task
 
 STEP = "step"  # the task that only times steps
 DEFAULT_TASKS = ("procrustes", "digits", STEP)
+REPORT_SECONDS = 3.0  # about what tables, plots and page take
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+FAST = {"size": 16, "steps": 120, "seeds": 2}  # values of --fast
 VARYING = ("command", "date", "load")  # may differ where a comparison is resumed
 SWEEP = [10 ** (k / 2) for k in range(-4, 6)]  # multiples of a task's own learning rate
 
@@ -59,12 +61,15 @@ def parser() -> Parser:
     rates.add_argument("--sweep-lr", action="store_true", help="ten learning rates, from a hundredth of the task's own "
                        "up to 300 times it")  # fmt: skip
     add("--penalty", type=float, default=0.1, help="weight of ||I - W W^T||^2 in the peer of that name (0.1)")
-    add("--size", type=int, help="of the matrices: n, p for pca, hidden units; for step the largest n")
+    add("--fast", action="store_true", help="a first impression in half a minute: "
+        f"{' '.join(f'--{name} {value}' for name, value in FAST.items())}, each unless given")  # fmt: skip
+    add("--size", type=int, help="of the matrices: n, p for pca, hidden units; for step the largest n and the largest "
+        "number of matrices")  # fmt: skip
     add("--steps", type=int, help="training steps; by default each task's own")
-    add("--seeds", type=int, default=3, help="how many (3)")
+    add("--seeds", type=int, help="how many (3)")
     add("--dtype", default="float32", help="float32 (the default) or float64")
     add("--device", default="cpu", help="cpu (the default), cuda, ...")
-    add("--threads", type=int, help="of torch on the CPU; by default torch's own choice")
+    add("--threads", type=int, default=1, help="of torch on the CPU (1)")
     add("--data", metavar="DIR", help="a folder with the files of Fashion-MNIST")
     add("--out", type=Path, metavar="DIR", help="write results.json, the plots and report.html there")
     add("--resume", action="store_true", help="go on from the results.json of an interrupted run")
@@ -88,6 +93,8 @@ def main(arguments: Sequence[str]) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=110)
     from .progress import Bar, Lines
 
+    seconds = estimate.seconds(experiment, results)
+    console.print(f"This takes about {estimate.in_words(seconds + REPORT_SECONDS)}.", highlight=False)
     with (Bar if console.is_terminal else Lines)(console) as progress:
         experiment.run(results, progress)
     comparison = Comparison(results)
@@ -107,6 +114,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def build_experiment(args: argparse.Namespace, command: Sequence[str]) -> tuple[Experiment, Results]:
     """Return the requested experiment and the existing results; raise a ValueError if an argument is invalid."""
+    for option, value in (FAST if args.fast else {"seeds": 3}).items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
     names = tuple(dict.fromkeys(name for some in args.task for name in some))
     _check_choices("--task", names or ("",), (*TASKS, STEP))
     known = schemes_of(args.optimizer)  # validate() refuses an unknown optimizer
@@ -128,8 +138,6 @@ def build_experiment(args: argparse.Namespace, command: Sequence[str]) -> tuple[
         raise ValueError("--resume needs the --out that the results were written to")
     if args.out:
         _check_writable(args.out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
     tasks: list[Task] = [make(args.size, args.data) for name in names if name != STEP for make in TASKS[name]]
     settings = Settings(args.optimizer, metric=args.metric, second_moment=args.second_moment, penalty=args.penalty)
@@ -140,10 +148,11 @@ def build_experiment(args: argparse.Namespace, command: Sequence[str]) -> tuple[
         settings,
         device,
         dtype,
+        args.threads,
     )
     asked = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
     asked.update(task=list(names), retractions=list(retractions), peers=list(peers))
-    results = Results(environment(device), {**asked, "command": shlex.join(command)})
+    results = Results(environment(device, args.threads), {**asked, "command": shlex.join(command)})
     if args.out:
         results = _resumed(args, results)
         experiment.save = lambda found: found.save(args.out / "results.json")

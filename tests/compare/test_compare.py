@@ -16,11 +16,11 @@ from torch import nn
 import manifold_opt
 from manifold_opt import RETRACTIONS, mark_orthogonal, orthogonality_error
 from manifold_opt.__main__ import main as command_line
-from manifold_opt.compare import Comparison, cli, compare, cost, data, methods, runner, tasks
+from manifold_opt.compare import Comparison, cli, compare, cost, data, estimate, methods, runner, tasks
 from manifold_opt.compare.blocks import ExternalBlocks, marked_parameters
-from manifold_opt.compare.experiment import NoProgress
+from manifold_opt.compare.experiment import Experiment, NoProgress
 from manifold_opt.compare.methods import PEERS, Settings, build
-from manifold_opt.compare.results import Results, compare_finals, quartiles
+from manifold_opt.compare.results import Cost, Results, compare_finals, quartiles
 from manifold_opt.stiefel import geometry
 
 from ..helpers import gaussian
@@ -749,6 +749,7 @@ def test_the_command_ends_in_table_plots_and_page(tmp_path):
     made = command("compare", *words)
     assert made.returncode == 0, made.stderr
     assert made.stderr == ""
+    assert made.stdout.startswith("This takes about ")
     assert "\x1b" not in made.stdout  # plain where it is no terminal
     assert "Procrustes" in made.stdout
     assert "PCA" in made.stdout
@@ -764,19 +765,57 @@ def test_the_command_ends_in_table_plots_and_page(tmp_path):
 
 
 def test_a_sweep_is_ten_rates_around_the_tasks_own():
-    args = cli.parser().parse_args(
-        ["--task", "pca", "--size", "2", "--sweep-lr", "--dtype", "float64", "--threads", "1"]
-    )
+    args = cli.parser().parse_args(["--task", "pca", "--size", "2", "--sweep-lr", "--dtype", "float64"])
     threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(3)
         experiment, _ = cli.build_experiment(args, ["compare"])
-        assert torch.get_num_threads() == 1
+        with experiment.torch_settings():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
     rates = list(dict.fromkeys(spec.settings.lr for spec in experiment.specs))
     assert len(rates) == 10
     assert (rates[0], rates[-1]) == (1e-4, 3.2)
     assert experiment.dtype == torch.float64
+
+
+def test_fast_sets_what_is_not_given():
+    args = cli.parser().parse_args(["--fast", "--task", "pca", "--steps", "7"])
+    experiment, results = cli.build_experiment(args, ["compare"])
+    assert {(spec.steps, spec.task.title) for spec in experiment.specs} == {(7, tasks.pca(16).title)}
+    assert {spec.seed for spec in experiment.specs} == {0, 1}
+    assert results.environment["threads"] == 1
+
+
+def test_the_estimate_is_steps_times_the_time_of_a_step(monkeypatch):
+    """A step of 2 s by a clock that only the loss moves on, and costs that are not timed twice."""
+    now = 0.0
+
+    def loss(model, _):
+        nonlocal now
+        now += 2.0
+        return model[0].weight.sum()
+
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now)
+    task = tasks.Task("t", "T", linear, lambda: iter([None] * 9), loss)
+    device = torch.device("cpu")
+    specs = runner.run_specs([task], range(3), lambda _: [0.1], Settings(), ("qr", "polar"), 50, device)
+    experiment = Experiment(specs, [(1, 3)], ("qr",), Settings())
+    monkeypatch.setitem(methods.PEERS, "pogo", lambda *_: 1 / 0)
+    runs = 3 * 2 * 50 * 2.0
+    assert estimate.seconds(experiment, Results()) == pytest.approx(runs + cost.ROUNDS * cost.TIME_SLICE)
+    done = Results(costs=[Cost("qr", 1, 3, 3)], rows=[specs[0].row("qr")])
+    assert estimate.seconds(experiment, done) == pytest.approx(runs - 100)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.1, "5 seconds"), (24, "25 seconds"), (95, "1.6 minutes"), (1700, "28 minutes"), (7300, "2 hours")],
+)
+def test_durations(seconds, said):
+    assert estimate.in_words(seconds) == said
 
 
 def test_float64_is_float64(tmp_path):
