@@ -24,7 +24,7 @@ Batch = Any
 
 
 class Comparison:
-    """Result of a comparison, as rows, a table, figures or an HTML page.
+    """Result of a comparison, as rows, tables, figures or an HTML page.
 
     Attributes:
         results: the results of all runs.
@@ -44,13 +44,13 @@ class Comparison:
         return [line for task in self.results.tasks for line in self.results.summaries(task)]
 
     def table(self) -> None:
-        """Print a table with one line per scheme."""
+        """Print advice and a table with one line per scheme, the default first."""
         from rich.console import Console
 
         Console().print(self)
 
     def plot(self, path: str | Path) -> None:
-        """Draw losses against steps and against seconds; the suffix selects PNG, SVG or PDF."""
+        """Draw the loss of the first task against steps; the suffix selects PNG, SVG or PDF."""
         from .plots import figures
 
         drawn = figures(self.results)
@@ -121,7 +121,7 @@ def compare(
 
     Every run has its own copy of torch's random state: dropout and shuffling are the same for all schemes of a seed,
     and in every call. The runs alternate in slices of a tenth of a second. Before a run, a copy of the model makes
-    a warm-up step that is neither timed nor counted.
+    a warm-up step that is neither timed nor counted. For steady times call ``torch.set_num_threads(1)`` first.
 
     Args:
         make_model: returns a model with marked parameters. Called after ``torch.manual_seed(seed)`` for every seed and
