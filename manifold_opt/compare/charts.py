@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .results import ORTHOGONAL, Results, RunResult
 
 FLOAT32 = 2.0**-23
+LARGEST_ERROR = 1e4  # where lines of errors are cut
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,13 @@ def _loss(results: Results, task: str, curves: dict[str, list[RunResult]], again
 
 
 def _error(curves: dict[str, list[RunResult]]) -> Chart:
-    lines, kept = {}, []
-    for scheme, rows in curves.items():
-        lines[scheme] = _points([(step, max(_finite(point, positive=True))) for step, point in _along(rows, "error")])
-        if all(map(_stayed_orthogonal, rows)):
-            kept += [y for _, y in known(lines[scheme])]
-    return Chart("Distance from orthogonality", "steps", "largest ‖I - WWᵀ‖", lines, kept, rounding=FLOAT32, log=True)
+    lines = {
+        scheme: _points([(step, min(max(_finite(point, positive=True)), LARGEST_ERROR)) for step, point in along])
+        for scheme, rows in curves.items()
+        for along in (_along(rows, "error"),)
+    }
+    title, label = "Distance from orthogonality", "largest ‖I - WWᵀ‖"
+    return Chart(title, "steps", label, lines, [], rounding=FLOAT32, log=True)
 
 
 def _rates(results: Results, task: str, what: str) -> Chart:
@@ -134,14 +136,16 @@ def _rates(results: Results, task: str, what: str) -> Chart:
             some = [row for row in rows if (row.scheme, row.lr) == (scheme, lr)]
             good = bool(some) and not any(row.failure for row in some)
             values = _finite((getattr(row, what) for row in some), positive=what != "final") if good else [math.nan]
-            points.append((lr, max(floor, statistics.fmean(values)) if what == "final" else max(values)))
+            points.append(
+                (lr, max(floor, statistics.fmean(values)) if what == "final" else min(max(values), LARGEST_ERROR))
+            )
             if good and all(map(_stayed_orthogonal, some)):
                 kept.append(points[-1][1])
         lines[scheme] = _points(points)
     kept = [value for value in kept if not math.isnan(value)]
     if what != "final":
         title, label = "Largest distance from orthogonality", "largest ‖I - WWᵀ‖"
-        return Chart(title, "learning rate", label, lines, kept, rates, rounding=FLOAT32, log=True)
+        return Chart(title, "learning rate", label, lines, [], rates, rounding=FLOAT32, log=True)
     rounding = info.resolution or None
     return Chart(f"Final {info.measure}", "learning rate", f"final {info.measure}", lines, kept, rates, rounding)
 

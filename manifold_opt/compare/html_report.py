@@ -42,7 +42,7 @@ def html(results: Results) -> str:
         cost_figures=[figures[name] for name in ("cost", "cost-count") if name in figures],
         command=_text(results.arguments.get("command", "")),
         used=_values_used(results),
-        environment=_pairs(results.environment),
+        environment=[(key, _text(value)) for key, value in results.environment.items() if value is not None],
         light={plots.css_name(colour): colour for colour in (*plots.BLUES, *plots.GREYS)},
         dark={plots.css_name(light): dark for light, dark in (plots.BLUES | plots.GREYS).items()},
     )

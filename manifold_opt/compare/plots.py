@@ -195,7 +195,7 @@ def _scale(axes: Axes, chart: Chart) -> None:
         axes.axhline(chart.rounding, color=INK, linewidth=0.8, alpha=0.5, linestyle=":")
         place: Any = {"xytext": (-2, -3), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 8}
         axes.annotate("rounding", (1, chart.rounding), xycoords=("axes fraction", "data"), **place)
-        low = min(low, chart.rounding / 10)
+        low = min(low, chart.rounding / 6)
     if log:
         _log(axes, "y")
     axes.set_ylim((low / 1.3, high * 1.3) if log else (low - margin, high + margin))

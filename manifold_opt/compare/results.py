@@ -148,7 +148,7 @@ class Summary:
         step_quartiles: first and third quartile, each the median over the seeds.
         optimizer_ms: median over the seeds.
         orthogonality_error: the largest over the seeds.
-        distinct: number of distinct final measures; 1 means that the seeds do not vary anything.
+        distinct: number of runs with different final measures or losses; 1 means that the seeds vary nothing.
         clamped: sum over the seeds.
         skipped: sum over the seeds.
         failure: error of the first run that failed.
@@ -244,7 +244,7 @@ class Results:
             peer=rows[0].peer,
             lr=lr,
             seeds=len(rows),
-            distinct=len(set(finals)),
+            distinct=len({(row.final, row.final_loss) for row in rows}),
             mean=statistics.fmean(finals) if finals else None,
             std=_std(finals),
             seconds_to_target=statistics.median(reached) if reached else None,

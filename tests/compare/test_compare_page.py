@@ -186,9 +186,17 @@ def test_seeds_without_a_spread_rank_nothing(count):
     results = small(*seeds("orthographic", [0.9] * count, **timed(2.0)), *seeds("qr", [0.1] * count, **timed(1.0)))
     assert Overview(results).advice() == [
         "Not ranked: that takes two or more seeds with different results.",
-        "By time alone, qr is the fastest exact retraction.",
+        "By time alone, qr is faster than orthographic.",
     ]
     assert verdicts(results)["qr"] == "faster"
+
+
+def test_seeds_that_end_alike_by_chance_are_seeds():
+    """An accuracy is one of few numbers; the losses tell that these were different runs."""
+    results = small(*seeds("orthographic", [0.5, 0.5]), *seeds("qr", [0.7, 0.7]), measure="accuracy")
+    for row in results.rows:
+        row.final_loss = row.seed + 1.0
+    assert verdicts(results)["qr"].startswith("better")
 
 
 def test_without_the_default_the_first_that_ended_well_is_the_reference():
@@ -310,6 +318,18 @@ def test_a_gap_is_drawn_above_the_optimum_and_ends_below_it():
     assert chart.lines["unconstrained"].y[:2] == [1.0, 0.5]
     assert math.isnan(chart.lines["unconstrained"].y[2])
     assert "A line ends where" in chart.note
+
+
+def test_an_error_that_is_not_finite_has_no_point_and_a_huge_one_is_cut():
+    results = small(("qr", 0, 0.5, {}), ("polar", 0, 0.5, {"orthogonality_error": math.inf}), ("qr", 0, 0.5, {"lr": 0.2}),
+                    ("polar", 0, 0.5, {"lr": 0.2, "orthogonality_error": 1e9}))  # fmt: skip
+    results.rows[0].curve = Curve([1, 2, 3], [1.0] * 3, [0.1] * 3, [1e-7, math.nan, 1e9])
+    first, second, third = charts(results)["t-error"].lines["qr"].y
+    assert (first, third) == (1e-7, 1e4)
+    assert math.isnan(second)
+    first, second = charts(results)["t-rates-error"].lines["polar"].y
+    assert math.isnan(first)
+    assert second == 1e4
 
 
 def test_what_runs_away_beside_the_manifold_leaves_the_picture():
