@@ -321,7 +321,8 @@ def test_a_gap_is_drawn_above_the_optimum_and_ends_below_it():
 
 
 def test_an_error_that_is_not_finite_has_no_point_and_a_huge_one_is_cut():
-    results = small(("qr", 0, 0.5, {}), ("polar", 0, 0.5, {"orthogonality_error": math.inf}), ("qr", 0, 0.5, {"lr": 0.2}),
+    results = small(("qr", 0, 0.5, {}), ("polar", 0, 0.5, {"orthogonality_error": math.inf}),
+                    ("qr", 0, 0.5, {"lr": 0.2}),
                     ("polar", 0, 0.5, {"lr": 0.2, "orthogonality_error": 1e9}))  # fmt: skip
     results.rows[0].curve = Curve([1, 2, 3], [1.0] * 3, [0.1] * 3, [1e-7, math.nan, 1e9])
     first, second, third = charts(results)["t-error"].lines["qr"].y
