@@ -39,9 +39,7 @@ def _warn_once(optimizer: Optimizer, *_: Any) -> None:
     setattr(optimizer, _SEEN, (tag.marks_made, steps))
     if steps & (steps - 1) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
-    marked = [
-        (group, p) for group in optimizer.param_groups for p in group["params"] if tag.constraint_of(p) is not None
-    ]
+    marked = [(group, p) for group in optimizer.param_groups for p in group["params"] if getattr(p, tag.TAG, None)]
     if not marked or optimizers_in(optimizer)[0] is not optimizer:  # a wrapper leaves it to the optimizer inside
         return
     moved = [(group, p) for group, p in marked if p.grad is not None and _is_off(p)]

@@ -339,6 +339,7 @@ def test_a_checkpoint_of_before_of_a_table_with_a_padding_row_loads():
     assert held_under(opt, table.weight) == ("unit_norm", 0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:torch.optim.adam.Adam has moved a marked parameter")
 def test_an_entry_of_others_named_master_is_no_master_of_a_float32_parameter():
     weight = mark_orthogonal(nn.Parameter(gaussian(4, 4).float()))
     opt = torch.optim.Adam([weight], lr=0.01)
