@@ -66,7 +66,8 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
         A function of the average so far, the current parameter and their count.
 
     Raises:
-        ValueError: ``decay`` is out of range; when the function is called, the parameter is not one of the model.
+        ValueError: ``decay`` is out of range; when the function is called, the parameter is not one of the model, or
+            the average has no nearest point.
 
     Reference: Moakher (2002), *Means and averaging in the group of rotations*.
 
@@ -89,17 +90,21 @@ def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageF
             return averaged + (current - averaged) * weight
         mean = averaged.lerp(current, weight)
         # AveragedModel passes detached tensors without marks; find the parameter by its memory.
-        constraints = {local(p).data_ptr(): constraint_of(p) for p in (*model.buffers(), *model.parameters())}
+        named = {local(p).data_ptr(): (name, p) for name, p in (*model.named_buffers(), *model.named_parameters())}
         address = local(current).data_ptr()
-        if address not in constraints:
+        if address not in named:
             raise ValueError(
                 "orthogonal_average: what is averaged is not the model that it was made for, or a copy of it on "
                 "another device. Give it the model that update_parameters gets; for averages on another device, "
                 "average as torch does and call project_to_manifold_(averaged_model) afterwards."
             )
-        constraint = constraints[address]
+        name, parameter = named[address]
+        constraint = constraint_of(parameter)
         if constraint is not None:
-            write_points_(mean, find_off_manifold(mean, constraint))
+            try:
+                write_points_(mean, find_off_manifold(mean, constraint))
+            except ValueError as error:
+                raise ValueError(f"orthogonal_average: the average of {name}: {error}") from None
         return mean
 
     return average

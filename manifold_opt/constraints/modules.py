@@ -183,8 +183,8 @@ def mark_recurrent(module: nn.Module, *, which: Sequence[int] | None = None, gai
         for name in sorted({hit[1] for n in names if (hit := _RECURRENT.match(n))}):
             label = f"{path}.{name}" if path else name
             constraint = Orthogonal(gates, gain=float(gain), which=_normalize_indices(which, gates))
-            parameter = get_parameter("mark_orthogonal", child, name)
-            validate_parameter("mark_orthogonal", parameter, constraint, label)
+            parameter = get_parameter("mark_recurrent", module, label)
+            validate_parameter("mark_recurrent", parameter, constraint, label)
             found.append((parameter, constraint, label))
     if not found:
         raise ValueError(
@@ -235,7 +235,7 @@ def mark_attention(module: nn.Module, which: str = "qk", *, per_head: bool = Tru
             weights = {f"{letter}_proj_weight": Orthogonal(heads, gain=gain) for letter in "qkv" if letter in which}
         for name, constraint in weights.items():
             label = f"{path}.{name}" if path else name
-            parameter = get_parameter("mark_attention", child, name)
+            parameter = get_parameter("mark_attention", module, label)
             validate_parameter("mark_attention", parameter, constraint, label)
             found.append((parameter, constraint, label))
     if not found:

@@ -18,6 +18,7 @@ from ..manifolds.geoopt import is_handled_by
 from .engine.convert import check_owner, check_shapes
 from .engine.optimizer import ManifoldOptimizer
 from .options import (
+    describe_param,
     flattened_problem,
     track_constraints,
     validate_finite_gradients,
@@ -86,11 +87,11 @@ def check(model: Any, opt: Optimizer | Iterable[Optimizer] | None = None) -> lis
     problems.extend(_shared_memory_problems(named, owners))
     present = {id(p) for p in named.values()}
     for one in opts:
-        for p in (p for group in one.param_groups for p in group["params"]):
+        for holder, p in ((group, p) for group in one.param_groups for p in group["params"]):
             if id(p) not in present and constraint_of(p) is not None:
                 problems.append(
-                    f"the optimizer still holds a marked parameter of shape {tuple(p.shape)} that the model no longer "
-                    "has. Mark its replacement, if it is to be constrained, and recreate the optimizer."
+                    f"the optimizer still holds a marked parameter of shape {describe_param(holder, p)} that the model "
+                    "no longer has. Mark its replacement, if it is to be constrained, and recreate the optimizer."
                 )
     known = any(constraint_of(p) is not None or was_unmarked(p) for p in named.values()) or has_records(model)
     if ours and not problems and not known:

@@ -15,6 +15,7 @@ from manifold_opt import (
     check,
     constraint_of,
     init,
+    mark_attention,
     mark_orthogonal,
     mark_recurrent,
     nearest_orthogonal,
@@ -502,3 +503,14 @@ def test_a_trained_leaf_of_a_parametrization_can_be_marked_by_its_name():
     for name in ("0.weight", "0.parametrizations.weight.original"):
         with pytest.raises(ValueError, match="remove_parametrizations"):
             mark_orthogonal(net, name)
+
+
+def test_an_error_in_a_part_of_a_model_names_the_path():
+    net = nn.ModuleDict({"encoder": nn.GRU(3, 4), "decoder": nn.GRU(3, 4)})
+    nn.utils.parametrizations.orthogonal(net["decoder"], "weight_hh_l0")
+    with pytest.raises(ValueError, match=r"^mark_recurrent: decoder\.weight_hh_l0 of ModuleDict is parametrized"):
+        mark_recurrent(net)
+    heads = nn.ModuleDict({"head": nn.MultiheadAttention(4, 2)})
+    nn.utils.parametrizations.orthogonal(heads["head"], "in_proj_weight")
+    with pytest.raises(ValueError, match=r"^mark_attention: head\.in_proj_weight of ModuleDict is parametrized"):
+        mark_attention(heads)

@@ -20,7 +20,7 @@ from ...manifolds.records import (
     serialize,
     to_tuples,
 )
-from ..options import track_constraints
+from ..options import describe_param, track_constraints
 from .convert import converted_state
 from .optimizer import Group, ManifoldOptimizer
 
@@ -120,8 +120,9 @@ def check_checkpoint(optimizer: ManifoldOptimizer, loaded: dict[str, Any]) -> No
             saved = record_from_tensor(state[CONSTRAINED]) or older.get(parameter)
             if saved is None and now is None:
                 raise ValueError(
-                    f"{name}: the state of a parameter of shape {tuple(parameter.shape)} is held under a constraint, "
-                    "which the groups beside it do not name; here it is not marked. Mark it as it was before loading."
+                    f"{name}: the state of a parameter of shape {describe_param(group, parameter)} is held under a "
+                    "constraint, which the groups beside it do not name; here it is not marked. Mark it as it was "
+                    "before loading."
                 )
             if saved is not None and not is_record_of(saved, now):
                 label = f" ({group['param_names'][position]})" if "param_names" in group else ""
