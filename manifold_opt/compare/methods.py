@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.optimizer import Optimizer
 
-from .. import RETRACTIONS, SGD, Adam, Muon
+from .. import RETRACTIONS, SGD, Adam, Muon, unmark
 from .blocks import ExternalBlocks, MarkedParameter, marked_parameters
 
 
@@ -115,6 +115,7 @@ def spectral(model: nn.Module, settings: Settings) -> MethodRun:
 def unconstrained(model: nn.Module, settings: Settings) -> MethodRun:
     """Set up an optimizer of torch.optim without any constraint."""
     marked = marked_parameters(model)
+    unmark(model)  # or its step would warn that the optimizer ignores a constraint
     parameters = [param.parameter for param in marked]
     matrices = functools.partial(_current_blocks, marked)
     if settings.optimizer == "muon":
@@ -126,8 +127,8 @@ def unconstrained(model: nn.Module, settings: Settings) -> MethodRun:
 
 def penalty(model: nn.Module, settings: Settings) -> MethodRun:
     """Set up an optimizer of torch.optim with a soft penalty on the distance from orthogonality."""
-    method = unconstrained(model, settings)
     marked = marked_parameters(model)
+    method = unconstrained(model, settings)
 
     def distance() -> Tensor:
         return settings.penalty * sum(
