@@ -56,6 +56,7 @@ mathjax_path = "tex-svg.js"
 # Pages
 html_theme = "furo"
 html_title = "manifold_opt"
+pygments_dark_style = "monokai"  # furo's own underlines every import
 html_static_path = ["_static", str(_mathjax)]
 html_css_files = ["pages.css"]
 html_show_sphinx = False
