@@ -18,7 +18,7 @@ AverageFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 def project_to_manifold_(model: nn.Module) -> nn.Module:
     """Project every marked parameter of a module to the nearest point of its manifold, in place.
 
-    Call it after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding keep their bits.
+    Call it after weights have been averaged, pruned or merged. Blocks that are orthogonal to rounding do not change.
 
     Args:
         model: any module; a module without marked parameters is not changed.

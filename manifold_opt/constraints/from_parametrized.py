@@ -29,7 +29,7 @@ def from_parametrized(module: nn.Module, name: str = "weight") -> nn.Parameter:
     r"""Replace a weight under an orthogonal parametrization by a marked parameter of the same value.
 
     It supports torch.nn.utils.parametrizations.orthogonal with any of its maps and the orthogonal parametrizations of
-    geotorch, for one matrix or a batch ``(..., p, n)``. A value that is orthogonal to rounding keeps its bits. Create
+    geotorch, for one matrix or a batch ``(..., p, n)``. A value that is orthogonal to rounding is not changed. Create
     the optimizer afterwards: an existing optimizer still refers to the replaced parameters.
 
     ``load_state_dict`` of the module, and of any module that contains it, still accepts older checkpoints with keys

@@ -176,9 +176,9 @@ def mark_fixed_spectrum(
 def mark_fixed_spectrum(
     target: Any, name: Any = None, blocks: int = 1, *, side: str | None = None, dim: int = 0, flatten: bool = True
 ) -> Any:
-    r"""Mark the blocks of a parameter so that their singular values stay what they are.
+    r"""Mark the blocks of a parameter so that their singular values do not change.
 
-    Nothing changes when it is marked. If other code writes to the parameter later, the singular values of the written
+    Marking does not change the value. If other code writes to the parameter later, the singular values of the written
     value are kept from then on. The optimizers then move every block W on
     :math:`\{Q W_0 : Q \text{ orthogonal}\}`: they rotate its rows. This is orthogonal fine-tuning of a pretrained
     weight, without an adapter and with nothing to merge afterwards. The learning rate, ``retraction`` and

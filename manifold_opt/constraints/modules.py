@@ -78,7 +78,7 @@ def mark_orthogonal(
 
     Call ``mark_orthogonal(param, blocks=3)`` or ``mark_orthogonal(module, "weight_hh_l0")``. Every block becomes
     ``gain`` times its polar factor, the nearest matrix with orthonormal rows (``p <= n``) or columns
-    (``p > n``); a block that is orthogonal to rounding keeps its bits. The optimizers of this package keep the
+    (``p > n``); a block that is orthogonal to rounding is not changed. The optimizers of this package keep the
     blocks orthogonal.
 
     Args:
