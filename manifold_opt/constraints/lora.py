@@ -82,18 +82,19 @@ def mark_lora(model: nn.Module, adapter: str | None = None) -> list[str]:
 
     with ``lora_A.weight`` :math:`= V^\top`, ``(r, in)``, ``lora_B.basis`` :math:`= U`, ``(out, r)``, and
     ``lora_B.core`` :math:`= S`, ``(r, r)``. The optimizers of this package keep U and V orthonormal; S is not
-    constrained. ``lora_B.weight`` remains, as the product. V is the polar factor of A, and U that of B; S takes what is
-    left, so that any adapter can be marked, trained or new. Where B is zero, as at the start of LoRA, U is drawn at
-    random with torch's generator, and S is zero.
+    constrained. ``lora_B.weight`` is the product of both. V is the polar factor of A, U that of B, and S is chosen
+    such that the layer computes the same as before, so a trained adapter can be marked too. If B is zero, as in a new
+    adapter, U is drawn at random with torch's generator and S is zero: the marked adapter starts at zero, too.
 
-    Everything else is peft's: ``save_pretrained``, ``load_adapter``, ``merge_adapter``, ``merge_and_unload``,
-    ``disable_adapter``, several adapters, DoRA. A saved file is read by peft without this package, as ordinary LoRA.
+    All functions of peft work as before: ``save_pretrained``, ``load_adapter``, ``merge_adapter``,
+    ``merge_and_unload``, ``disable_adapter``, several adapters, DoRA. A saved adapter is an ordinary LoRA file, which
+    peft reads without this package.
 
-    Mark before the optimizer is built: ``lora_B.weight`` is no parameter any more.
+    Mark before you create the optimizer, because ``lora_B.weight`` is no longer a parameter.
 
     Args:
-        model: what ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` returns, or any module with LoRA layers of
-            nn.Linear or of the Conv1D of transformers.
+        model: the model that ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` returns, or any module with LoRA
+            layers of nn.Linear or of the Conv1D of transformers.
         adapter: name of the adapter. Defaults to the active ones.
 
     Returns:
@@ -139,10 +140,10 @@ def mark_lora(model: nn.Module, adapter: str | None = None) -> list[str]:
 
 
 def unmark_lora(model: nn.Module, adapter: str | None = None) -> list[str]:
-    """Turn what :func:`mark_lora` has marked into ordinary LoRA of the same values, with one parameter in ``lora_B``.
+    """Turn layers marked by :func:`mark_lora` into ordinary LoRA with the same values and one parameter in ``lora_B``.
 
-    It is for programs that refuse files with more than the two factors, and for what needs ``lora_B.weight`` to be a
-    parameter, like ``peft.utils.hotswap``. Build the optimizer anew.
+    Use it for programs that refuse files with more than two factors, and for functions that need ``lora_B.weight`` to
+    be a parameter, such as ``peft.utils.hotswap``. Create a new optimizer afterwards.
 
     Args:
         model: a model with marked LoRA layers.
