@@ -24,10 +24,11 @@ def metrics(self: ManifoldOptimizer) -> dict[str, float]:
     Call it between ``loss.backward()`` and ``opt.zero_grad()``, which takes the gradients away. With marked DTensors
     this is a collective: every rank has to call it, and gets the same values.
 
+    A value is NaN if there is nothing to measure: no parameter of that kind is in the optimizer, or none has a
+    gradient. So ``opt.metrics()["orthogonality_error"] < 1e-5`` is False if nothing is marked.
+
     Returns:
-        A dictionary of metrics by name, with these keys. A value is NaN if there is nothing to measure: no parameter of
-        that kind is in the optimizer, or none has a gradient. So ``opt.metrics()["orthogonality_error"] < 1e-5`` is
-        False if nothing is marked.
+        A dictionary of metrics by name, with these keys.
 
         - ``marked_parameters``: number of marked parameters.
         - ``orthogonality_error``: largest :math:`\|I - W W^\top\|_F` over all orthogonal blocks.
