@@ -4,9 +4,8 @@ import importlib.resources
 import logging
 import re
 
-from sphinx.application import Sphinx
-
 import manifold_opt
+from sphinx.application import Sphinx
 
 project = "manifold_opt"
 author = "The manifold_opt authors"
@@ -27,7 +26,10 @@ smartquotes_action = "D"  # dashes only
 highlight_language = "text"  # of what is indented and does not say what it is
 nitpicky = True  # a name that leads nowhere is an error
 nitpick_ignore_regex = [  # other packages, which would have to be fetched, and what is not public
-    (r"py:.*", r"(torch|collections|geoopt|manifold_opt\.linalg|manifold_opt\.stiefel)\..*")
+    (
+        r"py:.*",
+        r"(torch|collections|geoopt|manifold_opt\.linalg|manifold_opt\.stiefel)\..*",
+    )
 ]
 
 # Of a kind of page there may be none. (The warning has no type by which suppress_warnings could name it.)
@@ -35,14 +37,20 @@ _toctree = logging.getLogger("sphinx.sphinx.directives.other")
 _toctree.addFilter(lambda record: getattr(record, "subtype", "") != "empty_glob")
 
 # Markdown
-myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]  # {.cards} above a list
+myst_enable_extensions = [
+    "attrs_block",
+    "colon_fence",
+    "dollarmath",
+]  # {.cards} above a list
 myst_ref_domains = ["std", "py"]
 myst_heading_anchors = 3  # links to headings, as GitHub makes them
 myst_dmath_double_inline = True
 
 # Docstrings
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the text says them shorter; the source, a click away, has them all
+autodoc_typehints = (
+    "none"  # the text says them shorter; the source, a click away, has them all
+)
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -50,7 +58,9 @@ napoleon_use_param = False  # one line for "params, lr, betas: as in torch"
 napoleon_use_ivar = True
 
 # Formulas: one file of MathJax, fonts included, is copied beside the pages, so that they render offline.
-_mathjax = importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js"
+_mathjax = (
+    importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js"
+)
 mathjax_path = "tex-svg.js"
 
 # Pages
@@ -70,6 +80,8 @@ def setup(app: Sphinx) -> None:
 
     def lead(_: Sphinx, __: str, source: list[str]) -> None:
         for name, page in (("README", "index"), ("CHANGELOG", "changelog")):
-            source[0] = re.sub(rf"\]\((\.\./)+{name}\.md[^)]*\)", f"](/{page}.md)", source[0])
+            source[0] = re.sub(
+                rf"\]\((\.\./)+{name}\.md[^)]*\)", f"](/{page}.md)", source[0]
+            )
 
     app.connect("source-read", lead)
