@@ -38,6 +38,7 @@ class ModReLURecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """States ``(time, batch, hidden)`` of inputs of the same shape; the first state is zero."""
         states = x.new_empty(len(x) + 1, *x.shape[1:])
         states[0] = 0
         for t in range(len(x)):
@@ -48,6 +49,7 @@ class ModReLURecurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients with respect to x, weight and bias."""
         states, weight = ctx.saved_tensors
         sign = states[1:].sign()  # zero where the modReLU is; elsewhere dh/dz = 1 and dh/db = sign(z)
         grad_z = torch.empty_like(grad)
