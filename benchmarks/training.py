@@ -64,7 +64,7 @@ WORKS = {
     "GRU of 512 units": Work(lambda: recurrent(nn.GRU, 512), (100, 64, 512)),
     "LSTM of 512 units": Work(lambda: recurrent(nn.LSTM, 512), (100, 64, 512)),
     "100 layers of 32 x 32": Work(lambda: many(100, 32), (256, 32)),
-    "ViT encoder, 6 layers of 384": Work(lambda: transformer(6, 384, 6), (4, 197, 384)),
+    "ViT-Tiny encoder": Work(lambda: transformer(12, 192, 3), (4, 197, 192)),
 }
 TOY = {"GRU of 8 units": Work(lambda: recurrent(nn.GRU, 8), (5, 4, 8))}
 
