@@ -279,8 +279,8 @@ def test_no_two_entries_of_a_state_share_memory():
 
 
 def test_part_of_a_state_can_be_set_as_with_torch():
-    weight = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
-    for optimizer in (Adam, torch.optim.Adam):
+    marked = mark_orthogonal(nn.Parameter(gaussian(4, 4)))
+    for optimizer, weight in ((Adam, marked), (torch.optim.Adam, nn.Parameter(gaussian(4, 4)))):
         opt = optimizer([weight], lr=0.01)
         weight.grad = gaussian(4, 4, seed=2)
         opt.step()

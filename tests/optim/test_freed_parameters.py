@@ -105,6 +105,7 @@ def test_a_free_parameter_that_leaves_is_freed_at_once():
     assert old() is None
 
 
+@pytest.mark.filterwarnings("ignore:torch.optim.adam.Adam has moved a marked parameter")
 @pytest.mark.parametrize("kind", [Adam, torch.optim.Adam])
 def test_a_module_that_is_replaced_is_freed(kind):
     """Marked by name, so that the module remembers; a stock optimizer shows what can be had."""
