@@ -18,18 +18,18 @@ from common import BLACK, GREY, RED, panels, save  # noqa: E402
 ERRORS = {
     "no rotation": 1.599,
     "random": 1.365,
-    "learned": 0.419,
+    "learned,\nmanifold_opt": 0.419,
 }  # docs/examples/rotation_quantization.md
 RADII = (0, 0.1, 0.25, 0.5, 1)
 CERTIFIED = {  # docs/examples/lipschitz_classifier.md
-    "no constraint": (0.892, 0.291, 0.001, 0.000, 0.000),
-    "orthogonal": (0.883, 0.811, 0.667, 0.389, 0.045),
+    "unconstrained": (0.892, 0.291, 0.001, 0.000, 0.000),
+    "manifold_opt": (0.883, 0.811, 0.667, 0.389, 0.045),
 }
 
 
 def main() -> None:
     """Draw one panel per reason."""
-    figure, (language, rounding, certified) = panels(3, width=4.4, height=3.6)
+    figure, (language, rounding, certified) = panels(3, width=4.7, height=3.6)
     runs = [
         run
         for run in json.loads((DOCS / "examples/char_language_model.json").read_text())
@@ -55,9 +55,9 @@ def main() -> None:
         )
         language.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
     language.set(
-        title="LSTM language model, 600 steps",
+        title="LSTM language model, 600 steps (lower is better)",
         xlabel="learning rate",
-        ylabel="validation loss, nats",
+        ylabel="validation loss (range of 3 seeds)",
     )
     language.set_xscale("log")
     language.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
@@ -67,10 +67,10 @@ def main() -> None:
     bars = rounding.bar(
         list(ERRORS), list(ERRORS.values()), color=[BLACK, GREY, RED], width=0.6
     )
-    rounding.bar_label(bars, fmt="%.2f %%", padding=2)
+    rounding.bar_label(bars, labels=["1.60 %", "1.37 %", "0.42 %"], padding=2)
     rounding.set(
-        title="Error of 4-bit weights, by rotation",
-        ylabel="% of the output",
+        title="4-bit weights, by rotation (lower is better)",
+        ylabel="error of the outputs, %",
         ylim=(0, 1.85),
     )
     rounding.grid(visible=False)
@@ -85,7 +85,10 @@ def main() -> None:
             linewidth=2,
         )
     certified.set(
-        title="Certified test images", xlabel="radius", ylabel="%", ylim=(0, 100)
+        title="Certified images (higher is better)",
+        xlabel="radius",
+        ylabel="% of the test images",
+        ylim=(0, 100),
     )
     certified.legend(frameon=False)
     save(figure, DOCS / "why.png")
