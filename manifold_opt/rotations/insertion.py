@@ -164,7 +164,7 @@ def merge_rotations(model: nn.Module) -> nn.Module:
     for path, layer in merged.items():
         model.set_submodule(path, layer)
     for owner in list(model.modules()):
-        if hasattr(owner, TRAINED):
+        if TRAINED in vars(owner):  # hasattr would follow __getattr__ of a wrapper to the model inside
             _remove_bank(owner)
     return model
 

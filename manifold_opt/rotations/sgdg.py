@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..constraints.tag import constraint_of
+from ..constraints.tag import constraint_of, was_unmarked
 from ..constraints.validation import project_and_tag, validate_parameter
 from ..manifolds import Orthogonal
 from ..optim.base import BaseOptimizer, Closure
@@ -127,10 +127,11 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
 
         Parameters of a group whose ``stiefel`` was set to True after the group was added are marked first.
         """
-        if not torch.compiler.is_compiling() and any(
-            group["stiefel"] and constraint_of(p) is None for group in self.param_groups for p in group["params"]
-        ):
-            _mark(self, self.param_groups)
+        if not torch.compiler.is_compiling():
+            stiefel = [group for group in self.param_groups if group["stiefel"]]
+            late = [g for g in stiefel if any(constraint_of(p) is None and not was_unmarked(p) for p in g["params"])]
+            if late:
+                _mark(self, late)
         return super().step(closure)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -201,11 +201,22 @@ class Wrapper(nn.Module):
         self.module = model
 
 
-def test_a_wrapped_model_is_merged_whole():
+class Delegating(Wrapper):
+    """A wrapper that has the attributes of the model inside, as that of peft."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(next(iter(self._modules.values())), name)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, Delegating])
+def test_a_wrapped_model_is_merged_whole(wrap):
     model = Llama(tied=True)
     before = model(TOKENS)
     insert_rotations(model)
-    merge_rotations(Wrapper(model))
+    merge_rotations(wrap(model))
     assert not hasattr(model, "rotations")
     assert all(p.requires_grad for p in model.parameters())
     assert model.config.tie_word_embeddings is False

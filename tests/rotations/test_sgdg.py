@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_opt import SGD, constraint_of, mark_orthogonal, mark_unit_norm, nearest_orthogonal, orthogonality_error
+from manifold_opt import (
+    SGD,
+    constraint_of,
+    mark_orthogonal,
+    mark_unit_norm,
+    nearest_orthogonal,
+    orthogonality_error,
+    unmark,
+)
 from manifold_opt.rotations import SGDG
 
 from ..helpers import buckets_of, gaussian, never_read, point
@@ -220,6 +228,9 @@ def test_a_group_that_becomes_one_of_stiefel_later_is_marked_by_its_next_step():
     steps[1].param_groups[1]["stiefel"] = True
     with pytest.raises(ValueError, match="must have at least 2 dimensions"):
         steps[1].step()
+    unmark(early)
+    steps[0].step()
+    assert constraint_of(early) is None
 
 
 @pytest.mark.parametrize(
