@@ -110,7 +110,7 @@ def _loss(results: Results, task: str, curves: dict[str, list[RunResult]], again
     title = f"{'Loss above the optimum' if gap else 'Training loss'} against {title}"
     cut = any(len(known(points)) < len(points.x) for points in lines.values())
     note = "A line ends where the loss falls below the smallest one that orthogonal weights can have." * (gap and cut)
-    label, rounding = "loss - optimum" if gap else "loss", info.resolution or None
+    label, rounding = ("loss - optimum", info.resolution or None) if gap else ("loss", None)
     return Chart(title, unit, label, lines, kept, rounding=rounding, log=gap or None, note=note)
 
 
@@ -146,7 +146,7 @@ def _rates(results: Results, task: str, what: str) -> Chart:
     if what != "final":
         title, label = "Largest distance from orthogonality", "largest ‖I - WWᵀ‖"
         return Chart(title, "learning rate", label, lines, [], rates, rounding=FLOAT32, log=True)
-    rounding = info.resolution or None
+    rounding = info.resolution or None if info.measure == "gap" else None
     return Chart(f"Final {info.measure}", "learning rate", f"final {info.measure}", lines, kept, rates, rounding)
 
 

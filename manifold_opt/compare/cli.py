@@ -93,8 +93,9 @@ def main(arguments: Sequence[str]) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=110)
     from .progress import Bar, Lines
 
+    console.print("Timing a few steps of every method to estimate the time ...", highlight=False)
     seconds = estimate.seconds(experiment, results)
-    console.print(f"This takes about {estimate.in_words(seconds + REPORT_SECONDS)}.", highlight=False)
+    console.print(f"The comparison takes about {estimate.in_words(seconds + REPORT_SECONDS)}.", highlight=False)
     with (Bar if console.is_terminal else Lines)(console) as progress:
         experiment.run(results, progress)
     comparison = Comparison(results)

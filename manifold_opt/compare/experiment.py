@@ -143,8 +143,8 @@ class Experiment:
 
 
 def _resolution(task: Task, dtype: torch.dtype) -> float:
-    """Return the rounding error of a gap, the difference of losses near one; 0 for other measures."""
-    return 8 * torch.finfo(dtype).eps if task.measure == "gap" else 0.0
+    """Return the rounding error of a gap, the difference of losses near one; for other measures that of the task."""
+    return 8 * torch.finfo(dtype).eps if task.measure == "gap" else task.resolution
 
 
 def environment(device: torch.device, threads: int | None = None) -> dict[str, Any]:

@@ -118,7 +118,8 @@ class TaskInfo:
         target: loss at which a run counts as having learned; None if there is none.
         notes: corrections of each scheme, such as factors of the learning rate.
         optimum: smallest possible loss; None if it is not known.
-        resolution: differences of the measure below this value are rounding.
+        resolution: differences of the measure below this value are rounding, or within the standard error of the
+            test set.
     """
 
     name: str
@@ -294,7 +295,9 @@ def _std(values: list[float]) -> float | None:
     """Return the standard deviation, NaN if a value is not finite."""
     if not all(map(math.isfinite, values)):
         return math.nan
-    return statistics.pstdev(values) if values else None
+    if len(values) < 2:
+        return 0.0 if values else None
+    return statistics.stdev(values)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -35,6 +35,7 @@ class Task:
         measure: kind of the final measure: ``"gap"``, ``"accuracy"`` or ``"loss"``.
         target: loss at which a run counts as having learned; None if there is none.
         optimum: smallest possible loss; None if it is not known.
+        resolution: standard error of the final measure; smaller differences do not count.
         lr, orthogonal_lr_scale, steps: default settings.
     """
 
@@ -47,6 +48,7 @@ class Task:
     measure: str = "loss"
     target: float | None = None
     optimum: float | None = None
+    resolution: float = 0.0
     lr: float = 1e-2
     orthogonal_lr_scale: float = 1.0
     steps: int = 300
@@ -203,6 +205,7 @@ def images(found: Images, hidden: int, size: int | None) -> Task:
         f"{found.title}, read row by row by an nn.GRU of {hidden} units",
         lambda: Recurrent(nn.GRU(rows, hidden), classes, each=False, scheme="haar"),
         batches, loss, evaluate=accuracy, measure="accuracy", target=0.5, lr=3e-3, steps=400,
+        resolution=0.5 / math.sqrt(len(found.test[1])),
     )  # fmt: skip
 
 
