@@ -80,9 +80,10 @@ def _manifold_error(p: Tensor) -> float:
 
 def _tangent_norm(p: Tensor) -> float:
     constraint, norms = constraint_of(p), []
-    if p.grad is not None and constraint is not None:
-        for layout in constraint.layouts(p.shape):
-            x, g = (get_points(layout, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
-            with FullPrecision(x.device.type):
-                norms.append(float(point_norm(constraint.riemannian_gradient(x, g), layout.point_ndim).max()))
+    assert p.grad is not None
+    assert constraint is not None
+    for layout in constraint.layouts(p.shape):
+        x, g = (get_points(layout, t).to(working_dtype(t.dtype)) for t in (p.detach(), p.grad))
+        with FullPrecision(x.device.type):
+            norms.append(float(point_norm(constraint.riemannian_gradient(x, g), layout.point_ndim).max()))
     return max_or_nan(norms)

@@ -22,6 +22,9 @@ _TOLERANCE = 1e-3  # errors that an optimizer of another package may leave
 def warn_of_other_optimizers() -> None:
     """Let optimizers that move marked parameters off their manifolds warn, once each.
 
+    Not noticed are parameters with a fixed spectrum, DTensors and compiled steps; :func:`~manifold_opt.check` reports
+    all optimizers that ignore a constraint.
+
     torch calls the hook after the step of every optimizer, and after the hooks of that optimizer, which may project its
     parameters. The hook looks at the values after the steps 1, 2, 4, 8 and so on: a warm-up may begin with steps of
     size zero.
@@ -40,23 +43,29 @@ def _warn_once(optimizer: Optimizer, *_: Any) -> None:
     if steps & (steps - 1) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     marked = [(group, p) for group in optimizer.param_groups for p in group["params"] if getattr(p, tag.TAG, None)]
-    if not marked or optimizers_in(optimizer)[0] is not optimizer:  # a wrapper leaves it to the optimizer inside
-        return
     moved = [(group, p) for group, p in marked if p.grad is not None and _is_off(p)]
-    if moved:
+    if moved and not _is_wrapper(optimizer):  # a wrapper leaves it to the optimizer inside
         setattr(optimizer, _SEEN, (tag.marks_made, -1))
         others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         warnings.warn(
             f"{type(optimizer).__module__}.{type(optimizer).__name__} has moved a marked parameter of shape "
             f"{describe_param(*moved[0])}{others} off its manifold, {tag.constraint_of(moved[0][1])}. Use an optimizer "
             "of manifold_opt, or call unmark if the constraint is not wanted.",
-            stacklevel=3,  # the caller of opt.step()
+            stacklevel=3,  # the caller of opt.step(), or torch's wrapper of it: a scheduler, a GradScaler
         )
+
+
+def _is_wrapper(optimizer: Optimizer) -> bool:
+    try:
+        return optimizers_in(optimizer)[0] is not optimizer
+    except Exception:  # of an attribute of the optimizer; a warning must not end the training
+        return False
 
 
 def _is_off(parameter: Tensor) -> bool:
     constraint = tag.constraint_of(parameter)
-    if constraint is None or is_dtensor(parameter):  # looking at a DTensor would be a collective
+    # Looking at a DTensor would be a collective, and FSDP1 holds a flat part of the values.
+    if constraint is None or is_dtensor(parameter) or tag.is_flattened(parameter):
         return False
     try:
         return bool(tag.find_off_manifold(parameter, constraint, _TOLERANCE))

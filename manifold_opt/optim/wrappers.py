@@ -25,21 +25,27 @@ def model_and_optimizers(model: Any, opt: Any) -> tuple[nn.Module, list[Any]]:
             )
     opts = optimizers_in(opt)
     if not isinstance(model, nn.Module) or not opts:
+        later = " A Trainer creates its optimizer when training begins." if isinstance(model, nn.Module) else ""
         raise TypeError(
-            f"check: needs a model and its optimizer, in this order, or a Trainer, got {type(model).__name__} and "
-            f"{type(opt).__name__}.{' A Trainer creates its optimizer when training begins.' if opt is None else ''}"
+            "check: needs a model and its optimizer, in this order, or a Trainer alone, got "
+            f"{type(model).__name__} and {f'no optimizer.{later}' if opt is None else f'{type(opt).__name__}.'}"
         )
     return unwrap_model(model), opts
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers of torch, so that messages have the names of the model."""
-    while type(model).__module__.startswith("torch.") and len(model._modules) == 1:
+    while _is_wrapper(type(model).__module__) and len(model._modules) == 1:
         ((name, child),) = model._modules.items()
         if name not in _WRAPPED or child is None:
             break
         model = child
     return model
+
+
+def _is_wrapper(module: str) -> bool:
+    """Return True if a class of this Python module may be a wrapper; containers may have a child of the same name."""
+    return module.startswith("torch.") and module != "torch.nn.modules.container"
 
 
 def optimizers_in(opt: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """`check`, and what a module remembers of its marks: everything that can have gone wrong is said, once, and truly."""
 
 import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -109,7 +110,7 @@ def test_check_sees_that_nothing_is_marked():
 def test_check_says_what_it_needs():
     layer = nn.Linear(4, 4)
     for arguments in ((Adam(layer.parameters()), layer), (layer.parameters(), layer), (layer, layer)):
-        with pytest.raises(TypeError, match="needs a model and its optimizer, in this order, or a Trainer, got"):
+        with pytest.raises(TypeError, match="needs a model and its optimizer, in this order, or a Trainer alone, got"):
             check(*arguments)
 
 
@@ -288,6 +289,9 @@ def test_check_keeps_the_name_of_a_module_that_is_no_wrapper():
     model.module = nn.Linear(4, 4)
     mark_orthogonal(model, "module.weight")
     assert check(model, torch.optim.Adam(model.parameters()))[0].startswith("module.weight is marked")
+    model = nn.Sequential(OrderedDict(module=nn.Linear(4, 4)))
+    mark_orthogonal(model, "module.weight")
+    assert check(model, torch.optim.Adam(model.parameters()))[0].startswith("module.weight is marked")
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -302,7 +306,7 @@ def test_check_takes_a_trainer(many):
     for missing in ({"model": None, "optimizers": [opt]}, {"model": layer, "optimizers": []}):
         with pytest.raises(ValueError, match=r"SimpleNamespace has no (model|optimizer) yet"):
             check(SimpleNamespace(**missing))
-    with pytest.raises(TypeError, match=r"got Linear and NoneType\. A Trainer creates its optimizer"):
+    with pytest.raises(TypeError, match=r"got Linear and no optimizer\. A Trainer creates its optimizer"):
         check(layer, None)
 
 

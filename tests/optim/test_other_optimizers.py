@@ -92,8 +92,37 @@ def test_what_keeps_its_parameters_does_not_warn():
     assert warnings_of(torch.optim.SGD(unmark(net).parameters(), lr=0.1)) == []
 
 
-@pytest.mark.compiled
-def test_the_hook_breaks_no_graph():
+def test_a_diagnosis_does_not_end_a_training():
+    class Odd(torch.optim.SGD):
+        @property
+        def optimizer(self):
+            raise RuntimeError("not ready")
+
     net = net_with_gradients()
     mark_orthogonal(net, "0.weight")
-    torch.compile(Adam(net.parameters(), lr=0.1).step, fullgraph=True, backend="eager")()
+    assert len(warnings_of(Odd(net.parameters(), lr=0.1))) == 1
+    net = net_with_gradients()
+    mark_orthogonal(net, "0.weight").grad.fill_(torch.nan)
+    assert len(warnings_of(torch.optim.SGD(net.parameters(), lr=0.1))) == 1
+
+
+def test_flat_parts_of_fsdp1_are_not_judged():
+    weight = mark_orthogonal(nn.Parameter(torch.eye(4)))
+    weight.data, weight.grad = torch.ones(6), torch.ones(6)
+    weight._fsdp_flattened = True
+    assert warnings_of(torch.optim.SGD([weight], lr=0.1)) == []
+
+
+@pytest.mark.compiled
+def test_the_hook_breaks_no_graph():
+    """Of a compiled step of torch.optim, which has a break of its own."""
+    breaks = []
+    for marked in (False, True):
+        net = net_with_gradients()
+        if marked:
+            mark_orthogonal(net, "0.weight")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.compile(torch.optim.SGD(net.parameters(), lr=0.1).step, backend="eager")()
+        breaks.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
+    assert breaks[0] == breaks[1]
