@@ -1,4 +1,4 @@
-"""docs/how-to/when_it_goes_wrong.md explains every warning of the package, and no message that the package lacks."""
+"""docs/how-to/messages.md explains every warning of the package, and no message that the package lacks."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import manifold_opt
 
 PACKAGE = Path(manifold_opt.__file__).parent
-PAGE = PACKAGE.parent / "docs" / "how-to" / "when_it_goes_wrong.md"
+PAGE = PACKAGE.parent / "docs" / "how-to" / "messages.md"
 TREES = [ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")]
 
 
