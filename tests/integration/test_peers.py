@@ -199,7 +199,7 @@ class TestOptimizers:
 
 
 class TestLearningRate:
-    """error after steps at a learning rate of 10,000."""
+    """orthogonality error after steps at a learning rate of 10,000."""
 
     def error(self, library, **options):
         return off(start(library, EYE, lr=1e4, **options).train())
