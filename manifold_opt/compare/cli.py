@@ -41,38 +41,39 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Return the parser of the arguments after ``compare``."""
-    result = Parser(prog="manifold_opt compare", description="Compare retraction schemes, and peers, side by side.")
+    result = Parser(prog="manifold_opt compare", description="Compare retractions and other packages side by side.")
     add = result.add_argument
     tasks = ", ".join((*TASKS, STEP))
-    add("--task", nargs="+", type=_names, default=[DEFAULT_TASKS], metavar="T", help=f"of {tasks}; by default "
-        f"{', '.join(DEFAULT_TASKS)}")  # fmt: skip
-    add(
-        "--retractions", type=_names, metavar="A,B", help=f"by default all: {', '.join(RETRACTIONS)}; of muon: spectral"
-    )
-    add("--peers", type=_names, metavar="A,B", help=f"by default all: {', '.join(PEERS)}; with muon: penalty, "
-        "unconstrained; 'none' for none")  # fmt: skip
-    add("--optimizer", default="adam", help="adam (the default), sgd without momentum, or muon for marked parameters "
-        "with adam for the others")  # fmt: skip
-    add("--metric", default="euclidean", help="euclidean (the default) or, not for muon, canonical")
-    add("--second-moment", default="element", help="of our Adam: element (the default) or block, one a block "
-        "as geoopt's and POGO's")  # fmt: skip
+    add("--task", nargs="+", type=_names, default=[DEFAULT_TASKS], metavar="T", help=f"tasks to run, any of {tasks} "
+        f"(default: {', '.join(DEFAULT_TASKS)}); step only measures times")  # fmt: skip
+    add("--retractions", type=_names, metavar="A,B", help="retractions of this package to compare (default: all of "
+        f"{', '.join(RETRACTIONS)}; with --optimizer muon: spectral)")  # fmt: skip
+    add("--peers", type=_names, metavar="A,B", help="other packages and methods to compare, or 'none' (default: all of "
+        f"{', '.join(PEERS)}; with --optimizer muon: penalty, unconstrained)")  # fmt: skip
+    add("--optimizer", default="adam", help="adam (default); sgd, without momentum; or muon, which trains marked "
+        "parameters with Muon and the others with Adam")  # fmt: skip
+    add("--metric", default="euclidean", help="metric of the Riemannian gradient: euclidean (default) or canonical; "
+        "muon has only euclidean")  # fmt: skip
+    add("--second-moment", default="element", help="second moment of this package's Adam: element (default), one per "
+        "entry; or block, one per matrix, as in geoopt and POGO")  # fmt: skip
     rates = result.add_mutually_exclusive_group()
-    rates.add_argument("--lr", type=float, nargs="+", help="learning rates; by default each task's own")
-    rates.add_argument("--sweep-lr", action="store_true", help="ten learning rates, from a hundredth of the task's own "
-                       "up to 300 times it")  # fmt: skip
-    add("--penalty", type=float, default=0.1, help="weight of ||I - W W^T||^2 in the peer of that name (0.1)")
-    add("--fast", action="store_true", help="a first impression in half a minute: "
-        f"{' '.join(f'--{name} {value}' for name, value in FAST.items())}, each unless given")  # fmt: skip
-    add("--size", type=int, help="of the matrices: n, p for pca, hidden units; for step the largest n and the largest "
-        "number of matrices")  # fmt: skip
-    add("--steps", type=int, help="training steps; by default each task's own")
-    add("--seeds", type=int, help="how many (3)")
-    add("--dtype", default="float32", help="float32 (the default) or float64")
-    add("--device", default="cpu", help="cpu (the default), cuda, ...")
-    add("--threads", type=int, default=1, help="of torch on the CPU (1)")
-    add("--data", metavar="DIR", help="a folder with the files of Fashion-MNIST")
-    add("--out", type=Path, metavar="DIR", help="write results.json, the plots and report.html there")
-    add("--resume", action="store_true", help="go on from the results.json of an interrupted run")
+    rates.add_argument("--lr", type=float, nargs="+", help="learning rates to run (default: one for each task)")
+    rates.add_argument("--sweep-lr", action="store_true", help="run ten learning rates, from a hundredth of the "
+                       "default of the task to 300 times the default")  # fmt: skip
+    add("--penalty", type=float, default=0.1, help="weight of ||I - W W^T||^2 in the loss of the peer "
+        "penalty (default: 0.1)")  # fmt: skip
+    add("--fast", action="store_true", help="a first impression in half a minute: the same as "
+        f"{' '.join(f'--{name} {value}' for name, value in FAST.items())}; each can still be set")  # fmt: skip
+    add("--size", type=int, help="size of the problem: n for procrustes, p for pca, hidden units for the nets; for "
+        "step, the largest n and the largest number of matrices (default: one for each task)")  # fmt: skip
+    add("--steps", type=int, help="number of training steps (default: one for each task)")
+    add("--seeds", type=int, help="number of seeds (default: 3)")
+    add("--dtype", default="float32", help="float32 (default) or float64")
+    add("--device", default="cpu", help="device to run on: cpu (default), cuda, ...")
+    add("--threads", type=int, default=1, help="number of CPU threads of torch (default: 1)")
+    add("--data", metavar="DIR", help="folder with the files of Fashion-MNIST, for the task fashion")
+    add("--out", type=Path, metavar="DIR", help="folder for results.json, the plots and report.html")
+    add("--resume", action="store_true", help="continue an interrupted run from its results.json in --out")
     return result
 
 
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         said = f"{args.out}/report.html, results.json, {len(written)} plots"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     if results.interrupted:
-        again = " --resume goes on from there." if args.out else " With --out they would have been kept."
+        again = " --resume continues it." if args.out else " With --out the results would have been kept."
         console.print(f"Interrupted; what was finished is above.{again}", highlight=False)
         return 130
     failures = [row.failure for row in results.rows] + [point.failure for point in results.costs]

@@ -134,8 +134,8 @@ def mark_orthogonal(
     if stack:
         warnings.warn(
             f"mark_orthogonal: {label} has shape {tuple(parameter.shape)}, like {stack}, and is marked as one tall "
-            f"matrix. For one orthogonal matrix each give blocks={parameter.shape[0] // parameter.shape[1]}; blocks=1 "
-            "says that one tall matrix is meant.",
+            f"matrix. To make each of the stacked matrices orthogonal, pass "
+            f"blocks={parameter.shape[0] // parameter.shape[1]}. To keep one tall matrix, pass blocks=1.",
             stacklevel=2,
         )
     return constrain("mark_orthogonal", target, name, parameter, constraint)

@@ -173,7 +173,7 @@ def test_blocks_one_given_explicitly_is_silent():
 def test_of_a_linear_layer_only_fused_projections_are_suspected():
     for rows in (16, 32):
         mark_orthogonal(nn.Linear(8, rows), "weight")
-    with pytest.warns(UserWarning, match="like fused projections of queries, keys and values.* give blocks=3"):
+    with pytest.warns(UserWarning, match="like fused projections of queries, keys and values.* pass blocks=3"):
         mark_orthogonal(nn.Linear(8, 24), "weight")
 
 
