@@ -55,8 +55,8 @@ def project_to_manifold_(model: nn.Module) -> nn.Module:
 def orthogonal_average(model: nn.Module, decay: float | None = None) -> AverageFn:
     """Return an ``avg_fn`` for torch.optim.swa_utils.AveragedModel that keeps marked parameters on their manifolds.
 
-    It averages in the surrounding space and takes the nearest point: the induced arithmetic mean of two points. A
-    parameter with fixed singular values is averaged as torch averages it, which makes them smaller.
+    It averages the entries as torch does, and takes the nearest point of the manifold. For two points this is their
+    induced arithmetic mean. A parameter with fixed singular values is only averaged, which makes these values smaller.
 
     Args:
         model: the module whose parameters are averaged.

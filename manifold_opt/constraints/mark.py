@@ -76,11 +76,11 @@ def mark_spectral(target: Any, name: Any = None, bound: Any = None, *, dim: int 
     r"""Mark a parameter, flattened to (first, rest), so that its largest singular value is at most ``bound``.
 
     Call ``mark_spectral(module, "weight", 1.0)`` or ``mark_spectral(param, 1.0)``. A marked linear layer is
-    ``bound``-Lipschitz after every step; the bound does not rely on a power iteration. Inside the ball a step equals
-    that of torch.optim, with weight decay; a step that leaves the ball ends at the nearest point.
+    ``bound``-Lipschitz after every step; the bound does not rely on a power iteration. Below the bound a step equals
+    that of torch.optim, with weight decay. A step that would exceed it ends at the nearest matrix within the bound.
 
     For a convolution the bound applies to the flattened filters, as in torch.nn.utils.parametrizations.spectral_norm.
-    The norm of the layer itself, with kernels of k entries, is at most :math:`\sqrt k` times as large.
+    The norm of the layer itself is at most :math:`\sqrt k` times as large, for kernels with k positions (9 for 3 x 3).
 
     Args:
         target: a leaf tensor of at least two dimensions, or a module that has one, with its name.

@@ -172,7 +172,8 @@ def constraint_of(x: nn.Module) -> dict[str, Manifold]: ...
 def constraint_of(x: Any) -> Any:
     """Return the constraint of a parameter, or those of all marked parameters of a module.
 
-    A DTensor that has replaced a parameter marked by name, as ``fully_shard`` replaces them, is marked first.
+    ``fully_shard`` replaces parameters by DTensors. If the replaced one was marked by module and name, this function
+    first marks the DTensor.
 
     Args:
         x: any tensor, or a module.

@@ -21,9 +21,9 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
 
     This is the polar factor: with :math:`X = U S V^\mathsf{H}` it is :math:`U V^\mathsf{H}`. It is computed in float64
     from the eigenvalues of the Gram matrix or, for a condition above about :math:`10^5` (float32: :math:`10^6`), by
-    SVD. Marking uses it; a step of an optimizer does not. The nearest matrix of a given determinant is :math:`U D
-    V^\top`. Here D is the identity or, if that gives the other determinant, has -1 in the direction of the smallest
-    singular value.
+    SVD. Marking uses it, and a step only for a weight that other code has written to. The nearest matrix of a given
+    determinant is :math:`U D V^\top`. Here D is the identity or, if that gives the other determinant, has -1 in the
+    direction of the smallest singular value.
 
     A matrix has full rank if its smallest singular value is above ``max(p, n) * eps`` times its largest, with the eps
     of float64 for every dtype of ``x``. A square weight of 2048 rows has a condition of :math:`10^4` and more, so
@@ -37,9 +37,10 @@ def nearest_orthogonal(x: Tensor, *, det: int | None = None) -> Tensor:
         Same shape and dtype. No gradient flows through it.
 
     Raises:
-        ValueError: values that are not finite, or rank-deficient; with ``det``, a matrix of the other determinant
-            whose smallest singular value is double, or that is orthogonal already, so that the nearest is not unique;
-            ``det`` other than 1 or -1, or where it has no meaning. For a batch the message gives the index.
+        ValueError: a matrix has non-finite values or no full rank. With ``det``, the nearest matrix is not unique: the
+            determinant of ``x`` has the other sign, and its smallest singular value occurs more than once, as in an
+            orthogonal matrix. ``det`` is other than 1 or -1, or is given for matrices that are complex or not square.
+            For a batch the message gives the index.
 
     Reference: Higham (2008), *Functions of Matrices*, theorem 8.4; Kabsch (1976) and Umeyama (1991) for ``det``.
 

@@ -43,9 +43,9 @@ class Muon(BaseOptimizer, torch.optim.Muon if IS_AVAILABLE else _Missing):  # ty
 
     It needs torch 2.9. Unmarked parameters are updated bit for bit as by torch.optim.Muon; they must be real matrices.
     An orthogonal block takes the steepest step in the spectral norm: it turns by the angle ``lr`` in every plane in
-    which the momentum turns it. In float32 it turns less in planes in which the momentum is weakest: below about 1 % of
-    a bound on its norm for angles up to 0.1, below 0.1 % for others. A parameter with fixed singular values is rotated
-    in the same way. Parameters with other constraints are refused.
+    which the momentum turns it. In float32 it turns less in planes in which the momentum is weak: below about
+    1 % of an upper bound on its norm for angles up to 0.1, and below 0.1 % of this bound for larger angles. A parameter
+    with fixed singular values is rotated in the same way. Parameters with other constraints are refused.
 
     Args:
         params, momentum, nesterov: as in torch.optim.Muon.
@@ -54,10 +54,10 @@ class Muon(BaseOptimizer, torch.optim.Muon if IS_AVAILABLE else _Missing):  # ty
         weight_decay, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch.optim.Muon, for unmarked parameters.
             They have no effect on orthogonal blocks.
         orthogonal_lr_scale: factor for the learning rate of orthogonal blocks, at least 0.
-        nonfinite: behavior for a block whose gradient is non-finite or overflows when squared, as it is or in the
-            coordinates of its momentum (:math:`G W^\top` for fixed singular values). ``"skip"`` leaves both unchanged
-            and counts the block (:meth:`metrics`). ``"raise"`` raises a FloatingPointError before anything is modified;
-            it synchronizes with an accelerator, and acts as ``"skip"`` in a compiled step.
+        nonfinite: what to do with a block whose gradient G has NaN or infinity, or is so large that its square
+            overflows. (With fixed singular values, :math:`G W^\top` is checked too.) ``"skip"`` leaves the block and
+            its momentum unchanged, and counts it (:meth:`metrics`). ``"raise"`` raises a FloatingPointError before
+            anything is modified. It synchronizes with an accelerator. A compiled step always skips.
 
     All options can also be set per parameter group.
 

@@ -33,10 +33,10 @@ class SGD(BaseOptimizer, torch.optim.SGD):
         orthogonal_lr_scale: factor for the learning rate of orthogonal blocks, at least 0.
         beta: rate of ``retraction="orthogonalizer"``, in (0, 1).
         correction_steps: number of iterations of ``retraction="orthogonalizer"``, at least 1.
-        nonfinite: behavior for a block whose gradient is non-finite or overflows when squared, as it is or in the
-            coordinates of its moments (:math:`G W^\top` for fixed singular values). ``"skip"`` leaves block and moments
-            unchanged and counts it (:meth:`metrics`). ``"raise"`` raises a FloatingPointError before anything is
-            modified; it synchronizes with an accelerator, and acts as ``"skip"`` in a compiled step.
+        nonfinite: what to do with a block whose gradient G has NaN or infinity, or is so large that its square
+            overflows. (With fixed singular values, :math:`G W^\top` is checked too.) ``"skip"`` leaves the block and
+            its moments unchanged, and counts it (:meth:`metrics`). ``"raise"`` raises a FloatingPointError before
+            anything is modified. It synchronizes with an accelerator. A compiled step always skips.
 
     All keyword-only options can also be set per parameter group.
 

@@ -19,11 +19,11 @@ class RotatedLinear(nn.Module):
 
     With the weight W and the bias b of ``linear``, it computes
 
-    .. math:: x \mapsto x\,(R_2^\top W \operatorname{diag}(g) R_1)^\top + b R_2,
+    .. math:: x \mapsto x\,(R_2^\top W \operatorname{diag}(g) R_1)^\top + b R_2.
 
-    so it maps :math:`x R_1` to :math:`y R_2` where ``linear`` maps :math:`x \operatorname{diag}(g)` to y. The rotated
-    weight is computed in every forward pass, in float32 at least, so that the rotations get gradients. The weight and
-    the bias stay as they are, until :func:`merge_rotations` replaces the layer by a plain one.
+    If ``linear`` maps :math:`x \operatorname{diag}(g)` to y, this layer maps :math:`x R_1` to :math:`y R_2`. The
+    rotated weight is computed in every forward pass, in float32 at least, so that the rotations get gradients. The
+    weight and the bias stay as they are, until :func:`merge_rotations` replaces the layer by a plain one.
 
     Args:
         linear: the layer, whose parameters are taken over.

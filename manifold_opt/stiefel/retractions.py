@@ -87,7 +87,7 @@ def retract(
         w: points, ``(..., p, n)``, orthonormal rows (``p <= n``) or columns: float32, float64, complex64 or
             complex128.
         v: tangents at ``w``, same shape and dtype. Of any length for the exact retractions; a step with a spectral
-            norm above 1e5, where W is lost in the rounding of W + V, is scaled down to it.
+            norm above 1e5 is scaled down to 1e5, because the digits of W would be rounded away in W + V.
         method: a name in :data:`RETRACTIONS`.
         metric: whose geodesic ``"exp"`` follows.
         beta: rate of ``"orthogonalizer"``, in (0, 1).

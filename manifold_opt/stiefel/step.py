@@ -34,21 +34,22 @@ class Retraction:
         function: ``(w, v, **options) -> w'`` on wide matrices, for a step of any length.
         exact: whether the result is on the manifold, to rounding, for a step of any length.
         second_order: the geodesics that it follows to second order: those of ``"square"`` matrices (the same for both
-            metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones. It follows all
-            geodesics to first order.
+            metrics), and of the ``"euclidean"`` and ``"canonical"`` metric on rectangular ones. Every retraction
+            follows all geodesics to first order.
         temp_blocks: temporary memory of a step beyond its workspaces, as a multiple of the memory of the blocks that
             move. On a CPU, a step of unusual length can take more.
         newton_schulz_after: whether one Newton-Schulz step follows ``function``, without which the error of
             ``w @ w.mH = I`` would never shrink.
         max_step_norm: largest spectral norm of a step, to which a longer step is scaled down; or a function of the
-            options that returns it. By default 1e5: beyond that W is lost in the rounding of W + V.
+            options that returns it. By default 1e5: beyond that the digits of W are rounded away in W + V.
         rotation: how square blocks move if their steps are short; None if ``function`` moves them.
-        in_place: ``(w, v, ws) -> bool``: moves blocks in place if their steps are short, else writes nothing and
-            returns False. None if there is no such function.
-        sync_free: ``(w, v, ws) -> (w', clipped, near)``: the same where no value may be read, with masks of the steps
-            that were clipped and of the points that were near the manifold. None if ``function`` is used there too.
-        move: ``(w, step, ws, settings)``: moves blocks in place, in place of all of these, also where no value may be
-            read. None for a retraction of tangents.
+        in_place: ``(w, v, ws) -> bool``: writes the new points into ``w`` and returns True if all steps are short.
+            Otherwise it writes nothing and returns False. None if there is no such function.
+        sync_free: ``(w, v, ws) -> (w', clipped, near)``: replaces ``in_place`` on accelerators and in compiled steps,
+            where no value may be read. It returns the new points, a mask of the steps that were shortened, and a mask
+            of the points that were near the manifold. None if ``function`` is used there too.
+        move: ``(w, step, ws, settings)``: if given, it is used instead of all functions above, on every device, and
+            writes the new points into ``w``. None for a retraction of tangents.
         check_options: ``(name, **options)``: raises a ValueError, which begins with ``name``, if an option is out of
             range. None if there is nothing to check.
         options: keyword options of ``function``, and their default values.
