@@ -23,8 +23,8 @@ class RoundToNearest:
         bits: b, from 2 to 16.
         group: number of neighbouring entries of a row that share a scale, a divisor of the length of rows; None for
             the whole row.
-        clip: also try s times 0.5, 0.55, ..., 0.95, with entries beyond the grid set to its end, and take the scale
-            with the least square error.
+        clip: True also tries smaller scales, s times 0.5, 0.55, ..., 0.95, and takes the one with the least square
+            error. Entries that are too large for a scale are clipped.
 
     Raises:
         ValueError: ``bits`` or ``group`` is out of range.
