@@ -33,16 +33,22 @@ from .wrappers import model_and_optimizers
 def check(model: Any, opt: Optimizer | Iterable[Optimizer] | None = None) -> list[str]:
     """Return a list of problems with the constraints of a model and its optimizer; empty if there are none.
 
-    Reported are marked parameters that lost their constraint, are in no optimizer or in one that ignores constraints,
-    are off their manifold by more than rounding, share memory with another parameter, or have state that is non-finite
-    or of another dtype or device; marked parameters of the optimizer that the model no longer has; errors that the
-    next step would raise; and a model without marked parameters.
+    It reports a marked parameter that
+
+    - has lost its constraint;
+    - is in no optimizer, or in one that ignores constraints;
+    - is off its manifold by more than rounding;
+    - shares memory with another parameter;
+    - has optimizer state that is non-finite, or of another dtype or device;
+    - is in the optimizer, but no longer in the model.
+
+    It also reports errors that the next step would raise, and a model without marked parameters.
 
     Args:
-        model: the module that is trained, or a wrapper of it, as of torch.compile or DistributedDataParallel; or a
-            Trainer of transformers or Lightning, which has both.
-        opt: its optimizer, of this package or another, or a wrapper of one, as of Accelerate; or all optimizers of the
-            model. Left out for a Trainer.
+        model: the module that is trained, or a wrapper such as that of torch.compile or DistributedDataParallel. A
+            Trainer of transformers or Lightning is accepted too; it has both the model and the optimizer.
+        opt: the optimizer of the model, of this package or another, or a wrapper of it such as that of Accelerate. If
+            the model has several optimizers, a list of all. Leave it out for a Trainer.
 
     Returns:
         One message per problem, with the name of the parameter and the remedy.

@@ -25,9 +25,9 @@ class RotationBank(nn.Module):
     keep their dtype when a model that contains the bank is cast to a narrower one, such as bfloat16, and autocast does
     not apply to the product.
 
-    The bank works under DistributedDataParallel and FSDP2 as a part of the wrapped model. Under FSDP2 leave it to the
-    group of the root (do not call ``fully_shard`` on it), so that it is gathered once, and give the root no
-    ``MixedPrecisionPolicy``, whose dtype the rotations would have in the forward pass.
+    The bank works under DistributedDataParallel and FSDP2 as a part of the wrapped model. With FSDP2, do not call
+    ``fully_shard`` on the bank. It then belongs to the root module, and is gathered once. Do not give the root a
+    ``MixedPrecisionPolicy``: the rotations would have its dtype in the forward pass.
 
     Args:
         dtype: dtype of the parameters, float32 or float64.

@@ -35,8 +35,9 @@ def insert_rotations(
       values are rotated, with one block for each head, and the output projection is multiplied by the inverse.
 
     The parameters of the model are frozen until :func:`merge_rotations`, and their gradients are dropped, so that only
-    the bank is trained. Make the optimizer afterwards, from ``bank.parameters()``: one of this package, since others do
-    not keep the rotations orthogonal. Merge before ``save_pretrained``. Hooks of the linear layers are not kept.
+    the bank is trained. Create the optimizer afterwards, from ``bank.parameters()``. Use an optimizer of this package,
+    because others do not keep the rotations orthogonal. Merge before ``save_pretrained``. Hooks of the linear layers
+    are not kept.
 
     Args:
         model: a causal language model of transformers with the structure of Llama, as Mistral, Qwen2 and Qwen3, on one

@@ -45,9 +45,8 @@ class SGDG(BaseOptimizer, torch.optim.SGD):
     updated bit for bit as by torch.optim.SGD, and marked ones as by :class:`~manifold_opt.SGD` with
     ``retraction="cayley"``, with no bound on the step.
 
-    The published class stores no momentum: it writes the new one to a temporary, so that its buffer stays zero, and
-    every value of ``momentum`` has the effect of 0 there. To take the steps of a run of that class, give
-    ``momentum=0``.
+    The published class has no momentum in effect: it writes the new momentum to a temporary variable, and its buffer
+    stays zero. To take the same steps as that class, with any of its values of ``momentum``, use ``momentum=0`` here.
 
     Args:
         params: as in torch.optim.SGD.
