@@ -21,11 +21,11 @@ def random_hadamard(
 ) -> Tensor:
     r"""Return a random rotation whose entries all have the magnitude :math:`1/\sqrt n`.
 
-    It is a Hadamard matrix divided by :math:`\sqrt n`. Each row is multiplied by a random sign, such that the determinant
-    is +1.
+    It is a Hadamard matrix divided by :math:`\sqrt n`. Each row is multiplied by a random sign. The signs are
+    chosen such that the determinant is +1.
 
     Args:
-        n: the number of rows: a power of 2, times 1, 12, 20, 28 or another order of Paley's constructions. The widths
+        n: number of rows: a power of 2, times 1, 12, 20, 28 or another order of Paley's constructions. The widths
             of most transformers are such numbers.
         generator: source of random numbers, of the CPU.
         dtype: dtype of the result.
