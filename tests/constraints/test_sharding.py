@@ -31,6 +31,8 @@ try:
     from torch.distributed._composable.replicate_with_fsdp import replicate
 except ImportError:  # of torch before 2.9
     replicate = None
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # torch 2.9 has other arguments
+    replicate = None
 
 
 # torch 2.6 warns of DTensors on a CPU, and trains none there under fully_shard.
