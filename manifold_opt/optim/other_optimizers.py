@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..constraints import tag
+from ..manifolds.layout import get_points
 from ..manifolds.shards import is_dtensor
 from .engine.optimizer import ManifoldOptimizer
 from .options import describe_param
@@ -43,8 +44,9 @@ def _warn_once(optimizer: Optimizer, *_: Any) -> None:
     if steps & (steps - 1) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     marked = [(group, p) for group in optimizer.param_groups for p in group["params"] if getattr(p, tag.TAG, None)]
-    moved = [(group, p) for group, p in marked if p.grad is not None and _is_off(p)]
-    if moved and not _is_wrapper(optimizer):  # a wrapper leaves it to the optimizer inside
+    with torch.no_grad():
+        moved = [(group, p) for group, p in marked if p.grad is not None and _is_off(p)]
+    if moved and not _wraps_another(optimizer):  # a wrapper leaves it to the optimizer inside
         setattr(optimizer, _SEEN, (tag.marks_made, -1))
         others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         warnings.warn(
@@ -55,7 +57,7 @@ def _warn_once(optimizer: Optimizer, *_: Any) -> None:
         )
 
 
-def _is_wrapper(optimizer: Optimizer) -> bool:
+def _wraps_another(optimizer: Optimizer) -> bool:
     try:
         return optimizers_in(optimizer)[0] is not optimizer
     except Exception:  # of an attribute of the optimizer; a warning must not end the training
@@ -65,9 +67,11 @@ def _is_wrapper(optimizer: Optimizer) -> bool:
 def _is_off(parameter: Tensor) -> bool:
     constraint = tag.constraint_of(parameter)
     # Looking at a DTensor would be a collective, and FSDP1 holds a flat part of the values.
-    if constraint is None or is_dtensor(parameter) or tag.is_flattened(parameter):
+    if constraint is None or is_dtensor(parameter) or tag.is_flattened(parameter) or parameter.is_meta:
         return False
     try:
-        return bool(tag.find_off_manifold(parameter, constraint, _TOLERANCE))
-    except ValueError:  # no nearest point, as for NaN
-        return True
+        batches = [get_points(layout, parameter) for layout in constraint.layouts(parameter.shape)]
+    except ValueError:  # other code has changed the shape
+        return False
+    # A comparison with NaN is False, so that NaN is off.
+    return not all(bool((constraint.error(x) <= constraint.tolerance(x) + _TOLERANCE).all()) for x in batches)

@@ -78,8 +78,9 @@ def test_against_the_singular_value_decomposition(shape, dtype):
     x = gaussian(*shape, dtype=dtype)
     # Rounding of the first products is magnified by as much as the smallest singular value is.
     small = float(torch.linalg.svdvals(float64(x)).amin(-1).min() / torch.linalg.svdvals(float64(x)).amax())
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # whose products round otherwise
     torch.testing.assert_close(
-        float64(matrix_sign(x)), polar_factor(x), rtol=0, atol=1024 * torch.finfo(dtype).eps / small
+        float64(matrix_sign(x)), polar_factor(x), rtol=0, atol=512 * (1 + old) * torch.finfo(dtype).eps / small
     )
 
 

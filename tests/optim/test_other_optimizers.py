@@ -106,6 +106,14 @@ def test_a_diagnosis_does_not_end_a_training():
     assert len(warnings_of(torch.optim.SGD(net.parameters(), lr=0.1))) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_is_not_a_move(dtype):
+    weight = mark_orthogonal(nn.Parameter(torch.randn(64, 64).to(dtype)))
+    weight.grad = torch.ones_like(weight)
+    assert warnings_of(torch.optim.SGD([weight], lr=0.0)) == []
+    assert len(warnings_of(torch.optim.SGD([weight], lr=0.1))) == 1
+
+
 def test_flat_parts_of_fsdp1_are_not_judged():
     weight = mark_orthogonal(nn.Parameter(torch.eye(4)))
     weight.data, weight.grad = torch.ones(6), torch.ones(6)

@@ -83,6 +83,10 @@ def calls(opt):
     return count
 
 
+OTHER = not torch.__version__.startswith("2.13.")  # the bounds are for torch 2.13
+HOOK = 2  # calls: manifold_opt.optim.other_optimizers has torch call a function after the step of every optimizer
+
+
 def more_calls_of_torch():
     """By how many torch.optim.Adam makes more here than with the versions of Python and torch that bounds are for."""
     opt, _ = warm((16, 16), optimizer=torch.optim.Adam, marked=False)
@@ -101,11 +105,11 @@ CASES = {  # operations and calls, at most
     "square, exp": (((16, 16),), {"retraction": "exp"}, 40, 145),
     "square, momentum": (((16, 16),), {"optimizer": momentum}, 24, 115),
     "square, one second moment per block": (((16, 16),), {"second_moment": "block"}, 36, 145),
-    "wide": (((16, 64),), {}, 42, 145),
-    "tall": (((96, 24),), {}, 42, 145),
+    "wide": (((16, 64),), {}, 42, 140),
+    "tall": (((96, 24),), {}, 42, 140),
     "three gates": (((192, 64), 3), {}, 30, 130),
     "three gates, longer steps": (((192, 64), 3), {"lr": 1e-2}, 42, 145),
-    "unmarked": (((16, 16),), {"marked": False}, 11, 130),
+    "unmarked": (((16, 16),), {"marked": False}, 11, 125),
 }
 
 
@@ -115,7 +119,7 @@ def test_a_common_step_takes_few_operations_and_calls(case):
     opt, give = warm(*arguments, **options)
     assert operations(opt).count <= most_operations
     give(101)
-    assert calls(opt) <= most_calls + more_calls_of_torch()
+    assert calls(opt) <= most_calls + HOOK + more_calls_of_torch() + 8 * OTHER
 
 
 LAYERS = ["linalg", "stiefel", "manifolds", "constraints", "optim"]
@@ -169,7 +173,7 @@ def test_a_step_on_other_manifolds_takes_few_operations(name):
     assert operations(opt).count <= most
 
 
-@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 15, 20), (1e-3, 31, 38)])
+@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 15, 20), (1e-3, 30, 38)])
 def test_steps_inside_the_spectral_ball_take_few_operations(lr, usual, mean):
     """Half of the way to the boundary. Longer steps are measured more closely, and the spectrum more often."""
     p = mark_spectral(nn.Parameter(gaussian(512, 512, dtype=torch.float32) / 45.2), 2.0)
@@ -178,7 +182,7 @@ def test_steps_inside_the_spectral_ball_take_few_operations(lr, usual, mean):
     for step in range(53):
         p.grad = gaussian(*p.shape, dtype=torch.float32, seed=step)
         counts.append(operations(opt).count)
-    assert sorted(counts)[len(counts) // 2] <= usual
+    assert sorted(counts)[len(counts) // 2] <= usual + OTHER
     assert sum(counts[3:]) <= 50 * mean
 
 
