@@ -30,10 +30,11 @@ def warn_of_other_optimizers() -> None:
     parameters. The hook looks at the values after the steps 1, 2, 4, 8 and so on: a warm-up may begin with steps of
     size zero.
     """
-    register_optimizer_step_post_hook(_warn_once)
+    register_optimizer_step_post_hook(warn_once)
 
 
-def _warn_once(optimizer: Optimizer, *_: Any) -> None:
+def warn_once(optimizer: Optimizer, *_: Any) -> None:
+    """Warn if the step of an optimizer of another package has moved a marked parameter off; the hook after a step."""
     if isinstance(optimizer, ManifoldOptimizer) or torch.compiler.is_compiling():
         return
     marks, steps = getattr(optimizer, _SEEN, ("", 0))

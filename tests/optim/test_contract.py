@@ -448,6 +448,53 @@ def test_hooks_run_once_in_torchs_order(name, marked):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_hooks_that_come_and_go_run_from_the_next_step_on(name):
+    params = parameters(marked=True)
+    opt = ours_of(name)(params, lr=0.01)
+    seen = []
+    for register in (
+        opt.register_step_pre_hook,
+        opt.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):
+        for steps in range(3):
+            give_gradients(params, steps)
+            handle = register(lambda *_: seen.append(1)) if steps == 1 else None
+            opt.step()
+            if handle is not None:
+                handle.remove()
+        assert seen == [1]
+        seen.clear()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profiler_sees_a_step_as_it_sees_that_of_torch(name):
+    params = parameters(marked=True)
+    opt = ours_of(name)(params, lr=0.01)
+    give_gradients(params, 0)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        opt.step()
+    recorded = [event.key for event in profiler.key_averages() if event.key.startswith("Optimizer.step")]
+    assert recorded == [f"Optimizer.step#{type(opt).__name__}.step"]
+    with torch.autograd.profiler.profile() as profiler:
+        opt.step()
+    assert recorded[0] in {event.key for event in profiler.key_averages()}
+
+
+def test_the_wrapper_that_a_step_leaves_out_only_records_and_calls_hooks():
+    """If a version of torch lets it do more, _call_directly_if_possible has to know."""
+    wrapper = torch.optim.Optimizer.profile_hook_step(torch.optim.Adam.step)
+    assert set(wrapper.__code__.co_names) <= {
+        *("cast", "Optimizer", "__class__", "__name__", "format", "isinstance", "tuple", "len", "RuntimeError"),
+        *("torch", "autograd", "profiler", "record_function", "chain", "values", "_optimizer_step_code"),
+        *("_global_optimizer_pre_hooks", "_optimizer_step_pre_hooks"),
+        *("_global_optimizer_post_hooks", "_optimizer_step_post_hooks"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_closure_runs_once_with_gradients_and_its_loss_is_returned(name, marked):
     params = parameters(marked)

@@ -84,7 +84,6 @@ def calls(opt):
 
 
 OTHER = not torch.__version__.startswith("2.13.")  # the bounds are for torch 2.13
-HOOK = 2  # calls: manifold_opt.optim.other_optimizers has torch call a function after the step of every optimizer
 
 
 def more_calls_of_torch():
@@ -98,18 +97,18 @@ def momentum(params, **options):
 
 
 CASES = {  # operations and calls, at most
-    "square": (((16, 16),), {}, 28, 125),
-    "square, polar": (((16, 16),), {"retraction": "polar"}, 36, 145),
-    "square, qr": (((16, 16),), {"retraction": "qr"}, 36, 145),
-    "square, cayley": (((16, 16),), {"retraction": "cayley"}, 40, 145),
-    "square, exp": (((16, 16),), {"retraction": "exp"}, 40, 145),
-    "square, momentum": (((16, 16),), {"optimizer": momentum}, 24, 115),
-    "square, one second moment per block": (((16, 16),), {"second_moment": "block"}, 36, 145),
-    "wide": (((16, 64),), {}, 42, 140),
-    "tall": (((96, 24),), {}, 42, 140),
-    "three gates": (((192, 64), 3), {}, 30, 130),
-    "three gates, longer steps": (((192, 64), 3), {"lr": 1e-2}, 42, 145),
-    "unmarked": (((16, 16),), {"marked": False}, 11, 125),
+    "square": (((16, 16),), {}, 22, 103),
+    "square, polar": (((16, 16),), {"retraction": "polar"}, 24, 106),
+    "square, qr": (((16, 16),), {"retraction": "qr"}, 29, 109),
+    "square, cayley": (((16, 16),), {"retraction": "cayley"}, 24, 106),
+    "square, exp": (((16, 16),), {"retraction": "exp"}, 24, 108),
+    "square, momentum": (((16, 16),), {"optimizer": momentum}, 16, 87),
+    "square, one second moment per block": (((16, 16),), {"second_moment": "block"}, 28, 108),
+    "wide": (((16, 64),), {}, 37, 117),
+    "tall": (((96, 24),), {}, 37, 117),
+    "three gates": (((192, 64), 3), {}, 24, 105),
+    "three gates, longer steps": (((192, 64), 3), {"lr": 1e-2}, 30, 111),
+    "unmarked": (((16, 16),), {"marked": False}, 9, 108),
 }
 
 
@@ -119,7 +118,7 @@ def test_a_common_step_takes_few_operations_and_calls(case):
     opt, give = warm(*arguments, **options)
     assert operations(opt).count <= most_operations
     give(101)
-    assert calls(opt) <= most_calls + HOOK + more_calls_of_torch() + 8 * OTHER
+    assert calls(opt) <= most_calls + more_calls_of_torch() + 8 * OTHER
 
 
 LAYERS = ["linalg", "stiefel", "manifolds", "constraints", "optim"]
@@ -149,16 +148,15 @@ def test_a_step_enters_ten_modules_and_calls_downwards():
             opt.step()
         finally:
             sys.setprofile(None)
-    entered.discard("manifold_opt.optim.other_optimizers")  # whose hook torch calls after the step of any optimizer
     assert len(entered) <= 10
     assert upwards == []
 
 
 OTHERS = {  # operations, at most; views of geoopt's functions included
-    "unit norm": (lambda x: mark_unit_norm(nn.Parameter(x)), 26),
-    "unit norm of filters": (lambda x: mark_unit_norm(nn.Parameter(x.view(8, 4, 4))), 29),
-    "positive": (lambda x: mark_positive(nn.Parameter(x.exp())), 20),
-    "geoopt's sphere": (lambda x: mark_manifold(nn.Parameter(x), geoopt.Sphere()), 43),
+    "unit norm": (lambda x: mark_unit_norm(nn.Parameter(x)), 25),
+    "unit norm of filters": (lambda x: mark_unit_norm(nn.Parameter(x.view(8, 4, 4))), 28),
+    "positive": (lambda x: mark_positive(nn.Parameter(x.exp())), 18),
+    "geoopt's sphere": (lambda x: mark_manifold(nn.Parameter(x), geoopt.Sphere()), 41),
 }
 
 
@@ -173,7 +171,7 @@ def test_a_step_on_other_manifolds_takes_few_operations(name):
     assert operations(opt).count <= most
 
 
-@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 15, 20), (1e-3, 30, 38)])
+@pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 13, 18), (1e-3, 28, 36)])
 def test_steps_inside_the_spectral_ball_take_few_operations(lr, usual, mean):
     """Half of the way to the boundary. Longer steps are measured more closely, and the spectrum more often."""
     p = mark_spectral(nn.Parameter(gaussian(512, 512, dtype=torch.float32) / 45.2), 2.0)
