@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .matrices import wide
-from .polynomials import INVERSE_SQRT, polynomial
+from .polynomials import INVERSE_SQRT, fit_for, polynomial
 from .products import Workspace, gram, gram_minus_identity, largest_norm, matmul, matmul_add, norm
 
 
@@ -64,13 +64,12 @@ def polar_factor_(x: Tensor, *, out: Tensor, ws: Workspace, expected: float = ma
         upper = _newton_schulz_step_(x, d, upper, spare=out)
         size = upper**2 - 1
         gram_minus_identity(x, out=d)
-    c = None
-    if size > fits[0].reach:
-        c = matmul(d, d, out=ws.b)
-        size = min(size, largest_norm(c) ** 0.5)
-    fit = next((fit for fit in fits if size <= fit.reach), fits[-1])
-    s = polynomial(fit.coefficients, d, c, ws, out=ws.d)
-    matmul_add(x, s, x, out=out)
+    if size <= fits[0].reach:
+        matmul_add(x, d, x, out=out, alpha=fits[0].coefficients[0])
+        return True
+    c = matmul(d, d, out=ws.b)
+    fit = fit_for(fits, min(size, largest_norm(c) ** 0.5))
+    matmul_add(x, polynomial(fit.coefficients, d, c, ws, out=ws.d), x, out=out)
     return True
 
 

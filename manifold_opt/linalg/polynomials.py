@@ -33,6 +33,14 @@ class Fit(NamedTuple):
 Fits = dict[torch.dtype, tuple[Fit, ...]]
 
 
+def fit_for(fits: Sequence[Fit], eigenvalue: float) -> Fit:
+    """Return the fit of the lowest degree that is accurate up to an eigenvalue; the last one if none is."""
+    for fit in fits:
+        if eigenvalue <= fit.reach:
+            return fit
+    return fits[-1]
+
+
 def interpolate(quotient: Callable[[Tensor], Tensor], degree: int, reach: float) -> Fit:
     r"""Return the polynomial of ``degree`` that equals :math:`x \cdot` ``quotient(x)`` at Chebyshev nodes.
 

@@ -40,7 +40,7 @@ def polar_(w: Tensor, v: Tensor, ws: Workspace) -> bool:
     if not (shortest > 0 and longest <= LONG_STEP_NORM):
         return False
     # X X^T - I contains the error of W too, which is rounding if W is on the manifold.
-    expected = 1.01 * longest**2 + 2 * OFF_MANIFOLD * (1 + longest) * torch.finfo(w.dtype).eps ** 0.5
+    expected = 1.01 * longest**2 + 2 * (1 + longest) * OFF_MANIFOLD[w.dtype]
     return polar_factor_(torch.add(w, v, out=ws.x), out=w, ws=ws, expected=expected)
 
 

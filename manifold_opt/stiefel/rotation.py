@@ -27,7 +27,8 @@ from ..linalg.products import Workspace, gram, gram_minus_identity, largest_norm
 
 # Number of steps from one measurement of the error of W to the next.
 CORRECTION_INTERVAL = {torch.float32: 4, torch.complex64: 4, torch.float64: 2, torch.complex128: 2}
-OFF_MANIFOLD = 2.0  # times sqrt(eps): a larger error of W is not rounding, and one correction would not remove it
+# Norm of the error of W above which it is not rounding, and one correction would not remove it.
+OFF_MANIFOLD = {dtype: 2 * torch.finfo(dtype).eps ** 0.5 for dtype in CORRECTION_INTERVAL}
 _SMALL = 0.02  # eigenvalues of B up to which (Q - E/2) W removes six sevenths of what Q (I - E/2) W removes
 
 
@@ -82,7 +83,7 @@ def rotate_(w: Tensor, omega: Tensor, rotation: Rotation, ws: Workspace, *, corr
     unused = ws.b if change is omega else omega
     if correct and size > 0:
         error = _error_of(w, moving, out=unused)
-        if not largest_norm(error) <= OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5:
+        if not largest_norm(error) <= OFF_MANIFOLD[w.dtype]:
             restore_(w, error)
             error = _error_of(w, moving, out=unused)
         if size > _SMALL:
@@ -152,7 +153,7 @@ def restore_(w: Tensor, error: Tensor) -> None:
         w: ``(B, p, n)``.
         error: ``W W^T - I``, ``(B, p, p)``.
     """
-    far = (norm(error) > OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5).nonzero()[:, 0]
+    far = (norm(error) > OFF_MANIFOLD[w.dtype]).nonzero()[:, 0]
     u, _, vh = torch.linalg.svd(float64(w[far]), full_matrices=False)
     w[far] = (u @ vh).to(w)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..linalg.matrices import error_at_rounding
 from ..linalg.matrix_sign import COARSE, EXACT, matrix_sign_
-from ..linalg.polynomials import polynomial
+from ..linalg.polynomials import fit_for, polynomial
 from ..linalg.products import (
     Workspace,
     gram,
@@ -78,7 +78,7 @@ def rotation_by_angle(k: Tensor, angle: Scalar, ws: Workspace) -> Tensor:
     else:
         sine = math.sin(angle / 2 if halves else angle)
         size = 1.02 * sine**2  # of Omega Omega^T, if Y is longer by 1 %
-        coefficients = next(fit.coefficients for fit in fits if size <= fit.reach)
+        coefficients = fit_for(fits, size).coefficients
     omega = torch.sub(y.mH, y, out=ws.d).mul_(sine / 2)  # skew, whatever rounding has made of Y
     b = gram(omega, out=ws.b)
     b_squared = gram(b, out=ws.c) if len(coefficients) > 1 else None
@@ -127,7 +127,7 @@ def _correct_(w: Tensor, moving: Tensor | None, ws: Workspace) -> None:
     """
     e = gram_minus_identity(w, out=ws.a)
     e = e if moving is None else torch.where(moving, e, 0)
-    if not largest_norm(e) <= OFF_MANIFOLD * torch.finfo(w.dtype).eps ** 0.5:
+    if not largest_norm(e) <= OFF_MANIFOLD[w.dtype]:
         return restore_(w, e)
     matmul_add(w, e, w, out=ws.y, alpha=-0.5)
     w.copy_(ws.y if moving is None else torch.where(moving, ws.y, w))
