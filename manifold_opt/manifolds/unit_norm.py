@@ -84,7 +84,10 @@ class UnitNorm(Manifold):
         """Move points along tangents in place. A point with a zero step keeps its bits."""
         y = torch.add(x, v, out=ws.y)
         size = _norm(y, ws)
-        divisor = size.masked_fill(point_norm(v, v.ndim - 1, keepdim=True) == 0, 1)
+        if ws.readable and int(torch.count_nonzero(v.flatten(1)[:, 0])) == len(v):
+            divisor = size  # every point moves, and one column has shown it
+        else:
+            divisor = size.masked_fill(point_norm(v, v.ndim - 1, keepdim=True) == 0, 1)
         if torch.compiler.is_compiling():
             # A sum over one number, which Inductor does not fuse with what is around it: that of torch 2.13 fails with
             # a KeyError where it fuses several sums over a row with a write to the row.

@@ -168,7 +168,7 @@ def test_a_step_on_other_manifolds_takes_few_operations(name):
     for step in range(3):
         p.grad = gaussian(*p.shape, dtype=torch.float32, seed=step)
         opt.step() if step < 2 else None
-    assert operations(opt).count <= most
+    assert operations(opt).count <= most + OTHER
 
 
 @pytest.mark.parametrize(("lr", "usual", "mean"), [(1e-4, 13, 18), (1e-3, 28, 36)])
