@@ -102,8 +102,8 @@ class BaseOptimizer(ManifoldOptimizer):
         Returns:
             The loss, or None without a closure.
         """
-        if "capturable" in self.defaults:
-            _warn_if_captured(self)
+        if "capturable" in self.defaults and not torch.compiler.is_compiling() and _has_accelerator():
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -156,8 +156,14 @@ def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _warn_if_captured(optimizer: torch.optim.Optimizer) -> None:
-    """Emit torch's own warning if a step that is not capturable is being captured."""
+@functools.cache
+def _has_accelerator() -> bool:
+    """Return True if the machine has an accelerator. Asking torch in every step takes longer than most operations."""
+    return torch.accelerator.is_available()
+
+
+def _check_capture(optimizer: torch.optim.Optimizer) -> None:
+    """Raise torch's own error if a step that is not capturable is being captured, or emit its warning."""
     newer = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (newer or optimizer._cuda_graph_capture_health_check)()
 

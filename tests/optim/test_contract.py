@@ -19,6 +19,7 @@ from torch.testing._internal.common_optimizers import (
 
 import manifold_opt
 from manifold_opt import mark_orthogonal, orthogonality_error
+from manifold_opt.optim import base as step_module
 
 from ..helpers import each, gaussian, held_under, pairs
 
@@ -481,6 +482,23 @@ def test_a_profiler_sees_a_step_as_it_sees_that_of_torch(name):
     with torch.autograd.profiler.profile() as profiler:
         opt.step()
     assert recorded[0] in {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_on_an_accelerator_torch_checks_whether_a_step_may_be_captured(name, monkeypatch):
+    params = parameters(marked=True)
+    opt, plain = ours_of(name)(params, lr=0.01), theirs_of(name)(parameters(), lr=0.01)
+    new = "_accelerator_graph_capture_health_check"
+    check = new if hasattr(torch.optim.Optimizer, new) else "_cuda_graph_capture_health_check"
+    seen = []
+    monkeypatch.setattr(torch.optim.Optimizer, check, lambda self: seen.append(type(self)))
+    give_gradients(params, 0)
+    for has_accelerator in (False, True):
+        monkeypatch.setattr(step_module, "_has_accelerator", lambda answer=has_accelerator: answer)
+        opt.step()
+        assert len(seen) == (has_accelerator and name == "Adam")
+    plain.step()
+    assert len(seen) == 2 * (name == "Adam")
 
 
 def test_the_wrapper_that_a_step_leaves_out_only_records_and_calls_hooks():
