@@ -107,12 +107,14 @@ def clip_singular_values_(x: Tensor, bound: float) -> Tensor:
     return x
 
 
-def clip_and_measure_(x: Tensor, bound: float) -> Tensor:
+def clip_and_measure_(x: Tensor, bound: float, *, expect_outside: bool = False) -> Tensor:
     r"""Apply :func:`clip_singular_values_`; return a lower bound of :math:`b - \sigma_{\max}` of each result, ``(B,)``.
 
-    It is 0 for clipped blocks and NaN for those with entries that are not finite. Values must be readable.
+    It is negative for most of the clipped blocks, and NaN for those with entries that are not finite. With
+    ``expect_outside`` the result is the same, computed faster for blocks that are outside. Values must be readable.
     """
-    return torch.cat([_clip_eager(chunk, bound) for chunk in _chunks(x)] or [x.new_zeros(len(x))])
+    chunks = [_clip_eager(chunk, bound, expect_outside=expect_outside) for chunk in _chunks(x)]
+    return torch.cat(chunks or [x.new_zeros(len(x))])
 
 
 def _check(name: str, x: Tensor, bound: float) -> None:
@@ -174,17 +176,22 @@ def _bound_minus_gram(x: Tensor, bound: float, plain: Tensor) -> Tensor:
     return gap
 
 
-def _clip_eager(x: Tensor, bound: float) -> Tensor:
+def _clip_eager(x: Tensor, bound: float, *, expect_outside: bool = False) -> Tensor:
     """Clip the blocks that are outside, in place, and return the slack of :func:`clip_and_measure_`."""
     size, small, plain = _classify(x, bound)
     slack = (bound - size).clamp_min_(0).masked_fill_(~size.isfinite(), torch.nan)
     if bool(small.all()):
         return slack
     gap = _bound_minus_gram(x, bound, plain)
-    margin = margin_inside(gap, tolerance(x))
+    pairs = _eigenpairs(gap, tolerance(x)) if expect_outside and bool(plain.all()) else None
+    # An eigenvalue that is not near zero decides as the factorization of margin_inside would.
+    if pairs is not None and bool((pairs[0][:, 0] < -tolerance(x)).all()):
+        margin = torch.full_like(size, -1)
+    else:
+        margin = margin_inside(gap, tolerance(x))
     outside, far = plain & (margin < 0), ~small & ~plain
     if bool(outside.any()):
-        values, vectors = smallest_eigenpairs(gap, tolerance(x)) or torch.linalg.eigh(gap)
+        values, vectors = pairs or _eigenpairs(gap, tolerance(x))
         del gap
         squares = (1 + tolerance(x)) ** 2 - values  # (s / b)^2, in descending order
         far |= outside & (squares[:, 0] > _MAX_EIGH_RATIO**2)
@@ -193,7 +200,12 @@ def _clip_eager(x: Tensor, bound: float) -> Tensor:
     for i in far.nonzero()[:, 0].tolist():
         if bool(x[i].isfinite().all()):
             x[i] = _clip_exactly(x[i], bound)
-    return torch.where(plain, (bound * margin).clamp_min_(0), slack)
+    return torch.where(plain, bound * margin, slack)
+
+
+def _eigenpairs(gap: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues of ``gap`` in ascending order, at least those to be clipped, and their vectors."""
+    return smallest_eigenpairs(gap, rounding) or torch.linalg.eigh(gap)
 
 
 def _shrink_(x: Tensor, factors: Tensor, vectors: Tensor, outside: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,8 @@ class Spectral(Manifold):
         """Move points along tangents in place.
 
         A step shorter than the slack, what is left of the distance to the boundary since the spectrum was checked, ends
-        inside: it is ``x + v`` as it would be after another check, so that no checkpoint needs the slack.
+        inside: it is ``x + v`` as it would be after another check, so that no checkpoint needs the slack. It is
+        negative if every point was clipped, and the next step probably leaves the ball again.
         """
         if not ws.readable:
             return super().step_(x, v, moments, ws, options)
@@ -67,10 +69,11 @@ class Spectral(Manifold):
             return None
         if bool((norm(v) > 0).all()):
             y = torch.add(start, v, out=ws.y)
-            slack = float(clip_and_measure_(y, self.bound).min())
-            if slack >= 0:  # False for NaN
+            slacks = clip_and_measure_(y, self.bound, expect_outside=slack < 0)
+            least, largest = map(float, slacks.aminmax())
+            if not math.isnan(least):
                 x.copy_(y)
-                ws.slack = slack
+                ws.slack = largest if largest < 0 else max(least, 0.0)
                 return None
         return super().step_(x, v, moments, ws, options)  # with masks: a point stays where it is
 

