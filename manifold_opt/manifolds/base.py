@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ..linalg.precision import working_dtype
 from ..linalg.products import Workspace
-from .layout import Layout, Shape, SliceLayout, point_any, point_max, point_sum
+from .layout import (
+    Layout,
+    Shape,
+    SliceLayout,
+    all_points_move,
+    point_any,
+    point_max,
+    point_sum,
+    sum_is_finite,
+)
 from .shards import Interval
 
 Scalar = float | Tensor
@@ -230,22 +239,21 @@ class Manifold:
         moments have been updated already, and are not transported.
         """
         dims, start = options.point_ndim, x
-        moving = point_max(v, dims) > 0
+        moving = None if ws.readable and all_points_move(v, dims) else point_max(v, dims) > 0
         if isinstance(options.decay, Tensor) or options.decay:
             start = x * decay_factor(options.decay)
-            moving = moving | point_any(start != x, dims)
+            moving = None if moving is None else moving | point_any(start != x, dims)
             v = self.transport(x, start, v)
         y = self.retract(start, v)
-        total = point_sum(y, dims)
         transported = {}
         for key in filter(moments.__contains__, options.transported):
             new = self.transport(x, y, moments[key])
             if new is not moments[key]:
                 transported[key] = new
-                total = total + point_sum(new, dims)
-        possible = total * 0 == 0  # False for NaN and Inf
-        if not (ws.readable and bool((moving & possible).all())):
-            updated = moving & options.accept(possible)
+        results = (y, *transported.values())
+        if moving is not None or not all(map(sum_is_finite, results)):
+            possible = sum(point_sum(new, dims) for new in results) * 0 == 0  # False for NaN and Inf
+            updated = options.accept(possible) if moving is None else moving & options.accept(possible)
             y = torch.where(updated, y, x)
             transported = {key: torch.where(updated, new, moments[key]) for key, new in transported.items()}
         x.copy_(y)

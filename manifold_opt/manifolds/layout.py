@@ -9,6 +9,7 @@ Only this module knows how points lie in a tensor. Other modules read and write 
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -316,6 +317,17 @@ def point_max(points: Tensor, point_ndim: int) -> Tensor:
     """Return the largest absolute value of the entries of every point, ``(B, ..., 1, ..)``."""
     size = points.abs()
     return size.amax(tuple(range(-point_ndim, 0)), keepdim=True) if point_ndim else size
+
+
+def all_points_move(v: Tensor, point_ndim: int) -> bool:
+    """Return True if one entry of each step shows that it is not zero. False proves nothing. Reads a value."""
+    first = v.flatten(-point_ndim).select(-1, 0) if point_ndim else v
+    return int(torch.count_nonzero(first)) == first.numel()
+
+
+def sum_is_finite(x: Tensor) -> bool:
+    """Return True if the sum of the entries is finite, so that all of them are. Reads a value."""
+    return cmath.isfinite(x.sum().item())
 
 
 def point_any(mask: Tensor, point_ndim: int) -> Tensor:

@@ -11,7 +11,7 @@ from ..linalg.matrices import float64
 from ..linalg.precision import working_dtype
 from ..linalg.products import Workspace
 from .base import Manifold, StepOptions
-from .layout import Shape, SliceLayout, point_norm
+from .layout import Shape, SliceLayout, all_points_move, point_norm
 from .shards import Interval
 
 
@@ -84,8 +84,8 @@ class UnitNorm(Manifold):
         """Move points along tangents in place. A point with a zero step keeps its bits."""
         y = torch.add(x, v, out=ws.y)
         size = _norm(y, ws)
-        if ws.readable and int(torch.count_nonzero(v.flatten(1)[:, 0])) == len(v):
-            divisor = size  # every point moves, and one column has shown it
+        if ws.readable and all_points_move(v, v.ndim - 1):
+            divisor = size
         else:
             divisor = size.masked_fill(point_norm(v, v.ndim - 1, keepdim=True) == 0, 1)
         if torch.compiler.is_compiling():

@@ -156,7 +156,7 @@ OTHERS = {  # operations, at most; views of geoopt's functions included
     "unit norm": (lambda x: mark_unit_norm(nn.Parameter(x)), 25),
     "unit norm of filters": (lambda x: mark_unit_norm(nn.Parameter(x.view(8, 4, 4))), 28),
     "positive": (lambda x: mark_positive(nn.Parameter(x.exp())), 18),
-    "geoopt's sphere": (lambda x: mark_manifold(nn.Parameter(x), geoopt.Sphere()), 41),
+    "geoopt's sphere": (lambda x: mark_manifold(nn.Parameter(x), geoopt.Sphere()), 38),
 }
 
 
