@@ -189,17 +189,22 @@ def _clip_eager(x: Tensor, bound: float, *, expect_outside: bool = False) -> Ten
         margin = torch.full_like(size, -1)
     else:
         margin = margin_inside(gap, tolerance(x))
-    outside, far = plain & (margin < 0), ~small & ~plain
+    outside, far, long = plain & (margin < 0), ~small & ~plain, torch.zeros_like(small)
     if bool(outside.any()):
         values, vectors = pairs or _eigenpairs(gap, tolerance(x))
         del gap
         squares = (1 + tolerance(x)) ** 2 - values  # (s / b)^2, in descending order
-        far |= outside & (squares[:, 0] > _MAX_EIGH_RATIO**2)
-        factors = torch.where(squares > 1, squares.rsqrt() - 1, 0)
-        _shrink_(x, factors, vectors, outside & ~far)
+        far |= outside & (squares[:, 0] > _MAX_RATIO**2)
+        long = outside & ~far & (squares[:, 0] > _MAX_EIGH_RATIO**2)
+        # Values near the bound are inaccurate in the Gram matrix of a long block: only those far above it are clipped.
+        clipped = squares > torch.where(long, _MAX_EIGH_RATIO**2, 1.0)[:, None]
+        if bool((outside & ~far).any()):
+            _shrink_(x, torch.where(clipped, squares.rsqrt() - 1, 0), vectors, outside & ~far)
     for i in far.nonzero()[:, 0].tolist():
         if bool(x[i].isfinite().all()):
             x[i] = _clip_exactly(x[i], bound)
+    if bool(long.any()):
+        _clip_eager(x, bound, expect_outside=True)
     return torch.where(plain, bound * margin, slack)
 
 

@@ -87,6 +87,18 @@ def test_one_value_far_outside_costs_the_others_no_precision(dtype):
     torch.testing.assert_close(clip_singular_values(x, 1.0).double(), oracle(x, 1.0), rtol=0, atol=rounding)
 
 
+@each(dtype=DTYPES, ratio=[3.0, 7.9, 8.1, 30.0, 1e4], shape=[(6, 9), (280, 300)])
+def test_few_values_far_outside_cost_the_others_no_precision(shape, ratio, dtype):
+    """Up to 8 times the bound the Gram matrix is decomposed twice. Beyond, float64 holds the others."""
+    s = torch.linspace(1.3, 0.1, shape[0], dtype=torch.float64)
+    s[:3] = ratio * torch.tensor([1.0, 0.7, 0.4])
+    x = matrices(s, *shape, dtype)
+    units = 2 if dtype == torch.float32 and ratio > 8 else 30 + 4 * ratio
+    clipped = clip_singular_values(x, 1.0)
+    assert float(torch.linalg.matrix_norm(clipped.double() - oracle(x, 1.0), 2)) < units * EPS[dtype]
+    assert largest(clipped) <= 1 + tolerance(x)
+
+
 def test_by_hand():
     x = torch.tensor([[3.0, 0.0, 0.0], [0.0, -0.5, 0.0]])
     torch.testing.assert_close(clip_singular_values(x, 2.0), torch.tensor([[2.0, 0.0, 0.0], [0.0, -0.5, 0.0]]))
