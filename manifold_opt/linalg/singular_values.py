@@ -10,7 +10,9 @@ where the sum is over singular values above b only. The others need not be accur
 A block whose Frobenius norm is within the bound is inside. For every other block, a Cholesky factorization of
 :math:`b^2 I - X X^\top` decides, or an estimate of the norm that is above the bound. Only blocks that are outside need
 eigenvectors: a large one with few singular values near the bound by subspace iteration, the others by a whole
-decomposition. The iteration starts from fixed vectors, not from the last ones: these would have to be in the state of
+decomposition. If the largest value is more than twice the bound, what is far above is clipped first and the rest after
+it, because a Gram matrix holds the others less accurately; above eight times the bound, by an SVD in float64. The
+subspace iteration starts from fixed vectors, not from the last ones: these would have to be in the state of
 the optimizer, or a resumed run would differ.
 
 Reference: Higham (2008), *Functions of Matrices*, chapters 5 and 8; Parikh & Boyd (2014), *Proximal algorithms*,
