@@ -184,7 +184,8 @@ class Workspace:
         u, x, y, z: ``(B, p, n)``, or the shape of the batch.
         readable: whether Python may read values of the batch.
         slack: how far each point may move before its manifold checks its value again; kept from one step to the
-            next, and 0 after anything else has written to the points. Negative if all points are on the boundary.
+            next, and 0 after anything else has written to the points. Negative if the last step clipped all points
+            (spectral_ball.py).
     """
 
     def __init__(self, pool: Pool | None, like: Tensor, shape: tuple[int, ...] | None = None) -> None:

@@ -10,8 +10,9 @@ where the sum is over singular values above b only. The others need not be accur
 A block whose Frobenius norm is within the bound is inside. For every other block, a Cholesky factorization of
 :math:`b^2 I - X X^\top` decides, or an estimate of the norm that is above the bound. Only blocks that are outside need
 eigenvectors: a large one with few singular values near the bound by subspace iteration, the others by a whole
-decomposition. If the largest value is more than twice the bound, what is far above is clipped first and the rest after
-it, because a Gram matrix holds the others less accurately; above eight times the bound, by an SVD in float64. The
+decomposition. If the largest value is more than twice the bound, a first pass clips values above 1.5 times the bound,
+and a second one the rest, because the first Gram matrix holds them less accurately. Above eight times the bound an SVD
+in float64 clips all. The
 subspace iteration starts from fixed vectors, not from the last ones: these would have to be in the state of
 the optimizer, or a resumed run would differ.
 
@@ -32,11 +33,12 @@ from .products import gram, host_can_branch, norm
 from .spectral_norm import is_positive_definite, margin_inside
 
 MIN_BOUND, MAX_BOUND = 1e-12, 1e12  # the squares are far from underflow and overflow in float32
+_FIRST_PASS_RATIO = 1.5  # of two passes: the first clips values above this multiple of the bound
 _MAX_EIGH_RATIO = 2.0  # up to this multiple of the bound, eigenvalues of the Gram matrix are accurate to a few eps
 _CHUNK = 2**16  # entries of Gram matrices at a time on the CPU, to fit the cache
 _CHUNK_ELSEWHERE = 2**22  # on an accelerator, to fill it
 
-_MAX_RATIO = 8.0  # largest singular value, as a multiple of the bound, for the sync-free iterations
+_MAX_RATIO = 8.0  # largest singular value, as a multiple of the bound, for two passes and the sync-free iterations
 _RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-8}  # of these iterations, relative to the norm
 _SAFETY = 1.02
 
@@ -112,8 +114,9 @@ def clip_singular_values_(x: Tensor, bound: float) -> Tensor:
 def clip_and_measure_(x: Tensor, bound: float, *, expect_outside: bool = False) -> Tensor:
     r"""Apply :func:`clip_singular_values_`; return a lower bound of :math:`b - \sigma_{\max}` of each result, ``(B,)``.
 
-    It is negative for most of the clipped blocks, and NaN for those with entries that are not finite. With
-    ``expect_outside`` the result is the same, computed faster for blocks that are outside. Values must be readable.
+    It is negative for clipped blocks, or 0 if one was so far outside that its Frobenius norm showed it. It is NaN for
+    blocks with entries that are not finite. With ``expect_outside`` the result is the same, computed faster for blocks
+    that are outside. Values must be readable.
     """
     chunks = [_clip_eager(chunk, bound, expect_outside=expect_outside) for chunk in _chunks(x)]
     return torch.cat(chunks or [x.new_zeros(len(x))])
@@ -186,27 +189,28 @@ def _clip_eager(x: Tensor, bound: float, *, expect_outside: bool = False) -> Ten
         return slack
     gap = _bound_minus_gram(x, bound, plain)
     pairs = _eigenpairs(gap, tolerance(x)) if expect_outside and bool(plain.all()) else None
-    # An eigenvalue that is not near zero decides as the factorization of margin_inside would.
+    # If every gap has an eigenvalue well below zero, margin_inside would find that all blocks are outside.
     if pairs is not None and bool((pairs[0][:, 0] < -tolerance(x)).all()):
         margin = torch.full_like(size, -1)
     else:
         margin = margin_inside(gap, tolerance(x))
-    outside, far, long = plain & (margin < 0), ~small & ~plain, torch.zeros_like(small)
+    outside, far, twice = plain & (margin < 0), ~small & ~plain, torch.zeros_like(small)
     if bool(outside.any()):
         values, vectors = pairs or _eigenpairs(gap, tolerance(x))
         del gap
         squares = (1 + tolerance(x)) ** 2 - values  # (s / b)^2, in descending order
         far |= outside & (squares[:, 0] > _MAX_RATIO**2)
-        long = outside & ~far & (squares[:, 0] > _MAX_EIGH_RATIO**2)
-        # Values near the bound are inaccurate in the Gram matrix of a long block: only those far above it are clipped.
-        clipped = squares > torch.where(long, _MAX_EIGH_RATIO**2, 1.0)[:, None]
+        twice = outside & ~far & (squares[:, 0] > _MAX_EIGH_RATIO**2)
+        # In the Gram matrix of such a block, values near the bound are inaccurate. Only those well above it are clipped
+        # now, so that the next pass has no value near _MAX_EIGH_RATIO.
+        clipped = squares > torch.where(twice, _FIRST_PASS_RATIO**2, 1.0)[:, None]
         if bool((outside & ~far).any()):
             _shrink_(x, torch.where(clipped, squares.rsqrt() - 1, 0), vectors, outside & ~far)
     for i in far.nonzero()[:, 0].tolist():
         if bool(x[i].isfinite().all()):
             x[i] = _clip_exactly(x[i], bound)
-    if bool(long.any()):
-        _clip_eager(x, bound, expect_outside=True)
+    if bool(twice.any()):
+        _clip_eager(x, bound, expect_outside=True)  # the other blocks are inside, and keep their bits
     return torch.where(plain, bound * margin, slack)
 
 

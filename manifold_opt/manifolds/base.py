@@ -239,21 +239,22 @@ class Manifold:
         moments have been updated already, and are not transported.
         """
         dims, start = options.point_ndim, x
-        moving = None if ws.readable and all_points_move(v, dims) else point_max(v, dims) > 0
+        step = v
         if isinstance(options.decay, Tensor) or options.decay:
             start = x * decay_factor(options.decay)
-            moving = None if moving is None else moving | point_any(start != x, dims)
-            v = self.transport(x, start, v)
-        y = self.retract(start, v)
+            step = self.transport(x, start, v)
+        y = self.retract(start, step)
         transported = {}
         for key in filter(moments.__contains__, options.transported):
             new = self.transport(x, y, moments[key])
             if new is not moments[key]:
                 transported[key] = new
         results = (y, *transported.values())
-        if moving is not None or not all(map(sum_is_finite, results)):
+        if not (ws.readable and all_points_move(v, dims) and all(map(sum_is_finite, (v, *results)))):
             possible = sum(point_sum(new, dims) for new in results) * 0 == 0  # False for NaN and Inf
-            updated = options.accept(possible) if moving is None else moving & options.accept(possible)
+            moving = point_max(v, dims) > 0
+            moving = moving if start is x else moving | point_any(start != x, dims)
+            updated = moving & options.accept(possible)
             y = torch.where(updated, y, x)
             transported = {key: torch.where(updated, new, moments[key]) for key, new in transported.items()}
         x.copy_(y)

@@ -320,9 +320,9 @@ def point_max(points: Tensor, point_ndim: int) -> Tensor:
 
 
 def all_points_move(v: Tensor, point_ndim: int) -> bool:
-    """Return True if one entry of each step shows that it is not zero. False proves nothing. Reads a value."""
+    """Return True if one entry of each step shows that its norm is not zero. False proves nothing. Reads a value."""
     first = v.flatten(-point_ndim).select(-1, 0) if point_ndim else v
-    return int(torch.count_nonzero(first)) == first.numel()
+    return int(torch.count_nonzero(first * first)) == first.numel()  # the square, which the norm of a point contains
 
 
 def sum_is_finite(x: Tensor) -> bool:

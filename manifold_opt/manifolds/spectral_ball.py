@@ -56,8 +56,9 @@ class Spectral(Manifold):
         """Move points along tangents in place.
 
         A step shorter than the slack, what is left of the distance to the boundary since the spectrum was checked, ends
-        inside: it is ``x + v`` as it would be after another check, so that no checkpoint needs the slack. It is
-        negative if every point was clipped, and the next step probably leaves the ball again.
+        inside: it is ``x + v`` as it would be after another check, so that no checkpoint needs the slack. The slack is
+        negative after a step that clipped every point, none of them from far outside. The next step then probably
+        leaves the ball again.
         """
         if not ws.readable:
             return super().step_(x, v, moments, ws, options)

@@ -99,6 +99,16 @@ def test_few_values_far_outside_cost_the_others_no_precision(shape, ratio, dtype
     assert largest(clipped) <= 1 + tolerance(x)
 
 
+def test_values_at_twice_the_bound_are_clipped_in_two_passes(monkeypatch):
+    """Rounding puts some of them above what decides on a second pass, and others below."""
+    passes, bound_minus_gram = [], spectral._bound_minus_gram
+    monkeypatch.setattr(spectral, "_bound_minus_gram", lambda *given: passes.append(1) or bound_minus_gram(*given))
+    s = 2 * (1 + 4 * EPS[torch.float32] * gaussian(300, seed=5))
+    x = matrices(s, 300, 300, torch.float32)
+    torch.testing.assert_close(clip_singular_values(x, 1.0).double(), oracle(x, 1.0), rtol=0, atol=1e-5)
+    assert len(passes) <= 2
+
+
 def test_by_hand():
     x = torch.tensor([[3.0, 0.0, 0.0], [0.0, -0.5, 0.0]])
     torch.testing.assert_close(clip_singular_values(x, 2.0), torch.tensor([[2.0, 0.0, 0.0], [0.0, -0.5, 0.0]]))

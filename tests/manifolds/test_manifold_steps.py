@@ -1,13 +1,23 @@
 """Steps on other manifolds than Stiefel's: the oracle, torch's own, one by one or together, whatever the layout."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from manifold_opt import SGD, Adam, AdamW, constraint_of, mark_positive, mark_spectral, mark_unit_norm
-from manifold_opt.manifolds import Orthogonal, Positive, Spectral, UnitNorm
+from manifold_opt import (
+    SGD,
+    Adam,
+    AdamW,
+    constraint_of,
+    mark_manifold,
+    mark_positive,
+    mark_spectral,
+    mark_unit_norm,
+)
+from manifold_opt.manifolds import Manifold, Orthogonal, Positive, Spectral, UnitNorm
 from manifold_opt.manifolds.layout import get_points
 from manifold_opt.optim.engine import bucket as buckets_module
 from manifold_opt.optim.engine import grouping
@@ -257,6 +267,50 @@ def test_the_scale_of_the_rate_of_orthogonal_blocks_does_not_act_on_other_manifo
     run(rule, scaled, orthogonal_lr_scale=0.3)
     for p, q in zip(plain, scaled, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_slices_whose_step_underflows_keep_their_bits_beside_any_other(last):
+    """The square of 1e-30 is zero in float32, and so is the norm of the step."""
+    p = mark_unit_norm(nn.Parameter(gaussian(64, 5, dtype=torch.float32)))
+    before = p.detach().clone()
+    p.grad = torch.full_like(p, 1e-30)
+    p.grad[-1] = last * torch.arange(1.0, 6)
+    SGD([p], lr=1.0).step()
+    assert torch.equal(p[:-1], before[:-1])
+    assert torch.equal(p[-1], before[-1]) == (last == 0)
+
+
+@dataclass(frozen=True)
+class Clamped(Manifold):
+    """A cube whose retraction turns NaN into a corner."""
+
+    point_ndim = 1
+
+    def riemannian_gradient(self, x, g):  # noqa: ARG002
+        return g
+
+    def retract(self, x, v):
+        return torch.where((x + v).abs() < 3, x + v, 3 * x.sign())
+
+    def error(self, x):
+        return (x.double().abs().amax(-1) - 3).clamp_min(0)
+
+    def project_point(self, x):
+        return x.clamp(-3, 3)
+
+
+def test_a_step_that_is_not_a_number_moves_nothing_whatever_the_retraction_makes_of_it():
+    p = mark_manifold(nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 1.0]])), Clamped())
+    before = p.detach().clone()
+    opt = SGD([p], lr=0.1)
+    opt.param_groups[0]["lr"] = float("nan")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert torch.equal(p, before)
+    opt.param_groups[0]["lr"] = 0.5
+    opt.step()
+    torch.testing.assert_close(p.detach(), before - 0.5)
 
 
 def test_large_parameters_are_worked_on_in_pieces(monkeypatch):

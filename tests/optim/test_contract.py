@@ -449,7 +449,7 @@ def test_hooks_run_once_in_torchs_order(name, marked):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hooks_that_come_and_go_run_from_the_next_step_on(name):
+def test_hooks_that_come_and_go_run_in_the_steps_that_they_belong_to(name):
     params = parameters(marked=True)
     opt = ours_of(name)(params, lr=0.01)
     seen = []
@@ -470,6 +470,17 @@ def test_hooks_that_come_and_go_run_from_the_next_step_on(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_hook_that_the_closure_registers_runs_after_the_step(name):
+    seen = []
+    for make, marked in ((ours_of(name), True), (theirs_of(name), False)):
+        params = parameters(marked)
+        give_gradients(params, 0)
+        opt = make(params, lr=0.01)
+        opt.step(lambda opt=opt: opt.register_step_post_hook(lambda *_: seen.append(1)) and 1.0)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_profiler_sees_a_step_as_it_sees_that_of_torch(name):
     params = parameters(marked=True)
     opt = ours_of(name)(params, lr=0.01)
@@ -479,9 +490,10 @@ def test_a_profiler_sees_a_step_as_it_sees_that_of_torch(name):
         opt.step()
     recorded = [event.key for event in profiler.key_averages() if event.key.startswith("Optimizer.step")]
     assert recorded == [f"Optimizer.step#{type(opt).__name__}.step"]
-    with torch.autograd.profiler.profile() as profiler:
-        opt.step()
-    assert recorded[0] in {event.key for event in profiler.key_averages()}
+    for kind in (torch.autograd.profiler, torch.autograd.profiler_legacy):
+        with kind.profile() as profiler:
+            opt.step()
+        assert recorded[0] in {event.key for event in profiler.key_averages()}
 
 
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
