@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
 from typing import NamedTuple
 
 import torch
@@ -51,11 +52,31 @@ def interpolate(quotient: Callable[[Tensor], Tensor], degree: int, reach: float)
     >>> [round(c, 6) for c in interpolate(lambda x: 3 + 2 * x, degree=2, reach=0.5).coefficients]  # 3 x + 2 x^2
     [3.0, 2.0]
     """
-    powers = torch.arange(degree, dtype=torch.float64, device="cpu")
     roots = (1 - ((torch.arange(degree + 1, dtype=torch.float64, device="cpu") + 0.5) * _step(degree)).cos()) / 2
     nodes = (roots[1:] - roots[0]) / (1 - roots[0])
-    scaled = torch.linalg.solve(nodes[:, None] ** powers, quotient(reach * nodes))
-    return Fit(reach, tuple((scaled / reach**powers).tolist()))
+    scaled = _interpolate_exactly(nodes.tolist(), quotient(reach * nodes).tolist())
+    return Fit(reach, tuple(float(c) / reach**k for k, c in enumerate(scaled)))
+
+
+def _interpolate_exactly(nodes: list[float], values: list[float]) -> list[Decimal]:
+    """Return the coefficients of the polynomial through these points, by divided differences in 60 digits.
+
+    A linear solve in float64 would leave a rounding error that depends on the processor.
+    """
+    with localcontext() as context:
+        context.prec = 60
+        x, differences = list(map(Decimal, nodes)), list(map(Decimal, values))
+        for order in range(1, len(x)):
+            for i in range(len(x) - 1, order - 1, -1):
+                differences[i] = (differences[i] - differences[i - 1]) / (x[i] - x[i - order])
+        coefficients = [differences[-1]]
+        for i in range(len(x) - 2, -1, -1):  # multiply by (x - x_i), and add the difference
+            shifted = [Decimal(0), *coefficients]
+            for k, c in enumerate(coefficients):
+                shifted[k] -= x[i] * c
+            shifted[0] += differences[i]
+            coefficients = shifted
+        return coefficients
 
 
 def _step(degree: int) -> float:

@@ -3,10 +3,12 @@
 import decimal
 import math
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
 
+from manifold_opt.linalg import polynomials
 from manifold_opt.linalg.polynomials import INVERSE_SQRT, interpolate
 from manifold_opt.stiefel.cayley import INVERSE
 from manifold_opt.stiefel.exponential import COS, SINC
@@ -163,3 +165,22 @@ def test_a_polynomial_by_hand():
     root = 0.5**0.5
     (c,) = interpolate(lambda x: 1 + x, degree=1, reach=1.0).coefficients
     assert c == pytest.approx(1 + 2 * root / (1 + root), rel=1e-15)
+
+
+@pytest.mark.parametrize("degree", [1, 4, 18])
+def test_coefficients_are_those_of_the_exact_interpolant(degree):
+    """Of Lagrange's formula in rational numbers, whatever the processor."""
+    nodes = [(k + 1) / (degree + 1) for k in range(degree)]
+    values = [math.exp(x) for x in nodes]
+    expected = [Fraction(0)] * degree
+    for i, value in enumerate(values):
+        basis = [Fraction(value)]
+        for j, node in enumerate(map(Fraction, nodes)):
+            if j != i:
+                shifted = [Fraction(0), *basis]
+                for k, c in enumerate(basis):
+                    shifted[k] -= node * c
+                basis = [c / (Fraction(nodes[i]) - node) for c in shifted]
+        expected = [a + b for a, b in zip(expected, basis, strict=True)]
+    found = polynomials._interpolate_exactly(nodes, values)
+    assert [float(c) for c in found] == [float(c) for c in expected]
