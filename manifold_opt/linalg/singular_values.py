@@ -11,10 +11,9 @@ A block whose Frobenius norm is within the bound is inside. For every other bloc
 :math:`b^2 I - X X^\top` decides, or an estimate of the norm that is above the bound. Only blocks that are outside need
 eigenvectors: a large one with few singular values near the bound by subspace iteration, the others by a whole
 decomposition. If the largest value is more than twice the bound, a first pass clips values above 1.5 times the bound,
-and a second one the rest, because the first Gram matrix holds them less accurately. Above eight times the bound an SVD
-in float64 clips all. The
-subspace iteration starts from fixed vectors, not from the last ones: these would have to be in the state of
-the optimizer, or a resumed run would differ.
+and a second one the rest, because the first Gram matrix holds them less accurately. Above eight times the bound, an
+SVD in float64 clips all of them. The subspace iteration starts from fixed vectors, not from the last ones: these would
+have to be in the state of the optimizer, or a resumed run would differ.
 
 Reference: Higham (2008), *Functions of Matrices*, chapters 5 and 8; Parikh & Boyd (2014), *Proximal algorithms*,
 section 6.7.3.
@@ -182,7 +181,7 @@ def _bound_minus_gram(x: Tensor, bound: float, plain: Tensor) -> Tensor:
 
 
 def _clip_eager(x: Tensor, bound: float, *, expect_outside: bool = False) -> Tensor:
-    """Clip the blocks that are outside, in place, and return the slack of :func:`clip_and_measure_`."""
+    """Clip the blocks that are outside, in place, and return what :func:`clip_and_measure_` returns."""
     size, small, plain = _classify(x, bound)
     slack = (bound - size).clamp_min_(0).masked_fill_(~size.isfinite(), torch.nan)
     if bool(small.all()):

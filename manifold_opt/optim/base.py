@@ -130,38 +130,6 @@ class BaseOptimizer(ManifoldOptimizer):
     metrics = metrics
 
 
-def _call_directly_if_possible(step: Callable[..., Any], hooked: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that calls torch's wrapper ``hooked`` if there are hooks or a profiler, and ``step`` otherwise.
-
-    torch's wrapper records every step for the profiler, also if none is running. For a small parameter that is a
-    quarter of the time of a step. With a closure, which may register a hook, the wrapper is always called.
-    """
-
-    @functools.wraps(step)
-    def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or torch.compiler.is_compiling() or _is_profiling() or _has_hooks(self):
-            return hooked(self, *args, **kwargs)
-        return step(self)
-
-    wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
-    return wrapper
-
-
-def _is_profiling() -> bool:
-    """Return True if a profiler of torch is running, of the current API or the legacy one."""
-    return torch.autograd.profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled()
-
-
-def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if a step has hooks besides that of this package, which ignores the optimizers of this package."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or any(hook is not warn_once for hook in _global_optimizer_post_hooks.values())
-    )
-
-
 @functools.cache
 def _has_accelerator() -> bool:
     """Return True if the machine has an accelerator. Asking torch in every step takes longer than most operations."""
@@ -284,3 +252,35 @@ def _init_groups(optimizer: ManifoldOptimizer, plan: Plan) -> GroupInputs:
         members = group if unmarked is None else {**group, "params": unmarked}
         inputs.append((group, lists, optimizer._collect_unconstrained(members, *lists)))
     return inputs
+
+
+def _call_directly_if_possible(step: Callable[..., Any], hooked: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that calls torch's wrapper ``hooked`` if there are hooks or a profiler, and ``step`` otherwise.
+
+    torch's wrapper records every step for the profiler, also if none is running. For a small parameter that is a
+    quarter of the time of a step. With a closure, which may register a hook, the wrapper is always called.
+    """
+
+    @functools.wraps(step)
+    def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or torch.compiler.is_compiling() or _is_profiling() or _has_hooks(self):
+            return hooked(self, *args, **kwargs)
+        return step(self)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
+    return wrapper
+
+
+def _is_profiling() -> bool:
+    """Return True if a profiler of torch is running, of the current API or the legacy one."""
+    return torch.autograd.profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled()
+
+
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if a step has hooks besides that of this package, which ignores the optimizers of this package."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or any(hook is not warn_once for hook in _global_optimizer_post_hooks.values())
+    )
